@@ -1,0 +1,61 @@
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "matmul.h"
+
+namespace t2 {
+namespace {
+
+const Kernels* compiled[] = {
+#if defined(__x86_64__)
+    &kAvx512,
+    &kAvx2,
+#endif
+    &kPortable,
+};
+
+bool runs_here(const Kernels& set) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (&set == &kAvx2) return avx2;
+  if (&set == &kAvx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return true;
+}
+
+const Kernels* find(const char* isa) {
+  for (const Kernels* set : compiled)
+    if (std::strcmp(set->isa, isa) == 0 && runs_here(*set)) return set;
+  return nullptr;
+}
+
+const Kernels* initial() {
+  if (const char* wanted = std::getenv("T2KERNELS_CPU"))
+    if (const Kernels* set = find(wanted)) return set;
+  for (const Kernels* set : compiled)
+    if (runs_here(*set)) return set;
+  return &kPortable;
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> set{initial()};
+  return set;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen().load(std::memory_order_acquire); }
+
+bool supported(const char* isa) { return find(isa) != nullptr; }
+
+bool select_kernels(const char* isa) {
+  const Kernels* set = find(isa);
+  if (set != nullptr) chosen().store(set, std::memory_order_release);
+  return set != nullptr;
+}
+
+}  // namespace t2

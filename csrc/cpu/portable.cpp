@@ -1,0 +1,79 @@
+// Any processor, any compiler: plain C++ that the compiler vectorises as far as its baseline allows.
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kMaxRows = 4;
+constexpr int panels_per_tile(int rows) { return rows == 1 ? 2 : 1; }
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  uint32_t bits;
+  if (magnitude >= 0x7c00u) {
+    bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+  } else if (magnitude >= 0x400u) {
+    bits = sign | ((magnitude << 13) + 0x38000000u);
+  } else {
+    const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &subnormal, 4);
+    bits |= sign;
+  }
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return sign | 0x7e00u;
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // 65520 and above round to infinity
+  if (magnitude < 0x38800000u) {
+    // Subnormal half: adding 0.5 leaves the rounded multiple of 2^-24 in the low mantissa bits.
+    float positive;
+    std::memcpy(&positive, &magnitude, 4);
+    positive += 0.5f;
+    uint32_t shifted;
+    std::memcpy(&shifted, &positive, 4);
+    return static_cast<uint16_t>(sign | (shifted - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+
+inline float to_float(float v);
+inline float to_float(int8_t v);
+struct bf16;
+struct f16;
+inline float to_float(bf16 v);
+inline float to_float(f16 v);
+
+struct Broadcast {
+  float v;
+  explicit Broadcast(const float* p) : v(*p) {}
+};
+
+struct Lane16 {
+  float v[16];
+  void zero() { std::memset(v, 0, sizeof v); }
+  template <class T>
+  void load(const T* p) {
+    for (int i = 0; i < 16; ++i) v[i] = to_float(p[i]);
+  }
+  void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  void fma(const Lane16& w, const Broadcast& b) {
+    for (int i = 0; i < 16; ++i) v[i] += w.v[i] * b.v;
+  }
+};
+
+}  // namespace
+
+#include "matmul_impl.h"
+
+namespace t2 {
+const Kernels kPortable{"portable", &matmul, &reduce_scales};
+}

@@ -1,0 +1,23 @@
+"""SVF kernels: U diag(sigma * z) Vh x for one expert or a different one per row, never building the matrix.
+
+`svf_linear` works on plain tensors, `FactoredWeight` and `DenseWeight` on packed ones, `SVFLinear` is the module,
+`backends()` tells which kernels this installation runs.
+"""
+
+from t2kernels.backends import backends, build_info, select_instruction_set
+from t2kernels.decomposition import Factors, decompose
+from t2kernels.functional import svf_linear
+from t2kernels.modules import SVFLinear
+from t2kernels.weights import DenseWeight, FactoredWeight
+
+__all__ = [
+    "DenseWeight",
+    "FactoredWeight",
+    "Factors",
+    "SVFLinear",
+    "backends",
+    "build_info",
+    "decompose",
+    "select_instruction_set",
+    "svf_linear",
+]

@@ -1,0 +1,84 @@
+"""Which kernels this installation has, and which of them run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+_INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("t2kernels._C")
+    except ImportError as error:
+        return None, str(error)
+    wanted = os.environ.get("T2KERNELS_CPU")
+    if wanted and not module.supported(wanted):
+        raise RuntimeError(
+            f"T2KERNELS_CPU: expected an instruction set that this build and processor support "
+            f"({[isa for isa in _INSTRUCTION_SETS if module.supported(isa)]}), got {wanted!r}"
+        )
+    return module, ""
+
+
+extension, _why_not = _load_extension()
+_warned: set[str] = set()
+
+
+def warn_reference(device: str) -> None:
+    """Says once per device type that operators run on the torch reference there."""
+    if device in _warned:
+        return
+    _warned.add(device)
+    reason = f"the C++ extension is not built ({_why_not})" if device == "cpu" else "it has no kernels yet"
+    warnings.warn(
+        f"t2kernels: no kernel for device {device!r}: {reason}. Operators run on the plain torch reference: right, "
+        "but slow, without batch invariance, and with a temporary copy of each weight in float32.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def backends() -> dict[str, str]:
+    """Every backend of the operators with "available" (and what it runs on) or why it is not.
+
+    Keys: "cpu" (C++ kernels), "triton", "cuda", "reference" (plain torch, every device).
+    """
+    cpu = f"available ({extension.chosen_isa()})" if extension else f"extension not built: {_why_not}"
+    no_gpu = "no CUDA device" if not torch.cuda.is_available() else "no kernels in this version"
+    triton = no_gpu if importlib.util.find_spec("triton") else "triton is not installed"
+    return {"cpu": cpu, "triton": triton, "cuda": no_gpu, "reference": "available"}
+
+
+def build_info() -> dict[str, object]:
+    """What the C++ extension was built with: compiler, instruction sets (compiled, supported here, chosen), CUDA."""
+    if extension is None:
+        return {"extension": False, "reason": _why_not}
+    return {
+        "extension": True,
+        "compiler": extension.compiler(),
+        "instruction_sets": extension.compiled_isas(),
+        "supported": [isa for isa in extension.compiled_isas() if extension.supported(isa)],
+        "chosen": extension.chosen_isa(),
+        "cuda": extension.has_cuda(),
+    }
+
+
+def select_instruction_set(name: str) -> None:
+    """Makes the CPU operators run on "portable", "avx2" or "avx512" from the next call on; ValueError if it can't.
+
+    The same choice is made for a whole process by the environment variable T2KERNELS_CPU.
+    """
+    if extension is None:
+        raise RuntimeError(f"select_instruction_set: the C++ extension is not built: {_why_not}")
+    if not extension.select_isa(name):
+        raise ValueError(
+            f"name: expected an instruction set that this build and processor support "
+            f"({[isa for isa in _INSTRUCTION_SETS if extension.supported(isa)]}), got {name!r}"
+        )

@@ -1,0 +1,133 @@
+"""The operators as torch sees them: schemas, meta kernels, gradients, and the reference for devices without kernels.
+
+`factored_linear(x, u, vh, component_scale, scales, slots, bias, out_features) -> (y, t)`
+
+    t = x Vh^T                                                   (float32, saved for the backward pass)
+    y[b] = (t[b] * scales[slots[b // n]] * component_scale) U^T + bias      with n = rows of x / len(slots)
+
+x [..., in] float32, bfloat16 or float16; u and vh either matrices [out, r] and [r, in] or their panels
+(`t2kernels.packing`); component_scale [r] float32 or None (the product of both factors' int8 scales);
+scales [slots, r] float32, any row stride; slots [S] int64 with S dividing the rows of x; bias [out] or None.
+
+Gradients (DESIGN section 2; with g = dL/dy, h = g U):
+
+    dscales[slot] = sum over its rows of t * h * component_scale        dx = (h * scale * component_scale) Vh
+
+Neither x nor anything of W's size is kept or built. U, Vh and bias-free factors are frozen: they get no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2kernels import reference
+from t2kernels.backends import extension, warn_reference
+
+_library = torch.library.Library("t2kernels", "DEF")
+_library.define(
+    "factored_linear(Tensor x, Tensor u, Tensor vh, Tensor? component_scale, Tensor scales, Tensor slots, "
+    "Tensor? bias, SymInt out_features) -> (Tensor, Tensor)"
+)
+_library.define(
+    "factored_linear_backward(Tensor grad_y, Tensor t, Tensor u, Tensor vh, Tensor? component_scale, Tensor scales, "
+    "Tensor slots, SymInt in_features, bool need_dx, bool need_dscales) -> (Tensor, Tensor)"
+)
+_library.define(
+    "dense_linear(Tensor x, Tensor weight, Tensor? row_scale, Tensor? bias, SymInt out_features) -> Tensor"
+)
+_library.define(
+    "dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row_scale, SymInt in_features) -> Tensor"
+)
+
+
+def _register_reference(name: str) -> None:
+    def run(*args: Any) -> Any:
+        warn_reference(args[0].device.type)
+        return getattr(reference, name)(*args)
+
+    if extension is None:
+        _library.impl(name, run, "CPU")
+    for key in ("CUDA", "XPU", "MPS"):
+        _library.impl(name, run, key)
+
+
+for _name in ("factored_linear", "factored_linear_backward", "dense_linear", "dense_linear_backward"):
+    _register_reference(_name)
+
+
+@torch.library.register_fake("t2kernels::factored_linear")
+def _(x, u, vh, component_scale, scales, slots, bias, out_features):  # type: ignore[no-untyped-def]
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(*x.shape[:-1], out_features), scales.new_empty(rows, scales.shape[1])
+
+
+@torch.library.register_fake("t2kernels::factored_linear_backward")
+def _(grad_y, t, u, vh, component_scale, scales, slots, in_features, need_dx, need_dscales):  # type: ignore[no-untyped-def]
+    dx = grad_y.new_empty(*grad_y.shape[:-1], in_features) if need_dx else grad_y.new_empty(0)
+    return dx, scales.new_empty(scales.shape[0] if need_dscales else 0, scales.shape[1])
+
+
+@torch.library.register_fake("t2kernels::dense_linear")
+def _(x, weight, row_scale, bias, out_features):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("t2kernels::dense_linear_backward")
+def _(grad_y, weight, row_scale, in_features):  # type: ignore[no-untyped-def]
+    return grad_y.new_empty(*grad_y.shape[:-1], in_features)
+
+
+def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, u, vh, component_scale, scales, slots, bias, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], u, vh, component_scale, scales, slots)
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _factored_backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    dx = dscales = dbias = None
+    if grad_y is not None:
+        t, u, vh, component_scale, scales, slots = ctx.saved_tensors
+        need_dx, need_dscales, need_dbias = (ctx.needs_input_grad[i] for i in (0, 4, 6))
+        if need_dx or need_dscales:
+            dx, dscales = factored_linear_backward(
+                grad_y, t, u, vh, component_scale, scales, slots, ctx.in_features, need_dx, need_dscales
+            )
+        if need_dbias:
+            dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        dx, dscales = dx if need_dx else None, dscales if need_dscales else None
+    return dx, None, None, None, dscales, None, dbias, None
+
+
+def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, row_scale, bias, _ = inputs
+    ctx.save_for_backward(weight, row_scale)
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _dense_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = dense_linear_backward(grad_y, *ctx.saved_tensors, ctx.in_features)
+    if ctx.needs_input_grad[3]:
+        dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return dx, None, None, dbias, None
+
+
+torch.library.register_autograd(
+    "t2kernels::factored_linear", _factored_backward, setup_context=_factored_setup, lib=_library
+)
+torch.library.register_autograd(
+    "t2kernels::dense_linear", _dense_backward, setup_context=_dense_setup, lib=_library
+)
+
+factored_linear = torch.ops.t2kernels.factored_linear.default
+factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default
+dense_linear = torch.ops.t2kernels.dense_linear.default
+dense_linear_backward = torch.ops.t2kernels.dense_linear_backward.default
