@@ -1,0 +1,9 @@
+"""Transformer-squared on fused SVF kernels: one base model, a different expert for every request in a batch."""
+
+from t2.experts import Expert, ExpertBank
+from t2.layout import Layout
+from t2.loading import load
+from t2.model import SVFConfig, SVFModel
+from t2.storage import FileFormatError
+
+__all__ = ["Expert", "ExpertBank", "FileFormatError", "Layout", "SVFConfig", "SVFModel", "load"]

@@ -1,0 +1,334 @@
+"""`SVFModel`: a model whose every request may use an expert of its own."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2.experts import Expert, ExpertBank, check_z
+from t2.layout import Layout, fingerprint
+from t2.routing import Route, Router, SlotTable
+from t2.svd import FactorCache, Factors, decompose, decompose_weights, weight_key
+from t2.targets import Linear, select_targets, weight_matrix
+from t2kernels import FactoredWeight
+
+ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
+"""What one request uses: a name, a mix of names with weights, an expert, a vector z [R], or None for the base."""
+
+
+@dataclass(frozen=True)
+class SVFConfig:
+    """How a model is decomposed.
+
+    target_modules: "all-linear" (all but the output embedding), "attention" or "mlp" (layers below a module so
+        named), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"].
+    dtype: storage of the factors: float32, bfloat16, float16 or int8; None keeps each weight's own.
+    cache: True keeps factors (and the base weights, which `merge` and `detach` need) in `cache_dir` instead of
+        computing them at every start; False holds the base weights in memory beside the factors.
+    cache_dir: folder of the cache; None is `t2.storage.cache_root() / "factors"`.
+    progress: whether the decomposition shows a progress bar.
+    """
+
+    target_modules: str | Sequence[str] = "all-linear"
+    dtype: torch.dtype | None = None
+    cache: bool = True
+    cache_dir: Path | str | None = None
+    progress: bool = True
+
+
+class RoutedLinear(nn.Module):
+    """A decomposed linear layer inside an `SVFModel`: each row runs with the scales its route gives it."""
+
+    def __init__(self, index: int, weight: FactoredWeight, bias: Tensor | None, router: Router) -> None:
+        super().__init__()
+        self.index = index
+        self.weight = weight
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.bias = bias
+        self.router = router
+
+    def forward(self, x: Tensor) -> Tensor:
+        route = self.router.route
+        route.check(x.shape[0])
+        return self.weight.linear_unchecked(x, route.windows[self.index], route.slots, self.bias)
+
+
+@dataclass
+class _Base:
+    """Where a decomposed layer's dense weight is: its module, emptied, and the key of its content in the cache."""
+
+    module: Linear
+    key: str
+    weight: Tensor | None  # [out, in], only without a cache
+
+
+class SVFModel(nn.Module):
+    """Replaces the target layers of `model`, in place, by decomposed ones that share one slot table.
+
+    `model` is any nn.Module; `generate` needs one that has it. The dense weights of the targets leave memory;
+    `detach()` puts them back bit for bit. Everything is checked and decomposed before the model is changed.
+
+    `layout` tells the decomposed matrices, `bank` the experts' vectors, `model` is the wrapped module.
+    """
+
+    def __init__(self, model: nn.Module, config: SVFConfig | None = None) -> None:
+        super().__init__()
+        config = config or SVFConfig()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if any(isinstance(module, RoutedLinear) for module in model.modules()):
+            raise ValueError("model: expected a plain model, got one that is wrapped already; detach() it first")
+        targets = select_targets(model, config.target_modules)
+        weights = {name: weight_matrix(layer) for name, layer in targets.items()}
+        self.svf_config = config
+        self._cache = FactorCache(config.cache_dir) if config.cache else None
+        if self._cache is not None:
+            done = decompose_weights(weights, self._cache, progress=config.progress)
+            keys = {name: entry.key for name, entry in done.items()}
+        else:
+            keys = {name: weight_key(weight) for name, weight in weights.items()}
+        self.layout = Layout(
+            names=tuple(targets),
+            ranks=tuple(min(weight.shape) for weight in weights.values()),
+            fingerprint=fingerprint(keys),
+            base_model=str(getattr(model, "name_or_path", "") or type(model).__name__),
+        )
+        device = next(iter(weights.values())).device
+        self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device))
+        self.router = Router(self._table)
+        self.bank = ExpertBank(self.layout)
+        self._slots: dict[str, int] = {}
+        self._lock = threading.RLock()
+        self._base: dict[str, _Base] = {}
+        self.model = model
+        try:
+            for index, (name, layer) in enumerate(targets.items()):
+                self._replace(index, name, layer, keys[name])
+        except BaseException:
+            self._restore()
+            raise
+        self._table.table[:] = self._table.sigma
+
+    def _replace(self, index: int, name: str, layer: Linear, key: str) -> None:
+        weight = weight_matrix(layer)
+        factors = self._cache.load(key) if self._cache else decompose(weight)
+        packed = FactoredWeight.pack(*factors, dtype=self.svf_config.dtype or weight.dtype).to(weight.device)
+        self._table.sigma[self.layout.window(name)] = packed.s
+        routed = RoutedLinear(index, packed, layer.bias, self.router).train(layer.training)
+        self._base[name] = _Base(layer, key, None if self._cache else weight.clone())
+        layer.weight.data = weight.new_empty(0)
+        self.model.set_submodule(name, routed)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SVFModel:
+        super()._apply(fn, recurse)
+        if self._base:
+            device = self.model.get_submodule(self.layout.names[0]).weight.u.device
+            self._table.to(device)
+            self.router = Router(self._table)
+            for name in self.layout.names:
+                self.model.get_submodule(name).router = self.router
+        return self
+
+    # Experts
+
+    def add_expert(self, name: str, expert: Expert, *, replace: bool = False, strict: bool = True) -> None:
+        """Makes an expert available to requests under `name`; safe while other requests run.
+
+        `replace` puts it in place of the one that has the name: running requests finish with the old one.
+        `strict=False` accepts an expert that was made for other weights of the same layout.
+        """
+        self._check_attached()
+        with self._lock:
+            self.bank.add(name, expert, replace=replace, strict=strict)
+            old = self._slots.get(name)
+            self._slots[name] = self._table.allocate(expert.z)
+            if old is not None:
+                self._table.release(old)
+
+    def remove_expert(self, name: str) -> None:
+        """Takes an expert away from new requests; requests that run with it finish with it."""
+        self._check_attached()
+        with self._lock:
+            self.bank.remove(name)
+            self._table.release(self._slots.pop(name))
+
+    def z_of(self, choice: ExpertChoice) -> Tensor:
+        """The vector z [R] float32 that a request with this choice runs with; a given tensor keeps its gradient."""
+        if choice is None:
+            return torch.ones(self.layout.R)
+        if isinstance(choice, str):
+            return self.bank[choice].z
+        if isinstance(choice, Mapping):
+            return self.bank.mix(choice)
+        if isinstance(choice, Expert):
+            self.layout.check_same(choice.layout, "experts")
+            return choice.z
+        if isinstance(choice, Tensor):
+            return check_z("experts", choice, (self.layout.R,)).float()
+        raise TypeError(
+            "experts: expected a name, a mapping of names to weights, an Expert, a tensor z [R] or None for each "
+            f"request, got {type(choice).__name__}"
+        )
+
+    @contextmanager
+    def route(self, experts: ExpertChoice | Sequence[ExpertChoice]) -> Iterator[None]:
+        """Within the block, request i of a batch runs with `experts[i]`.
+
+        A batch of B entries also serves k * B rows (beams, return sequences), each entry repeated k times in place.
+        A single choice that is not a list serves every row. Where an entry is a tensor that requires grad, the
+        gradient reaches it. Routes belong to the thread or task that entered them, and may be nested.
+        """
+        self._check_attached()
+        single = experts is None or isinstance(experts, str | Mapping | Expert | Tensor)
+        choices: list[ExpertChoice] = [experts] if single else list(experts)  # type: ignore[list-item,arg-type]
+        with ExitStack() as held:
+            route = self._resolve(choices, held)
+            token = self.router.enter(route)
+            held.callback(self.router.exit, token)
+            yield
+
+    def _resolve(self, choices: list[ExpertChoice], held: ExitStack) -> Route:
+        device = self._table.sigma.device
+        if any(isinstance(choice, Tensor) and choice.requires_grad for choice in choices):
+            scales = torch.stack([self._table.sigma * self.z_of(choice).to(device) for choice in choices])
+            return Route(scales, torch.arange(len(choices), device=device), self.layout)
+        slots: dict[object, int] = {None: SlotTable.BASE}
+        with self._lock:
+            for choice in choices:
+                key = self._key(choice)
+                if key in slots:
+                    continue
+                if isinstance(choice, str):
+                    self.bank[choice]
+                    slots[key] = self._slots[choice]
+                    self._table.retain(slots[key])
+                else:
+                    slots[key] = self._table.allocate(self.z_of(choice))
+                held.callback(self._table.release, slots[key])
+            ids = torch.tensor([slots[self._key(choice)] for choice in choices], dtype=torch.int64, device=device)
+            return Route(self._table.table, ids, self.layout)
+
+    @staticmethod
+    def _key(choice: ExpertChoice) -> object:
+        """Equal for choices that can share a slot."""
+        if isinstance(choice, Mapping):
+            return tuple(sorted((str(name), weight) for name, weight in choice.items()))
+        return choice if choice is None or isinstance(choice, str) else id(choice)
+
+    # Running
+
+    def forward(
+        self, *args: Any, experts: ExpertChoice | Sequence[ExpertChoice] = None, **kwargs: Any
+    ) -> Any:
+        """The model's forward pass; `experts` as in `route`, one entry per row of the batch.
+
+        Without `experts` an enclosing `route` stays in force, and outside one the base model answers.
+        """
+        if experts is None:
+            self._check_attached()
+            return self.model(*args, **kwargs)
+        self._check_count(experts, args, kwargs)
+        with self.route(experts):
+            return self.model(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, experts: ExpertChoice | Sequence[ExpertChoice] = None, **kwargs: Any
+    ) -> Any:
+        """The model's `generate`, each request with its own expert; `experts` as in `route`, one entry per prompt."""
+        self._check_attached()
+        generate = getattr(self.model, "generate", None)
+        if generate is None:
+            raise TypeError(f"model: expected one with a generate method, got {type(self.model).__name__}")
+        if experts is None:
+            return generate(*args, **kwargs)
+        self._check_count(experts, args, kwargs)
+        with self.route(experts):
+            return generate(*args, **kwargs)
+
+    @staticmethod
+    def _check_count(experts: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not isinstance(experts, Sequence) or isinstance(experts, str):
+            return
+        named = [kwargs[k] for k in ("input_ids", "inputs", "inputs_embeds") if k in kwargs]
+        batch = next((t for t in (*named, *args) if isinstance(t, Tensor)), None)
+        if batch is not None and batch.shape[0] != len(experts):
+            raise ValueError(
+                f"experts: expected one entry for each of the {batch.shape[0]} requests of the batch, got {len(experts)}"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    # Back to plain models
+
+    def merge(self, expert: ExpertChoice) -> nn.Module:
+        """A plain copy of the model with this expert built in: W + U diag(sigma (z - 1)) Vh in every target layer.
+
+        The copy has nothing of t2 in it; `save_pretrained` works. At z = 1 it is the base, bit for bit.
+        """
+        self._check_attached()
+        z = self.z_of(expert).detach()
+        memo: dict[int, Any] = {}
+        for name, base in self._base.items():
+            weight, factors = self._dense(name, base)
+            u, s, vh = (factor.to(weight.device) for factor in factors)
+            change = (u * (s * (z[self.layout.window(name)].to(weight.device) - 1.0))) @ vh
+            memo[id(self.model.get_submodule(name))] = _plain(base.module, (weight.float() + change).to(weight.dtype))
+        return copy.deepcopy(self.model, memo)
+
+    def detach(self) -> nn.Module:
+        """Gives the base model back, bit for bit, and leaves this wrapper unusable."""
+        self._check_attached()
+        self._restore()
+        return self.model
+
+    def _dense(self, name: str, base: _Base) -> tuple[Tensor, Factors]:
+        layer = self.model.get_submodule(name)
+        if self._cache is None:
+            assert base.weight is not None
+            return base.weight, Factors(*layer.weight.factors())
+        device = layer.weight.u.device
+        return self._cache.load_weight(base.key).to(device), self._cache.load(base.key)
+
+    def _restore(self) -> None:
+        """All dense weights are read before any layer is put back, so a failure leaves the wrapped model whole."""
+        weights = {}
+        for name, base in self._base.items():
+            weight = base.weight if self._cache is None else self._cache.load_weight(base.key)
+            assert weight is not None
+            device = self.model.get_submodule(name).weight.u.device
+            weights[name] = (weight if isinstance(base.module, nn.Linear) else weight.T.contiguous()).to(device)
+        for name, weight in weights.items():
+            module = self._base[name].module
+            module.weight.data = weight
+            self.model.set_submodule(name, module.train(self.model.get_submodule(name).training))
+        self._base = {}
+
+    def _check_attached(self) -> None:
+        if not self._base:
+            raise RuntimeError("this SVFModel has been detached from its model; wrap the model again")
+
+    def extra_repr(self) -> str:
+        return f"matrices={len(self.layout.names)}, R={self.layout.R}, experts={len(self.bank)}"
+
+
+def _plain(module: Linear, weight: Tensor) -> nn.Module:
+    """A copy of a linear module around a new weight [out, in]."""
+    plain = copy.deepcopy(module)
+    plain.weight = nn.Parameter(
+        weight if isinstance(module, nn.Linear) else weight.T.contiguous(), requires_grad=module.weight.requires_grad
+    )
+    return plain

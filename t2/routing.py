@@ -1,0 +1,94 @@
+"""The slot table and the route: which row of scales each request of the running batch uses."""
+
+from __future__ import annotations
+
+import threading
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from t2.layout import Layout
+
+
+class Route:
+    """The scales in use and one slot per request. Layer i sees its own column window of the table."""
+
+    def __init__(self, table: Tensor, slots: Tensor, layout: Layout) -> None:
+        self.slots = slots
+        self.windows = [
+            table.narrow(1, offset, rank) for offset, rank in zip(layout.offsets, layout.ranks, strict=True)
+        ]
+
+    def check(self, rows: int) -> None:
+        """ValueError unless the rows are the requests, each repeated the same number of times."""
+        requests = self.slots.shape[0]
+        if rows % requests if requests else rows:
+            raise ValueError(f"experts: expected one entry per request, got {requests} entries for {rows} rows")
+
+
+class SlotTable:
+    """`table` [slots, R] float32 of rows sigma * z. Slot 0 is the base model (z = 1) and stays.
+
+    Slots are counted references: an expert holds its slot, and so does every route that uses it. A slot that is
+    written is always a free one, so replacing or removing an expert never changes a batch that is running. The table
+    doubles when it is full; routes made before keep the tensor they were made from.
+    """
+
+    BASE = 0
+
+    def __init__(self, layout: Layout, sigma: Tensor) -> None:
+        self.layout = layout
+        self.sigma = sigma
+        self.table = sigma.unsqueeze(0).repeat(8, 1)
+        self._references = [1] + [0] * 7
+        self._lock = threading.Lock()
+
+    @property
+    def in_use(self) -> int:
+        """Slots that hold something, the base's included."""
+        return sum(count > 0 for count in self._references)
+
+    def to(self, device: torch.device) -> None:
+        with self._lock:
+            self.sigma, self.table = self.sigma.to(device), self.table.to(device)
+
+    def allocate(self, z: Tensor) -> int:
+        """Writes sigma * z to a free slot and returns it with one reference."""
+        row = self.sigma * z.detach().to(self.sigma)
+        with self._lock:
+            if 0 not in self._references:
+                self.table = torch.cat([self.table, torch.empty_like(self.table)])
+                self._references += [0] * len(self._references)
+            slot = self._references.index(0)
+            self._references[slot] = 1
+            self.table[slot] = row
+        return slot
+
+    def retain(self, slot: int) -> None:
+        with self._lock:
+            self._references[slot] += 1
+
+    def release(self, slot: int) -> None:
+        with self._lock:
+            self._references[slot] -= 1
+
+
+class Router:
+    """What the layers ask: the route of the current context (thread or task), or the base for every row."""
+
+    def __init__(self, table: SlotTable) -> None:
+        self.table = table
+        base = torch.zeros(1, dtype=torch.int64, device=table.sigma.device)
+        self._base = Route(table.sigma.unsqueeze(0), base, table.layout)
+        self._active: ContextVar[Route | None] = ContextVar("t2_route", default=None)
+
+    @property
+    def route(self) -> Route:
+        return self._active.get() or self._base
+
+    def enter(self, route: Route) -> object:
+        return self._active.set(route)
+
+    def exit(self, token: object) -> None:
+        self._active.reset(token)  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""Which linear layers of a model are decomposed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Linear = nn.Linear | Conv1D
+
+
+def weight_matrix(linear: Linear) -> Tensor:
+    """The weight as a matrix [out, in] (a view; GPT-2's Conv1D stores its transpose)."""
+    return linear.weight.detach() if isinstance(linear, nn.Linear) else linear.weight.detach().T
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """Every nn.Linear and Conv1D of the model by name, but for its output embedding (lm_head).
+
+    Subclasses are left out: they are layers with a meaning of their own (quantised weights, weights that their
+    parent reads directly).
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and type(module) in (nn.Linear, Conv1D) and module is not head
+    }
+
+
+def select_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Linear]:
+    """The layers that `target_modules` names (see `SVFConfig`), in module order.
+
+    Raises ValueError where nothing, or a suffix of the list, matches; and for layers that can't be replaced: on the
+    meta device, or with a weight that another module shares.
+    """
+    layers = linear_layers(model)
+    chosen = _match(layers, target_modules)
+    owners: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(f"{module_name}.{parameter_name}".lstrip("."))
+    devices = set()
+    for name, layer in chosen.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"model: expected weights in memory, got {name}.weight on the meta device; load the model first")
+        if len(owners[id(layer.weight)]) > 1:
+            raise ValueError(
+                f"target_modules: expected weights that no other module shares, got {name}, tied with "
+                f"{[owner for owner in owners[id(layer.weight)] if owner != f'{name}.weight']}"
+            )
+        if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"model: expected float32, bfloat16 or float16 weights, got {layer.weight.dtype} in {name}")
+        devices.add(layer.weight.device)
+    if len(devices) > 1:
+        raise ValueError(f"model: expected all target weights on one device, got {sorted(map(str, devices))}")
+    return chosen
+
+
+def _match(layers: dict[str, Linear], target_modules: str | Sequence[str]) -> dict[str, Linear]:
+    if not layers:
+        raise ValueError("model: expected a module that holds at least one nn.Linear or Conv1D layer, got none")
+    examples = sorted({name.rpartition(".")[2] for name in layers})
+    if isinstance(target_modules, str):
+        pattern = {
+            "all-linear": ".*",
+            "attention": r"(.*\.)?[^.]*(attn|attention)[^.]*\..*",
+            "mlp": r"(.*\.)?[^.]*(mlp|feed_forward|ffn)[^.]*\..*",
+        }.get(target_modules, target_modules)
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"target_modules: expected a regular expression, got {pattern!r}: {error}") from error
+        chosen = {name: layer for name, layer in layers.items() if regex.fullmatch(name)}
+    else:
+        suffixes = list(target_modules)
+        if not suffixes or not all(isinstance(suffix, str) and suffix for suffix in suffixes):
+            raise ValueError(f"target_modules: expected a pattern or a list of module suffixes, got {target_modules!r}")
+        hits = {
+            suffix: {name for name in layers if name == suffix or name.endswith(f".{suffix}")} for suffix in suffixes
+        }
+        for suffix, names in hits.items():
+            if not names:
+                raise ValueError(f"target_modules: expected suffixes of this model's layers {examples}, got {suffix!r}")
+        matched = set().union(*hits.values())
+        chosen = {name: layer for name, layer in layers.items() if name in matched}
+    if not chosen:
+        raise ValueError(
+            f"target_modules: expected a pattern that matches some of this model's layers (…{examples}), "
+            f"got {target_modules!r}, which matches none"
+        )
+    return chosen

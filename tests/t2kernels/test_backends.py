@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import t2kernels
+from t2kernels.backends import extension
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+def test_backends_tell_what_runs():
+    found = t2kernels.backends()
+    assert list(found) == ["cpu", "triton", "cuda", "reference"]
+    assert found["cpu"].startswith("available"), "the extension was not built"
+    assert found["reference"] == "available"
+
+
+def test_build_info():
+    info = t2kernels.build_info()
+    assert info["extension"] and "gcc" in info["compiler"] or "clang" in info["compiler"]
+    assert info["chosen"] in info["supported"] and set(info["supported"]) <= set(info["instruction_sets"])
+
+
+def test_select_instruction_set_refuses_what_is_not_there():
+    with pytest.raises(ValueError, match=r"name: expected .*portable.*got 'neon9'"):
+        t2kernels.select_instruction_set("neon9")
+
+
+def test_environment_chooses_the_instruction_set():
+    code = "import t2kernels; print(t2kernels.build_info()['chosen'])"
+    assert python(code, T2KERNELS_CPU="portable").stdout.strip() == "portable"
+    wrong = python(code, T2KERNELS_CPU="mmx")
+    assert wrong.returncode != 0 and "T2KERNELS_CPU: expected" in wrong.stderr and "'mmx'" in wrong.stderr
+
+
+def test_the_widest_supported_set_is_the_default():
+    if "T2KERNELS_CPU" not in os.environ:
+        order = ["portable", "avx2", "avx512"]
+        assert t2kernels.build_info()["chosen"] == max(
+            (isa for isa in order if extension.supported(isa)), key=order.index
+        )
+
+
+def test_without_the_extension_the_reference_runs_and_says_so_once():
+    run = python(
+        """
+        import sys
+        sys.modules["t2kernels._C"] = None  # what a failed build leaves: nothing to import
+        import torch, t2kernels
+        from t2kernels.reference import svf_linear_ref
+        print(t2kernels.backends()["cpu"])
+        torch.manual_seed(0)
+        layer = t2kernels.SVFLinear.from_linear(torch.nn.Linear(9, 5), dtype=torch.int8, num_experts=2)
+        x, ids = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 1, 1, 0])
+        for _ in range(3):
+            y = layer(x, ids)
+        y.square().sum().backward()
+        u, s, vh = layer.weight.factors()
+        z = layer.z.detach().clone().requires_grad_()
+        r = svf_linear_ref(x, u, s, vh, z, layer.bias, ids)
+        r.square().sum().backward()
+        assert torch.allclose(y, r, atol=1e-5) and torch.allclose(layer.z.grad, z.grad, atol=1e-4)
+        try:
+            t2kernels.ops.factored_linear(x, u, vh, None, s[None], ids, None, 5)
+        except RuntimeError as error:
+            assert "slots: expected 0 <= id < 1" in str(error)
+        else:
+            raise AssertionError("slots out of range were taken")
+        """
+    )
+    assert run.returncode == 0, run.stderr
+    assert "extension not built" in run.stdout
+    assert run.stderr.count("t2kernels: no kernel for device 'cpu'") == 1
