@@ -39,7 +39,15 @@ def extension() -> CppExtension:
         ],
         include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"],
+        extra_compile_args=[
+            "-O3",
+            "-std=c++20",
+            "-ffp-contract=off",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Wno-maybe-uninitialized",
+        ],
     )
 
 

@@ -142,10 +142,10 @@ class ExpertBank:
             bank.add(name, Expert(z, layout))
         return bank
 
-    def _row(self, name: object) -> Tensor:
+    def _row(self, name: str) -> Tensor:
         if name not in self._rows:
             raise ValueError(f"expert: expected one of {self.names or 'none: the bank is empty'}, got {name!r}")
-        return self._rows[name]  # type: ignore[index]
+        return self._rows[name]
 
 
 def _write(path: str | Path, kind: str, tensors: dict[str, Tensor], layout: Layout, extra: dict[str, str]) -> None:

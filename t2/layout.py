@@ -71,7 +71,7 @@ class Layout:
             raise ValueError(f"{what}: expected rank {mine} for {name}, got rank {theirs}")
         if same_base and other.fingerprint != self.fingerprint:
             raise ValueError(
-                f"{what}: expected base weights {self.fingerprint[:12]} ({self.base_model or 'unnamed'}), got an expert "
+                f"{what}: expected base weights {self.fingerprint[:12]} ({self.base_model or 'unnamed'}), got one "
                 f"for {other.fingerprint[:12]} ({other.base_model or 'unnamed'}); strict=False accepts other weights "
                 "of the same shapes"
             )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from t2.experts import Expert, ExpertBank, check_z
 from t2.layout import Layout, fingerprint
 from t2.routing import Route, Router, SlotTable
-from t2.svd import FactorCache, Factors, decompose, decompose_weights, weight_key
+from t2.svd import FactorCache, decompose_weights, weight_key
 from t2.targets import Linear, select_targets, weight_matrix
-from t2kernels import FactoredWeight
+from t2kernels import FactoredWeight, Factors, decompose
 
 ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
 """What one request uses: a name, a mix of names with weights, an expert, a vector z [R], or None for the base."""
@@ -62,9 +62,10 @@ class RoutedLinear(nn.Module):
 
 
 @dataclass
-class _Base:
-    """Where a decomposed layer's dense weight is: its module, emptied, and the key of its content in the cache."""
+class _Target:
+    """A decomposed layer, the module it stands for (emptied), and the key of that one's weight in the cache."""
 
+    layer: RoutedLinear
     module: Linear
     key: str
     weight: Tensor | None  # [out, in], only without a cache
@@ -107,7 +108,7 @@ class SVFModel(nn.Module):
         self.bank = ExpertBank(self.layout)
         self._slots: dict[str, int] = {}
         self._lock = threading.RLock()
-        self._base: dict[str, _Base] = {}
+        self._targets: dict[str, _Target] = {}
         self.model = model
         try:
             for index, (name, layer) in enumerate(targets.items()):
@@ -123,18 +124,18 @@ class SVFModel(nn.Module):
         packed = FactoredWeight.pack(*factors, dtype=self.svf_config.dtype or weight.dtype).to(weight.device)
         self._table.sigma[self.layout.window(name)] = packed.s
         routed = RoutedLinear(index, packed, layer.bias, self.router).train(layer.training)
-        self._base[name] = _Base(layer, key, None if self._cache else weight.clone())
+        self._targets[name] = _Target(routed, layer, key, None if self._cache else weight.clone())
         layer.weight.data = weight.new_empty(0)
         self.model.set_submodule(name, routed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SVFModel:
         super()._apply(fn, recurse)
-        if self._base:
-            device = self.model.get_submodule(self.layout.names[0]).weight.u.device
-            self._table.to(device)
+        if self._targets:
+            targets = list(self._targets.values())
+            self._table.to(targets[0].layer.weight.u.device)
             self.router = Router(self._table)
-            for name in self.layout.names:
-                self.model.get_submodule(name).router = self.router
+            for target in targets:
+                target.layer.router = self.router
         return self
 
     # Experts
@@ -225,9 +226,7 @@ class SVFModel(nn.Module):
 
     # Running
 
-    def forward(
-        self, *args: Any, experts: ExpertChoice | Sequence[ExpertChoice] = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, *args: Any, experts: ExpertChoice | Sequence[ExpertChoice] = None, **kwargs: Any) -> Any:
         """The model's forward pass; `experts` as in `route`, one entry per row of the batch.
 
         Without `experts` an enclosing `route` stays in force, and outside one the base model answers.
@@ -239,9 +238,7 @@ class SVFModel(nn.Module):
         with self.route(experts):
             return self.model(*args, **kwargs)
 
-    def generate(
-        self, *args: Any, experts: ExpertChoice | Sequence[ExpertChoice] = None, **kwargs: Any
-    ) -> Any:
+    def generate(self, *args: Any, experts: ExpertChoice | Sequence[ExpertChoice] = None, **kwargs: Any) -> Any:
         """The model's `generate`, each request with its own expert; `experts` as in `route`, one entry per prompt."""
         self._check_attached()
         generate = getattr(self.model, "generate", None)
@@ -261,7 +258,8 @@ class SVFModel(nn.Module):
         batch = next((t for t in (*named, *args) if isinstance(t, Tensor)), None)
         if batch is not None and batch.shape[0] != len(experts):
             raise ValueError(
-                f"experts: expected one entry for each of the {batch.shape[0]} requests of the batch, got {len(experts)}"
+                f"experts: expected one entry for each of the {batch.shape[0]} requests of the batch, "
+                f"got {len(experts)}"
             )
 
     def __getattr__(self, name: str) -> Any:
@@ -282,11 +280,11 @@ class SVFModel(nn.Module):
         self._check_attached()
         z = self.z_of(expert).detach()
         memo: dict[int, Any] = {}
-        for name, base in self._base.items():
-            weight, factors = self._dense(name, base)
-            u, s, vh = (factor.to(weight.device) for factor in factors)
-            change = (u * (s * (z[self.layout.window(name)].to(weight.device) - 1.0))) @ vh
-            memo[id(self.model.get_submodule(name))] = _plain(base.module, (weight.float() + change).to(weight.dtype))
+        for name, target in self._targets.items():
+            weight, (u, s, vh) = self._dense(target)
+            scale = s * (z[self.layout.window(name)].to(weight.device) - 1.0)
+            merged = (weight.float() + (u * scale) @ vh).to(weight.dtype)
+            memo[id(target.layer)] = _plain(target.module, merged)
         return copy.deepcopy(self.model, memo)
 
     def detach(self) -> nn.Module:
@@ -295,30 +293,30 @@ class SVFModel(nn.Module):
         self._restore()
         return self.model
 
-    def _dense(self, name: str, base: _Base) -> tuple[Tensor, Factors]:
-        layer = self.model.get_submodule(name)
+    def _dense(self, target: _Target) -> tuple[Tensor, Factors]:
+        """The base weight [out, in] and its factors, on the layer's device."""
         if self._cache is None:
-            assert base.weight is not None
-            return base.weight, Factors(*layer.weight.factors())
-        device = layer.weight.u.device
-        return self._cache.load_weight(base.key).to(device), self._cache.load(base.key)
+            assert target.weight is not None
+            return target.weight, Factors(*target.layer.weight.factors())
+        device = target.layer.weight.u.device
+        factors = self._cache.load(target.key)
+        return self._cache.load_weight(target.key).to(device), Factors(*(f.to(device) for f in factors))
 
     def _restore(self) -> None:
         """All dense weights are read before any layer is put back, so a failure leaves the wrapped model whole."""
         weights = {}
-        for name, base in self._base.items():
-            weight = base.weight if self._cache is None else self._cache.load_weight(base.key)
+        for name, target in self._targets.items():
+            weight = target.weight if self._cache is None else self._cache.load_weight(target.key)
             assert weight is not None
-            device = self.model.get_submodule(name).weight.u.device
-            weights[name] = (weight if isinstance(base.module, nn.Linear) else weight.T.contiguous()).to(device)
-        for name, weight in weights.items():
-            module = self._base[name].module
-            module.weight.data = weight
-            self.model.set_submodule(name, module.train(self.model.get_submodule(name).training))
-        self._base = {}
+            stored = weight if isinstance(target.module, nn.Linear) else weight.T.contiguous()
+            weights[name] = stored.to(target.layer.weight.u.device)
+        for name, target in self._targets.items():
+            target.module.weight.data = weights[name]
+            self.model.set_submodule(name, target.module.train(target.layer.training))
+        self._targets = {}
 
     def _check_attached(self) -> None:
-        if not self._base:
+        if not self._targets:
             raise RuntimeError("this SVFModel has been detached from its model; wrap the model again")
 
     def extra_repr(self) -> str:
@@ -329,6 +327,7 @@ def _plain(module: Linear, weight: Tensor) -> nn.Module:
     """A copy of a linear module around a new weight [out, in]."""
     plain = copy.deepcopy(module)
     plain.weight = nn.Parameter(
-        weight if isinstance(module, nn.Linear) else weight.T.contiguous(), requires_grad=module.weight.requires_grad
+        weight if isinstance(module, nn.Linear) else weight.T.contiguous(),
+        requires_grad=module.weight.requires_grad,
     )
     return plain

@@ -47,7 +47,9 @@ def select_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dic
     devices = set()
     for name, layer in chosen.items():
         if layer.weight.is_meta:
-            raise ValueError(f"model: expected weights in memory, got {name}.weight on the meta device; load the model first")
+            raise ValueError(
+                f"model: expected weights in memory, got {name}.weight on the meta device; load the model first"
+            )
         if len(owners[id(layer.weight)]) > 1:
             raise ValueError(
                 f"target_modules: expected weights that no other module shares, got {name}, tied with "

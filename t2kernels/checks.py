@@ -63,4 +63,6 @@ def check_bias(bias: Tensor | None, x: Tensor, out_features: int) -> None:
 
 def check_frozen(name: str, value: Tensor) -> None:
     if value.requires_grad:
-        raise ValueError(f"{name}: expected requires_grad=False (the factors are frozen), got a tensor that requires grad")
+        raise ValueError(
+            f"{name}: expected requires_grad=False (the factors are frozen), got a tensor that requires grad"
+        )

@@ -41,7 +41,7 @@ class SVFLinear(nn.Module):
         return cls(FactoredWeight.pack(*factors, dtype=dtype), linear.bias, num_experts)
 
     def forward(self, x: Tensor, expert_ids: Tensor | None = None) -> Tensor:
-        """x: [B, ..., in]; expert_ids: int64 [B], needed when the layer holds several experts. Returns [B, ..., out]."""
+        """x [B, ..., in] -> [B, ..., out]; expert_ids: int64 [B], needed when the layer holds several experts."""
         x = checks.check_activations(x, self.in_features)
         scales = self.weight.s * self.z.float()
         if self.z.dim() == 1:
@@ -50,7 +50,9 @@ class SVFLinear(nn.Module):
             slots = torch.zeros(1, dtype=torch.int64, device=x.device)
             return self.weight.linear_unchecked(x, scales.unsqueeze(0), slots, self.bias)
         if expert_ids is None:
-            raise ValueError(f"expert_ids: expected int64 [x.shape[0]] (this layer holds {self.z.shape[0]} experts), got None")
+            raise ValueError(
+                f"expert_ids: expected int64 [x.shape[0]] (this layer holds {self.z.shape[0]} experts), got None"
+            )
         checks.check_ids("expert_ids", expert_ids, x, self.z.shape[0])
         return self.weight.linear_unchecked(x, scales, expert_ids, self.bias)
 

@@ -35,12 +35,8 @@ _library.define(
     "factored_linear_backward(Tensor grad_y, Tensor t, Tensor u, Tensor vh, Tensor? component_scale, Tensor scales, "
     "Tensor slots, SymInt in_features, bool need_dx, bool need_dscales) -> (Tensor, Tensor)"
 )
-_library.define(
-    "dense_linear(Tensor x, Tensor weight, Tensor? row_scale, Tensor? bias, SymInt out_features) -> Tensor"
-)
-_library.define(
-    "dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row_scale, SymInt in_features) -> Tensor"
-)
+_library.define("dense_linear(Tensor x, Tensor weight, Tensor? row_scale, Tensor? bias, SymInt out_features) -> Tensor")
+_library.define("dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row_scale, SymInt in_features) -> Tensor")
 
 
 def _register_reference(name: str) -> None:
@@ -123,9 +119,7 @@ def _dense_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(
     "t2kernels::factored_linear", _factored_backward, setup_context=_factored_setup, lib=_library
 )
-torch.library.register_autograd(
-    "t2kernels::dense_linear", _dense_backward, setup_context=_dense_setup, lib=_library
-)
+torch.library.register_autograd("t2kernels::dense_linear", _dense_backward, setup_context=_dense_setup, lib=_library)
 
 factored_linear = torch.ops.t2kernels.factored_linear.default
 factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default

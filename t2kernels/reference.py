@@ -37,7 +37,7 @@ def _float_matrix(factor: Tensor, n: int) -> Tensor:
 
 
 def _row_scales(scales: Tensor, slots: Tensor, rows: int, component_scale: Tensor | None) -> Tensor:
-    if slots.numel() and not (0 <= int(slots.min()) and int(slots.max()) < scales.shape[0]):
+    if slots.numel() and not (int(slots.min()) >= 0 and int(slots.max()) < scales.shape[0]):
         raise RuntimeError(f"slots: expected 0 <= id < {scales.shape[0]}, the rows of scales; got {slots.tolist()}")
     repeats = rows // max(slots.numel(), 1)
     row_scales = scales[slots].repeat_interleave(repeats, dim=0)
@@ -91,9 +91,7 @@ def factored_linear_backward(
     return dx.to(grad_y.dtype).reshape(*grad_y.shape[:-1], in_features), dscales
 
 
-def dense_linear(
-    x: Tensor, weight: Tensor, row_scale: Tensor | None, bias: Tensor | None, out_features: int
-) -> Tensor:
+def dense_linear(x: Tensor, weight: Tensor, row_scale: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
     """Reference of `torch.ops.t2kernels.dense_linear`."""
     y = x.float() @ _float_matrix(weight, out_features).T
     if row_scale is not None:
@@ -103,9 +101,7 @@ def dense_linear(
     return y.to(x.dtype)
 
 
-def dense_linear_backward(
-    grad_y: Tensor, weight: Tensor, row_scale: Tensor | None, in_features: int
-) -> Tensor:
+def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | None, in_features: int) -> Tensor:
     """Reference of `torch.ops.t2kernels.dense_linear_backward`."""
     g = grad_y.float()
     if row_scale is not None:

@@ -88,7 +88,9 @@ class FactoredWeight(_FrozenWeight):
             raise ValueError(f"vh: expected shape [{u.shape[1]}, in] (the rank of u), got {list(vh.shape)}")
         checks.check_shape("s", s, (u.shape[1],), "rank")
         if not s.is_floating_point() or not bool(torch.isfinite(s).all()):
-            raise ValueError(f"s: expected finite float values, got dtype {s.dtype}, finite: {bool(s.isfinite().all())}")
+            raise ValueError(
+                f"s: expected finite float values, got dtype {s.dtype}, finite: {bool(s.isfinite().all())}"
+            )
         for name, value in (("s", s), ("vh", vh)):
             checks.check_device(name, value, u, "u")
         component_scale = None
@@ -97,7 +99,11 @@ class FactoredWeight(_FrozenWeight):
             vh, vh_scale = quantize_int8(vh, dim=0)
             component_scale = u_scale * vh_scale
         return cls(
-            pack_panels(u.to(dtype)), s.float().clone(), pack_panels(vh.to(dtype)), component_scale, u.shape[0]
+            pack_panels(u.to(dtype)),
+            s.float().clone(),
+            pack_panels(vh.to(dtype)),
+            component_scale,
+            u.shape[0],
         )
 
     @property
@@ -139,9 +145,7 @@ class FactoredWeight(_FrozenWeight):
 
     def linear_unchecked(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
         """`linear` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
-        return ops.factored_linear(
-            x, self.u, self.vh, self.component_scale, scales, slots, bias, self.out_features
-        )[0]
+        return ops.factored_linear(x, self.u, self.vh, self.component_scale, scales, slots, bias, self.out_features)[0]
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, rank={self.rank}, out={self.out_features}, dtype={self.dtype}"

@@ -40,7 +40,14 @@ CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(**_COMMON, head_dim=8),
     "phi3": lambda: Phi3Config(**_COMMON),
     "gpt2": lambda: GPT2Config(
-        vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        vocab_size=96,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
 }
 

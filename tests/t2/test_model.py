@@ -122,7 +122,8 @@ def test_storage_formats(tiny_model, cache_dir, dtype):
     ids = prompts(4)
     logits = svf(input_ids=ids, experts=names).logits
     worst = max(
-        (logits[row] - svf.merge(name)(input_ids=ids[row : row + 1]).logits[0]).abs().max() for row, name in enumerate(names)
+        (logits[row] - svf.merge(name)(input_ids=ids[row : row + 1]).logits[0]).abs().max()
+        for row, name in enumerate(names)
     )
     assert worst < {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 1.0, torch.int8: 2.0}[dtype]
     for row in range(4):  # a row's bits do not depend on its neighbours
@@ -179,7 +180,7 @@ def test_experts_come_and_go_while_others_are_in_use(tiny_model, cache_dir):
         for i in range(40):  # grows the table and writes every free slot
             svf.add_expert(f"new{i}", t2.Expert.random(svf.layout, seed=100 + i))
         assert torch.equal(svf(input_ids=ids).logits, expected)
-    with pytest.raises(ValueError, match="experts?: .*e0"):
+    with pytest.raises(ValueError, match=r"expert: .*e0"):
         svf(input_ids=ids, experts=names)
     changed = svf(input_ids=ids, experts=[names[1], "new39"]).logits
     assert not torch.allclose(changed[0], expected[1])
@@ -240,7 +241,7 @@ def test_gradient_reaches_z_and_matches_the_dense_model(tiny_model, cache_dir):
     dense = svf.merge(None)
     total = 0.0
     for name, window in ((n, svf.layout.window(n)) for n in svf.layout.names):
-        factors = cache.load(svf._base[name].key)
+        factors = cache.load(svf._targets[name].key)
         weight = (factors.u * (factors.s * z.detach()[window])) @ factors.vh
         dense.get_submodule(name).weight = nn.Parameter(weight)
     logits = dense(input_ids=ids[:1]).logits
@@ -248,7 +249,7 @@ def test_gradient_reaches_z_and_matches_the_dense_model(tiny_model, cache_dir):
     loss = nn.functional.cross_entropy(torch.cat([logits, base])[:, :-1].reshape(-1, 96), ids[:, 1:].reshape(-1))
     loss.backward()
     for name in svf.layout.names:
-        factors = cache.load(svf._base[name].key)
+        factors = cache.load(svf._targets[name].key)
         dw = dense.get_submodule(name).weight.grad
         expected = factors.s * torch.einsum("or,oi,ri->r", factors.u, dw, factors.vh)
         torch.testing.assert_close(z.grad[svf.layout.window(name)], expected, atol=1e-5, rtol=2e-3)
@@ -376,7 +377,11 @@ class TestBadInput:
         add_random_experts(svf, 1)
         ids = prompts(2)
         for experts, error, text in [
-            (["e0"], ValueError, "experts: expected one entry for each of the 2 requests of the batch, got 1"),
+            (
+                ["e0"],
+                ValueError,
+                "experts: expected one entry for each of the 2 requests of the batch, got 1",
+            ),
             (["e0", "e1"], ValueError, "expected one of .*e0.*, got 'e1'"),
             ([{"e0": 1.0, "zz": 0.5}, None], ValueError, "got 'zz'"),
             ([{"e0": float("nan")}, None], ValueError, "weights: expected finite"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 import t2kernels
 from t2kernels.backends import extension
 

@@ -6,13 +6,17 @@ import sys
 import textwrap
 
 import pytest
+
 import t2kernels
 from t2kernels.backends import extension
 
 
 def python(code, **env):
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **env}, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -25,7 +29,7 @@ def test_backends_tell_what_runs():
 
 def test_build_info():
     info = t2kernels.build_info()
-    assert info["extension"] and "gcc" in info["compiler"] or "clang" in info["compiler"]
+    assert (info["extension"] and "gcc" in info["compiler"]) or "clang" in info["compiler"]
     assert info["chosen"] in info["supported"] and set(info["supported"]) <= set(info["instruction_sets"])
 
 

@@ -65,7 +65,8 @@ def test_gradients_do_not_depend_on_threads(instruction_set, threads):
 
 
 @pytest.mark.skipif(
-    not (extension and extension.supported("avx512")), reason="needs a processor with AVX-512 to compare both sets"
+    not (extension and extension.supported("avx512")),
+    reason="needs a processor with AVX-512 to compare both sets",
 )
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 def test_avx2_and_avx512_agree_to_the_bit(storage):

@@ -102,9 +102,7 @@ def test_svf_linear_backward_through_z(instruction_set, dtype):
     g = torch.randn(12, 33, generator=torch.Generator().manual_seed(7)).to(dtype)
     svf_linear(x, p.u, p.s, p.vh, z, expert_ids=p.ids).backward(g)
     z64, x64 = p.z.double().requires_grad_(), p.x.double().requires_grad_()
-    reference.svf_linear_ref(
-        x64, p.u.double(), p.s.double(), p.vh.double(), z64, expert_ids=p.ids
-    ).backward(g.double())
+    reference.svf_linear_ref(x64, p.u.double(), p.s.double(), p.vh.double(), z64, expert_ids=p.ids).backward(g.double())
     torch.testing.assert_close(z.grad.double(), z64.grad, atol=1e-4, rtol=1e-4)
     close(x.grad, x64.grad)
 
@@ -148,7 +146,13 @@ def test_non_contiguous_and_expanded_inputs(instruction_set):
         return wide[..., ::2]
 
     y = svf_linear(
-        strided(p.x), p.u.T.contiguous().T, strided(p.s), strided(p.vh), strided(p.z), p.bias, expert_ids=strided(p.ids)
+        strided(p.x),
+        p.u.T.contiguous().T,
+        strided(p.s),
+        strided(p.vh),
+        strided(p.z),
+        p.bias,
+        expert_ids=strided(p.ids),
     )
     assert torch.equal(y, expected)
     w = FactoredWeight.pack(strided(p.u), p.s, p.vh.T.contiguous().T)
@@ -179,7 +183,9 @@ def test_nan_and_infinity_stay_in_their_row(instruction_set):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_results_round_as_torch_does(instruction_set, dtype):
-    special = torch.tensor([0.0, -0.0, 1e-8, 6e-8, 3.1e-5, 6.1e-5, 65504, 65519, 65520, 1e6, float("inf"), float("nan")])
+    special = torch.tensor(
+        [0.0, -0.0, 1e-8, 6e-8, 3.1e-5, 6.1e-5, 65504, 65519, 65520, 1e6, float("inf"), float("nan")]
+    )
     random = torch.randn(500) * torch.logspace(-9, 5, 500)
     values = torch.cat([special, -special, random]).to(dtype)
     identity = DenseWeight.pack(torch.ones(1, 1))

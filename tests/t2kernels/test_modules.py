@@ -70,7 +70,11 @@ class TestBadInput:
         meta = torch.empty(6, 30, device="meta")
         for change, error, text in [
             ({"x": p.x[:, :29]}, ValueError, r"x: expected last dimension 30 .*got shape \[6, 29\]"),
-            ({"x": p.x.double()}, TypeError, r"x: expected dtype float32 or bfloat16 or float16, got float64"),
+            (
+                {"x": p.x.double()},
+                TypeError,
+                r"x: expected dtype float32 or bfloat16 or float16, got float64",
+            ),
             ({"x": [1.0]}, TypeError, "x: expected a tensor.*got list"),
             ({"x": torch.tensor(1.0)}, ValueError, "x: expected last dimension"),
             ({"x": meta}, ValueError, "u: expected device meta .*got cpu"),

@@ -1,0 +1,328 @@
+"""One batch, a different expert for every request: served, checked against merged models, timed beside the peers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+import t2kernels
+from t2 import peers
+from t2.experts import Expert
+from t2.loading import load
+from t2.model import SVFConfig, SVFModel
+from t2.svd import FactorCache
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Add 17 and 25.",
+    "Write a haiku about rain.",
+    "What is 9 times 8?",
+    "Name three primary colours.",
+    "Spell the word 'necessary' backwards.",
+    "Who wrote Hamlet?",
+    "How many legs does a spider have?",
+    "Write a Python function that doubles a number.",
+    "What is the boiling point of water?",
+    "Give me a synonym for 'happy'.",
+    "Translate 'good morning' into French.",
+    "What do bees make?",
+    "Is 91 a prime number?",
+    "Name the largest planet.",
+    "What is the opposite of 'ancient'?",
+    "Count from one to five.",
+    "Why is the sky blue?",
+    "What is the square root of 144?",
+    "Suggest a name for a cat.",
+    "Which ocean is the deepest?",
+    "What does CPU stand for?",
+    "Write one sentence about the moon.",
+    "How many days are in a leap year?",
+    "What is the past tense of 'go'?",
+    "Name a fruit that is yellow.",
+    "What is 100 minus 37?",
+    "Who painted the Mona Lisa?",
+    "What is the chemical symbol of gold?",
+    "Give one tip for better sleep.",
+    "How do you boil an egg?",
+    "What is the plural of 'mouse'?",
+)
+
+
+@dataclass
+class PathResult:
+    """One way of serving, timed over whole `generate` calls."""
+
+    name: str
+    experts: int  # in a batch
+    requests: int
+    new_tokens: int  # per request
+    seconds: float
+    seconds_first_token: float | None = None  # of a call that stops after one token: the prompts' share
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over the whole time, prompts included."""
+        return self.requests * self.new_tokens / self.seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """New tokens after the first, over the time they took."""
+        if self.seconds_first_token is None:
+            return None
+        return self.requests * (self.new_tokens - 1) / (self.seconds - self.seconds_first_token)
+
+
+def chat_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
+    """The questions as one left-padded batch of chat prompts, ready for `generate`."""
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        for question in questions
+    ]
+    return dict(tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False))
+
+
+def _timed(run: Callable[[int], Any], new_tokens: int) -> float:
+    start = time.perf_counter()
+    run(new_tokens)
+    return time.perf_counter() - start
+
+
+def run_demo(
+    model_name: str = "smollm2-135m-instruct",
+    *,
+    dtype: torch.dtype = torch.float32,
+    requests: int = 32,
+    new_tokens: int = 16,
+    checked_tokens: int = 32,
+    std: float = 0.1,
+    results: Path | None = None,
+    console: Console | None = None,
+) -> bool:
+    """Runs the demo and returns whether every row of the mixed batch equals its merged model.
+
+    Args:
+        model_name: what `t2.load` takes.
+        dtype: storage of the factors.
+        requests: rows of the batch, each with an expert of its own, 1 to 32.
+        new_tokens: tokens generated per request where speed is measured.
+        checked_tokens: tokens compared with the merged models.
+        std: the experts are z = 1 + std * N(0, 1), seeds 0, 1, 2, ...
+        results: file for the figures as JSON.
+    """
+    if not 1 <= requests <= len(QUESTIONS):
+        raise ValueError(f"requests: expected 1 to {len(QUESTIONS)}, got {requests}")
+    if new_tokens < 2:
+        raise ValueError(f"new_tokens: expected at least 2, got {new_tokens}")
+    out = console or Console()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # transformers, by way of PEFT
+    out.print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; "
+        f"t2kernels on the CPU: {t2kernels.backends()['cpu']}"
+    )
+
+    start = time.perf_counter()
+    model, tokenizer = load(model_name)
+    out.print(f"{model_name}: {model.num_parameters():,} parameters, loaded in {time.perf_counter() - start:.1f} s")
+    dense: Any = copy.deepcopy(model)
+    start = time.perf_counter()
+    svf = SVFModel(model, SVFConfig(dtype=dtype))
+    layout = svf.layout
+    cache = FactorCache()
+    worst = max(cache.error(target.key) for target in svf._targets.values())
+    out.print(
+        f"{len(layout.names)} matrices decomposed, or read from {cache.directory}, "
+        f"in {time.perf_counter() - start:.1f} s; "
+        f"largest relative error {worst:.1e}; an expert is {layout.R:,} numbers"
+    )
+
+    names = [f"expert{i:02}" for i in range(requests)]
+    for seed, name in enumerate(names):
+        svf.add_expert(name, Expert.random(layout, std=std, seed=seed))
+    out.print(
+        f"No trained experts ship yet: these {requests} are drawn around 1 (std {std}, seeds 0 to {requests - 1}).\n"
+    )
+    questions = list(QUESTIONS[:requests])
+    batch = chat_batch(tokenizer, questions)
+
+    def options(tokens: int) -> dict[str, Any]:
+        return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+
+    with out.status(f"generating {checked_tokens} tokens for {requests} requests with {requests} experts"):
+        generated = svf.generate(
+            **batch,
+            experts=names,
+            **options(checked_tokens),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    _show_answers(out, tokenizer, questions, names, generated.sequences[:, batch["input_ids"].shape[1] :])
+
+    measured: list[PathResult] = []
+
+    def measure(name: str, experts: int, generate: Callable[..., Any]) -> None:
+        with out.status(f"timing: {name}"):
+
+            def run(tokens: int) -> Any:
+                return generate(**batch, **options(tokens))
+
+            run(2)
+            first, whole = _timed(run, 1), _timed(run, new_tokens)
+        measured.append(PathResult(name, experts, requests, new_tokens, whole, first))
+
+    measure("ours", requests, lambda **kw: svf.generate(experts=names, **kw))
+    measure("dense transformers, no experts", 0, dense.generate)
+    factors = {name: cache.load(target.key) for name, target in svf._targets.items()}
+    z = svf.bank.matrix
+    checks, rebuilt = _check_rows(out, dense, svf, factors, batch, generated, z)
+    measured.append(rebuilt)
+    peers.use_torch_factored(dense, factors, layout, z)
+    measure("plain torch factored", requests, dense.generate)
+    del dense, factors
+    gc.collect()
+    lora, adapters = peers.with_lora(
+        load(model_name)[0], sorted({n.rpartition(".")[2] for n in layout.names}), requests
+    )
+    measure("PEFT LoRA r=16, mixed batch", requests, lambda **kw: lora.generate(adapter_names=adapters, **kw))
+
+    same = _show_checks(out, checks, checked_tokens)
+    _show_speed(out, measured)
+    if results is not None:
+        figures = {
+            "model": model_name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
+            "kernels": t2kernels.build_info(),
+            "torch": torch.__version__,
+            "rows_equal_to_merged_model": sum(c.equal for c in checks),
+            "largest_logit_difference": max(c.logit_difference for c in checks),
+            "paths": [
+                asdict(m)
+                | {"tokens_per_second": m.tokens_per_second, "decode_tokens_per_second": m.decode_tokens_per_second}
+                for m in measured
+            ],
+        }
+        results.write_text(json.dumps(figures, indent=1) + "\n")
+    return same
+
+
+@dataclass
+class RowCheck:
+    """One request against its expert merged into a plain model."""
+
+    expert: str
+    equal: bool  # all tokens
+    logit_difference: float  # largest, over tokens before any difference
+    ties: list[tuple[int, float]]  # where tokens differ first: position and gap of the two leading logits
+
+    @property
+    def passed(self) -> bool:
+        """Tokens may differ only where the two leading logits are closer than the logits' own error."""
+        return self.equal or all(gap <= 2 * self.logit_difference for _, gap in self.ties)
+
+
+def compare_row(merged_logits: Tensor, logits: Tensor, tokens: Tensor, eos: int | None, expert: str) -> RowCheck:
+    """merged_logits, logits: [tokens, vocabulary] at the positions that chose `tokens` [tokens] greedily."""
+    merged_logits = merged_logits.clone()
+    if eos is not None:
+        merged_logits[:, eos] = -torch.inf  # generation of a fixed length leaves it out
+    differs = (merged_logits.argmax(-1) != tokens).nonzero().flatten().tolist()
+    until = differs[0] + 1 if differs else len(tokens)
+    finite = torch.isfinite(merged_logits[:until])
+    difference = float((merged_logits[:until] - logits[:until])[finite].abs().max())
+    ties = []
+    if differs:
+        first, second = merged_logits[differs[0]].topk(2).values.tolist()
+        ties.append((differs[0], first - second))
+    return RowCheck(expert, not differs, difference, ties)
+
+
+def _check_rows(
+    out: Console, dense: Any, svf: SVFModel, factors: Any, batch: dict[str, Tensor], generated: Any, z: Tensor
+) -> tuple[list[RowCheck], PathResult]:
+    """Every row against W' rebuilt for its expert; the first four of these switches also generate, timed."""
+    checks, timed, tokens, seconds = [], 4, 16, 0.0
+    eos = dense.generation_config.eos_token_id
+    width = batch["input_ids"].shape[1]
+    with out.status("checking each row against its merged model"):
+        for row, name in enumerate(svf.bank.names):
+            prompt = batch["input_ids"][row : row + 1, width - int(batch["attention_mask"][row].sum()) :]
+            start = time.perf_counter()
+            peers.rebuild(dense, factors, svf.layout, z[row])
+            if row < timed:
+                dense.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=tokens,
+                    min_new_tokens=tokens,
+                    do_sample=False,
+                )
+                seconds += time.perf_counter() - start
+            answer = generated.sequences[row, width:]
+            with torch.no_grad():
+                merged = dense(input_ids=torch.cat([prompt[0], answer])[None, :-1]).logits[0, prompt.shape[1] - 1 :]
+            own = torch.stack([step[row] for step in generated.logits])
+            checks.append(compare_row(merged, own, answer, eos, name))
+    rebuilt = PathResult("W' rebuilt per expert, one at a time", 1, min(timed, len(checks)), tokens, seconds)
+    return checks, rebuilt
+
+
+def _show_answers(out: Console, tokenizer: Any, questions: list[str], names: list[str], answers: Tensor) -> None:
+    table = Table("request", "expert", "answer", title="One batch, an expert for every request (4 of them)")
+    for row in range(min(4, len(questions))):
+        text = tokenizer.decode(answers[row], skip_special_tokens=True).replace("\n", " ")
+        table.add_row(questions[row], names[row], text[:70])
+    out.print(table)
+
+
+def _show_checks(out: Console, checks: list[RowCheck], tokens: int) -> bool:
+    passed = sum(check.passed for check in checks)
+    out.print(
+        f"\nMixed batch against merged models: {sum(c.equal for c in checks)} of {len(checks)} rows give the same "
+        f"{tokens} greedy tokens; largest logit difference {max(c.logit_difference for c in checks):.1e}"
+    )
+    for check in checks:
+        for position, gap in check.ties:
+            verdict = "a tie within that difference" if check.passed else "MORE than numerical error"
+            out.print(f"  {check.expert}: differs at token {position}, leading logits {gap:.1e} apart: {verdict}")
+    return passed == len(checks)
+
+
+def _show_speed(out: Console, measured: list[PathResult]) -> None:
+    """The first result is ours."""
+    ours = measured[0]
+    table = Table(title=f"Generating {ours.new_tokens} tokens for {ours.requests} requests")
+    table.add_column("path")
+    for column in ("experts in a batch", "tokens/s", "ours is", "after the first token", "ours is"):
+        table.add_column(column, justify="right")
+    for result in sorted(measured, key=lambda m: -m.tokens_per_second):
+        cells = [f"{result.tokens_per_second:.1f}", f"{ours.tokens_per_second / result.tokens_per_second:.2f}x"]
+        decode, our_decode = result.decode_tokens_per_second, ours.decode_tokens_per_second
+        cells += [f"{decode:.1f}", f"{our_decode / decode:.2f}x"] if decode and our_decode else ["", ""]
+        table.add_row(result.name, str(result.experts), *cells)
+    out.print(table)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

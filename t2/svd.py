@@ -1,0 +1,256 @@
+"""W = U diag(s) Vh, once per matrix: the decomposition, its cache, and the loop over a whole model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from t2.storage import (
+    FileFormatError,
+    cache_root,
+    open_safetensors,
+    raw_bytes,
+    read_header,
+    write_safetensors,
+)
+from t2kernels.decomposition import ALGORITHM, Factors, check_weight, decompose
+
+FORMAT, FORMAT_VERSION = "t2-factors", "1"
+MAX_ERROR = 1e-5  # reconstruction error above which stored factors are not a decomposition of their weight
+STALE_SECONDS = 3600  # temporary files of killed processes are swept after this
+
+
+def reconstruction_error(weight: Tensor, factors: Factors) -> float:
+    """Relative Frobenius error ||W - U diag(s) Vh|| / ||W||, computed in float32; 0 / 0 counts as 0.
+
+    Raises:
+        TypeError, ValueError: `weight` is not a 2-D float tensor, or `factors` do not have its shapes.
+    """
+    check_weight(weight)
+    (out_features, in_features), rank = weight.shape, min(weight.shape)
+    shapes = tuple(tuple(t.shape) for t in factors)
+    if shapes != ((out_features, rank), (rank,), (rank, in_features)):
+        raise ValueError(
+            f"factors have shapes {shapes}, expected (({out_features}, {rank}), ({rank},), ({rank}, {in_features}))"
+        )
+    w = weight.detach().float()
+    scale = float(w.abs().max()) or 1.0  # keeps the squares in the norms inside float32's range
+    difference = float(torch.addmm(w, factors.u * factors.s, factors.vh, alpha=-1).div_(scale).norm())
+    norm = float((w / scale).norm())
+    return difference / norm if norm else difference
+
+
+def weight_key(weight: Tensor) -> str:
+    """Name of a weight by its content: 64 hex digits over dtype, shape, values and the algorithm's version.
+
+    Strides, device, names and paths play no part.
+
+    Raises:
+        TypeError, ValueError: `weight` is not a 2-D float tensor with data.
+    """
+    check_weight(weight)
+    head = f"{FORMAT}-{FORMAT_VERSION}|{ALGORITHM}|{weight.dtype}|{tuple(weight.shape)}|"
+    digest = hashlib.sha256(head.encode())
+    digest.update(raw_bytes(weight))
+    return digest.hexdigest()
+
+
+class FactorCache:
+    """Decomposed weights on disk, one `<weight_key>.safetensors` each; safe to share between processes.
+
+    A file holds the original `weight` in its own dtype beside `u`, `s` and `vh`, so that the base model can
+    be given back bit for bit while the dense weights are not in memory. Files appear whole or not at all.
+
+    `directory` defaults to `cache_root() / "factors"`; it is created by the first write.
+    """
+
+    def __init__(self, directory: Path | str | None = None) -> None:
+        self.directory = cache_root() / "factors" if directory is None else Path(directory)
+
+    def __repr__(self) -> str:
+        return f"FactorCache({str(self.directory)!r})"
+
+    def path(self, key: str) -> Path:
+        """The file of `key`. Raises ValueError for a string that is not a `weight_key`."""
+        if not (isinstance(key, str) and re.fullmatch("[0-9a-f]{64}", key)):
+            raise ValueError(f"key is {key!r}, expected the 64 hex digits of t2.svd.weight_key")
+        return self.directory / f"{key}.safetensors"
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a whole file of this version is there, by its header and size: truncated is absent."""
+        try:
+            self._metadata(key)
+        except (FileNotFoundError, FileFormatError):
+            return False
+        return True
+
+    def load(self, key: str) -> Factors:
+        """The factors of `key`. Raises FileNotFoundError or FileFormatError."""
+        self._metadata(key)
+        with open_safetensors(self.path(key), "factors") as file:
+            return Factors(*(file.get_tensor(name) for name in Factors._fields))
+
+    def load_weight(self, key: str) -> Tensor:
+        """The original weight, checked against `key`. Raises FileNotFoundError or FileFormatError."""
+        self._metadata(key)
+        with open_safetensors(self.path(key), "factors") as file:
+            weight: Tensor = file.get_tensor("weight")
+        if weight_key(weight) != key:
+            raise FileFormatError(f"factors {self.path(key)}: the stored weight is not the one of this key; {REDO}")
+        return weight
+
+    def error(self, key: str) -> float:
+        """The reconstruction error when `key` was saved. Raises FileNotFoundError or FileFormatError."""
+        return float(self._metadata(key)["reconstruction_error"])
+
+    def save(self, key: str, weight: Tensor, factors: Factors, error: float) -> None:
+        """Write one weight and its factors atomically.
+
+        Raises:
+            ValueError: `key` is not a weight key.
+            OSError: the file cannot be written; the message names it and the cause.
+        """
+        metadata = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "algorithm": ALGORITHM,
+            "reconstruction_error": repr(float(error)),
+        }
+        write_safetensors(self.path(key), {"weight": weight, **factors._asdict()}, metadata)
+
+    def verify(self, key: str) -> None:
+        """Re-check a file fully: the weight against `key`, shapes, and that the factors still reconstruct it.
+
+        Raises:
+            FileNotFoundError: nothing is stored under `key`.
+            FileFormatError: the file is damaged; the message says how.
+        """
+        weight, factors, stored = self.load_weight(key), self.load(key), self.error(key)
+        try:
+            error = reconstruction_error(weight, factors)
+        except ValueError as problem:
+            raise FileFormatError(f"factors {self.path(key)}: {problem}; {REDO}") from problem
+        if not error <= max(MAX_ERROR, 2 * stored):
+            raise FileFormatError(
+                f"factors {self.path(key)}: reconstruction error {error:.1e}, was {stored:.1e} when saved; {REDO}"
+            )
+
+    def check_writable(self) -> None:
+        """Raise an OSError that names the folder if it cannot be written; meant for before long work."""
+        probe = self.directory / f".probe-{id(self):x}-{time.monotonic_ns():x}.tmp"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"cache folder {self.directory} is not writable: {error.strerror or error}") from error
+
+    def _metadata(self, key: str) -> dict[str, str]:
+        path = self.path(key)
+        shapes, metadata = read_header(path, "factors")
+        found = metadata.get("format"), metadata.get("version")
+        if found != (FORMAT, FORMAT_VERSION) or set(shapes) != {"weight", *Factors._fields}:
+            raise FileFormatError(f"factors {path}: format {found}, expected {(FORMAT, FORMAT_VERSION)}; {REDO}")
+        return metadata
+
+
+REDO = "delete the file to have it computed again"
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """One weight: its cache key, rank, reconstruction error, seconds of work, and whether it was cached."""
+
+    key: str
+    rank: int
+    error: float
+    seconds: float
+    cached: bool
+
+
+def decompose_weights(
+    weights: Mapping[str, Tensor | Callable[[], Tensor]],
+    cache: FactorCache,
+    *,
+    progress: bool = True,
+    workers: int | None = None,
+) -> dict[str, Decomposed]:
+    """Bring every weight into `cache`: hash it, and if it is not there decompose it and save it at once.
+
+    Weights are tensors [out, in] or functions that return one, called when its turn comes. Since each
+    finished matrix is a whole file, an interrupted run goes on where it stopped, and several processes may
+    run at once.
+
+    `workers` matrices are worked on side by side, each with its share of torch's threads (default: one worker
+    per thread, at most 4). The 210 matrices of SmolLM2-135M on 2 shared cores: 8 to 17 s (median 9) with two
+    workers of one thread, 13 to 18 s (median 16) with one of two.
+    Memory beyond `weights` is a few float64 copies of one matrix per worker.
+
+    Returns one `Decomposed` per weight, in the order of `weights`.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, `workers` less than 1, or a weight that cannot
+            be decomposed (the message names it).
+        OSError: the cache folder is not writable (found before any work), or a file cannot be written.
+    """
+    if not isinstance(weights, Mapping) or not isinstance(cache, FactorCache):
+        raise TypeError(
+            f"weights is {type(weights).__name__} and cache {type(cache).__name__}, expected a mapping of "
+            "names to tensors (or functions that return one) and a FactorCache"
+        )
+    threads = torch.get_num_threads()
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers is {workers!r}, expected None or an integer of at least 1")
+    count = min(workers or min(threads, 4), max(1, len(weights)))
+    cache.check_writable()
+    _sweep(cache.directory)
+
+    def work(name: str) -> Decomposed:
+        start, source = time.perf_counter(), weights[name]
+        try:
+            weight = source if isinstance(source, Tensor) else source()
+            key = weight_key(weight)
+            if cached := key in cache:
+                error = cache.error(key)
+            else:
+                factors = decompose(weight)
+                error = reconstruction_error(weight, factors)
+                cache.save(key, weight, factors, error)
+        except (TypeError, ValueError) as problem:
+            kind = TypeError if isinstance(problem, TypeError) else ValueError
+            raise kind(f"weights[{name!r}]: {problem}") from problem
+        return Decomposed(key, min(weight.shape), error, time.perf_counter() - start, cached)
+
+    done: dict[str, Decomposed] = {}
+    pool = ThreadPoolExecutor(count, "decompose", torch.set_num_threads, (max(1, threads // count),))
+    try:
+        futures = {pool.submit(work, name): name for name in weights}
+        with tqdm(total=len(weights), desc="decompose", unit="matrix", disable=not progress) as bar:
+            for future in as_completed(futures):
+                name = futures[future]
+                done[name] = future.result()
+                bar.set_postfix_str(f"{name} error {done[name].error:.0e}", refresh=False)
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # a worker's call also sets the default of threads started later
+    return {name: done[name] for name in weights}
+
+
+def _sweep(directory: Path) -> None:
+    """Remove temporary files that killed processes left behind."""
+    for path in directory.glob(".*.tmp"):
+        try:
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+        except OSError:
+            continue  # finished or swept by another process
