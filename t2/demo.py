@@ -97,12 +97,6 @@ def chat_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
     return dict(tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False))
 
 
-def _timed(run: Callable[[int], Any], new_tokens: int) -> float:
-    start = time.perf_counter()
-    run(new_tokens)
-    return time.perf_counter() - start
-
-
 def run_demo(
     model_name: str = "smollm2-135m-instruct",
     *,
@@ -178,29 +172,35 @@ def run_demo(
     measured: list[PathResult] = []
 
     def measure(name: str, experts: int, generate: Callable[..., Any]) -> None:
+        """`generate(rows, **options)` serves the first so many requests."""
+
+        def timed(rows: int, tokens: int) -> float:
+            start = time.perf_counter()
+            generate(rows, **{name: tensor[:rows] for name, tensor in batch.items()}, **options(tokens))
+            return time.perf_counter() - start
+
         with out.status(f"timing: {name}"):
-
-            def run(tokens: int) -> Any:
-                return generate(**batch, **options(tokens))
-
-            run(2)
-            first, whole = _timed(run, 1), _timed(run, new_tokens)
+            timed(1, 1)
+            first, whole = timed(requests, 1), timed(requests, new_tokens)
         measured.append(PathResult(name, experts, requests, new_tokens, whole, first))
 
-    measure("ours", requests, lambda **kw: svf.generate(experts=names, **kw))
-    measure("dense transformers, no experts", 0, dense.generate)
+    measure("ours", requests, lambda rows, **kw: svf.generate(experts=names[:rows], **kw))
+    measure("dense transformers, no experts", 0, lambda rows, **kw: dense.generate(**kw))
     factors = {name: cache.load(target.key) for name, target in svf._targets.items()}
     z = svf.bank.matrix
     checks, rebuilt = _check_rows(out, dense, svf, factors, batch, generated, z)
     measured.append(rebuilt)
     peers.use_torch_factored(dense, factors, layout, z)
-    measure("plain torch factored", requests, dense.generate)
-    del dense, factors
+    measure("plain torch factored", requests, lambda rows, **kw: dense.generate(**kw))
+    dense = None
+    factors.clear()
     gc.collect()
     lora, adapters = peers.with_lora(
         load(model_name)[0], sorted({n.rpartition(".")[2] for n in layout.names}), requests
     )
-    measure("PEFT LoRA r=16, mixed batch", requests, lambda **kw: lora.generate(adapter_names=adapters, **kw))
+    measure(
+        "PEFT LoRA r=16, mixed batch", requests, lambda rows, **kw: lora.generate(adapter_names=adapters[:rows], **kw)
+    )
 
     same = _show_checks(out, checks, checked_tokens)
     _show_speed(out, measured)

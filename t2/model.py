@@ -19,6 +19,7 @@ from t2.routing import Route, Router, SlotTable
 from t2.svd import FactorCache, decompose_weights, weight_key
 from t2.targets import Linear, select_targets, weight_matrix
 from t2kernels import FactoredWeight, Factors, decompose
+from t2kernels.packing import STORAGE_DTYPES
 
 ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
 """What one request uses: a name, a mix of names with weights, an expert, a vector z [R], or None for the base."""
@@ -85,6 +86,8 @@ class SVFModel(nn.Module):
         config = config or SVFConfig()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if config.dtype not in (None, *STORAGE_DTYPES):
+            raise TypeError(f"dtype: expected None, float32, bfloat16, float16 or int8, got {config.dtype}")
         if any(isinstance(module, RoutedLinear) for module in model.modules()):
             raise ValueError("model: expected a plain model, got one that is wrapped already; detach() it first")
         targets = select_targets(model, config.target_modules)
@@ -103,6 +106,7 @@ class SVFModel(nn.Module):
             base_model=str(getattr(model, "name_or_path", "") or type(model).__name__),
         )
         device = next(iter(weights.values())).device
+        del weights  # views that would keep every dense weight alive while the factors are loaded
         self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device))
         self.router = Router(self._table)
         self.bank = ExpertBank(self.layout)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from t2.layout import Layout
+from t2.targets import Linear, weight_matrix
 from t2kernels import Factors
 
 
 class TorchFactoredLinear(nn.Module):
-    """((x Vh^T) * scale[row]) U^T in torch operators; `scales` [B, r] is set for each batch."""
+    """((x Vh^T) * scale[row]) U^T in torch operators; row b uses `scales[b]`, which is set per batch."""
 
     def __init__(self, factors: Factors, bias: Tensor | None) -> None:
         super().__init__()
@@ -23,15 +24,14 @@ class TorchFactoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         u, _, vh = self.factors
-        y = ((x @ vh.T) * self.scales.view(x.shape[0], *[1] * (x.dim() - 2), -1)) @ u.T
+        y = ((x @ vh.T) * self.scales[: x.shape[0]].view(x.shape[0], *[1] * (x.dim() - 2), -1)) @ u.T
         return y if self.bias is None else y + self.bias
 
 
 def use_torch_factored(model: nn.Module, factors: Mapping[str, Factors], layout: Layout, z: Tensor) -> None:
     """Replaces the layers named in `factors`; row b of every batch runs with z[b] (z: [B, R])."""
     for name, factor in factors.items():
-        bias: Any = model.get_submodule(name).bias
-        layer = TorchFactoredLinear(factor, bias)
+        layer = TorchFactoredLinear(factor, cast(Linear, model.get_submodule(name)).bias)
         layer.scales = factor.s * z[:, layout.window(name)]
         model.set_submodule(name, layer)
 
@@ -40,8 +40,7 @@ def use_torch_factored(model: nn.Module, factors: Mapping[str, Factors], layout:
 def rebuild(model: nn.Module, factors: Mapping[str, Factors], layout: Layout, z: Tensor) -> None:
     """Overwrites every target weight with W' = U diag(s z) Vh, as the published code does at each switch."""
     for name, (u, s, vh) in factors.items():
-        weight: Any = model.get_submodule(name).weight
-        torch.matmul(u * (s * z[layout.window(name)]), vh, out=weight)
+        torch.matmul(u * (s * z[layout.window(name)]), vh, out=weight_matrix(cast(Linear, model.get_submodule(name))))
 
 
 def with_lora(model: nn.Module, target_modules: Sequence[str], adapters: int, rank: int = 16) -> tuple[Any, list[str]]:

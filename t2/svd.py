@@ -26,6 +26,7 @@ from t2kernels.decomposition import ALGORITHM, Factors, check_weight, decompose
 
 FORMAT, FORMAT_VERSION = "t2-factors", "1"
 MAX_ERROR = 1e-5  # reconstruction error above which stored factors are not a decomposition of their weight
+LARGE = 1 << 22  # entries of a matrix that all threads work on together
 STALE_SECONDS = 3600  # temporary files of killed processes are swept after this
 
 
@@ -190,10 +191,11 @@ def decompose_weights(
     finished matrix is a whole file, an interrupted run goes on where it stopped, and several processes may
     run at once.
 
-    `workers` matrices are worked on side by side, each with its share of torch's threads (default: one worker
-    per thread, at most 4). The 210 matrices of SmolLM2-135M on 2 shared cores: 8 to 17 s (median 9) with two
-    workers of one thread, 13 to 18 s (median 16) with one of two.
-    Memory beyond `weights` is a few float64 copies of one matrix per worker.
+    `workers` matrices are worked on side by side, each with its share of torch's threads. Default: one worker per
+    thread, at most 4; a single one with all threads where a weight has over 4 million entries, since LAPACK uses its
+    threads well there and only one matrix is in memory. The 210 matrices of SmolLM2-135M on 2 shared cores: 8 to 17 s
+    (median 9) with two workers of one thread, 13 to 18 s (median 16) with one of two.
+    Memory beyond `weights` is what `decompose` holds for one matrix, per worker.
 
     Returns one `Decomposed` per weight, in the order of `weights`.
 
@@ -210,7 +212,8 @@ def decompose_weights(
     threads = torch.get_num_threads()
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers is {workers!r}, expected None or an integer of at least 1")
-    count = min(workers or min(threads, 4), max(1, len(weights)))
+    large = any(isinstance(weight, Tensor) and weight.numel() > LARGE for weight in weights.values())
+    count = min(workers or (1 if large else min(threads, 4)), max(1, len(weights)))
     cache.check_writable()
     _sweep(cache.directory)
 

@@ -20,7 +20,7 @@ def test_layout(layout):
     with pytest.raises(ValueError, match=r"name: expected a decomposed matrix, got 'c'"):
         layout.window("c")
     for names, ranks in [((), ()), (("a",), (1, 2)), (("a", "a"), (1, 2)), (("a",), (0,))]:
-        with pytest.raises(ValueError, match="ranks?: |names: "):
+        with pytest.raises(ValueError, match=r"ranks?: |names: "):
             Layout(names, ranks, "f")
 
 

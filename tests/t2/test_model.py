@@ -406,3 +406,45 @@ class TestBadInput:
             svf.remove_expert("e7")
         with pytest.raises(TypeError, match=r"expert: expected a t2.Expert, got Tensor"):
             svf.add_expert("t", torch.ones(svf.layout.R))
+
+    def test_cache_folder_that_cannot_be_written(self, tiny_model, tmp_path):
+        (tmp_path / "file").write_text("")
+        model = tiny_model()
+        before = state(model)
+        with pytest.raises(OSError, match="file"):
+            wrap(model, tmp_path / "file" / "factors")
+        assert_same_state(model, before)
+
+    def test_a_cache_that_was_damaged_is_noticed_before_anything_is_put_back(self, tiny_model, cache_dir):
+        svf = wrap(tiny_model(), cache_dir)
+        ids = prompts(2)
+        expected = svf(input_ids=ids).logits
+        last = cache_dir / f"{list(svf._targets.values())[-1].key}.safetensors"
+        whole = last.read_bytes()
+        last.write_bytes(whole[:-8])
+        for call in (svf.detach, lambda: svf.merge(None)):
+            with pytest.raises(t2.FileFormatError, match=last.name):
+                call()
+        assert torch.equal(svf(input_ids=ids).logits, expected)
+        last.write_bytes(whole)
+        svf.detach()
+
+
+def test_autocast_and_inference_mode(tiny_model, cache_dir):
+    svf = wrap(tiny_model(), cache_dir)
+    names = add_random_experts(svf, 2)
+    with torch.inference_mode():
+        exact = svf(input_ids=prompts(2), experts=names).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = svf(input_ids=prompts(2), experts=names).logits
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_wrapped_model_can_be_cast(tiny_model, cache_dir):
+    svf = wrap(tiny_model(), cache_dir, dtype=torch.int8)
+    names = add_random_experts(svf, 2)
+    svf.to(torch.bfloat16)
+    assert svf._table.table.dtype == torch.float32
+    logits = svf(input_ids=prompts(2), experts=names).logits
+    assert logits.dtype == torch.bfloat16 and bool(torch.isfinite(logits).all())

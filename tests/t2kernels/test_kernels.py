@@ -195,7 +195,7 @@ def test_results_round_as_torch_does(instruction_set, dtype):
     assert torch.equal(scaled.linear(values[:, None])[:, 0].nan_to_num(7), exact.to(dtype).nan_to_num(7))
 
 
-def test_operators_check_their_arguments():
+def test_operators_check_their_arguments(instruction_set):
     p = problem((20, 18, 30), 6)
     w = FactoredWeight.pack(p.u, p.s, p.vh)
     run = ops.factored_linear
