@@ -185,13 +185,13 @@ def run_demo(
         measured.append(PathResult(name, experts, requests, new_tokens, whole, first))
 
     measure("ours", requests, lambda rows, **kw: svf.generate(experts=names[:rows], **kw))
-    measure("dense transformers, no experts", 0, lambda rows, **kw: dense.generate(**kw))
+    measure("dense, no experts", 0, lambda rows, **kw: dense.generate(**kw))
     factors = {name: cache.load(target.key) for name, target in svf._targets.items()}
     z = svf.bank.matrix
     checks, rebuilt = _check_rows(out, dense, svf, factors, batch, generated, z)
     measured.append(rebuilt)
     peers.use_torch_factored(dense, factors, layout, z)
-    measure("plain torch factored", requests, lambda rows, **kw: dense.generate(**kw))
+    measure("torch factored", requests, lambda rows, **kw: dense.generate(**kw))
     dense = None
     factors.clear()
     gc.collect()
@@ -199,7 +199,7 @@ def run_demo(
         load(model_name)[0], sorted({n.rpartition(".")[2] for n in layout.names}), requests
     )
     measure(
-        "PEFT LoRA r=16, mixed batch", requests, lambda rows, **kw: lora.generate(adapter_names=adapters[:rows], **kw)
+        "PEFT LoRA r=16, mixed", requests, lambda rows, **kw: lora.generate(adapter_names=adapters[:rows], **kw)
     )
 
     same = _show_checks(out, checks, checked_tokens)
@@ -280,7 +280,7 @@ def _check_rows(
                 merged = dense(input_ids=torch.cat([prompt[0], answer])[None, :-1]).logits[0, prompt.shape[1] - 1 :]
             own = torch.stack([step[row] for step in generated.logits])
             checks.append(compare_row(merged, own, answer, eos, name))
-    rebuilt = PathResult("W' rebuilt per expert, one at a time", 1, min(timed, len(checks)), tokens, seconds)
+    rebuilt = PathResult("W' rebuilt per expert", 1, min(timed, len(checks)), tokens, seconds)
     return checks, rebuilt
 
 
@@ -308,9 +308,12 @@ def _show_checks(out: Console, checks: list[RowCheck], tokens: int) -> bool:
 def _show_speed(out: Console, measured: list[PathResult]) -> None:
     """The first result is ours."""
     ours = measured[0]
-    table = Table(title=f"Generating {ours.new_tokens} tokens for {ours.requests} requests")
+    table = Table(
+        title=f"{ours.new_tokens} new tokens for {ours.requests} requests; decode: the tokens after the first",
+        caption="'ours' is ours over this path",
+    )
     table.add_column("path")
-    for column in ("experts in a batch", "tokens/s", "ours is", "after the first token", "ours is"):
+    for column in ("experts", "tokens/s", "ours", "decode tokens/s", "ours"):
         table.add_column(column, justify="right")
     for result in sorted(measured, key=lambda m: -m.tokens_per_second):
         cells = [f"{result.tokens_per_second:.1f}", f"{ours.tokens_per_second / result.tokens_per_second:.2f}x"]

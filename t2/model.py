@@ -189,7 +189,8 @@ class SVFModel(nn.Module):
 
         A batch of B entries also serves k * B rows (beams, return sequences), each entry repeated k times in place.
         A single choice that is not a list serves every row. Where an entry is a tensor that requires grad, the
-        gradient reaches it. Routes belong to the thread or task that entered them, and may be nested.
+        gradient reaches it; with activation checkpointing, which runs layers again in the backward pass, call
+        backward inside the block. Routes belong to the thread or task that entered them, and may be nested.
         """
         self._check_attached()
         single = experts is None or isinstance(experts, str | Mapping | Expert | Tensor)
@@ -290,6 +291,13 @@ class SVFModel(nn.Module):
             merged = (weight.float() + (u * scale) @ vh).to(weight.dtype)
             memo[id(target.layer)] = _plain(target.module, merged)
         return copy.deepcopy(self.model, memo)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Always a TypeError: a model on disk is a plain one, an expert a file of its own."""
+        raise TypeError(
+            "save_pretrained: expected a plain model, got one with decomposed layers; save `merge(expert)` for a model "
+            "with an expert built in, `detach()` for the base, or the expert itself with `Expert.save`"
+        )
 
     def detach(self) -> nn.Module:
         """Gives the base model back, bit for bit, and leaves this wrapper unusable."""

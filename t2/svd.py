@@ -19,7 +19,6 @@ from t2.storage import (
     cache_root,
     open_safetensors,
     raw_bytes,
-    read_header,
     write_safetensors,
 )
 from t2kernels.decomposition import ALGORITHM, Factors, check_weight, decompose
@@ -157,9 +156,10 @@ class FactorCache:
 
     def _metadata(self, key: str) -> dict[str, str]:
         path = self.path(key)
-        shapes, metadata = read_header(path, "factors")
+        with open_safetensors(path, "factors") as file:
+            names, metadata = set(file.keys()), file.metadata() or {}
         found = metadata.get("format"), metadata.get("version")
-        if found != (FORMAT, FORMAT_VERSION) or set(shapes) != {"weight", *Factors._fields}:
+        if found != (FORMAT, FORMAT_VERSION) or names != {"weight", *Factors._fields}:
             raise FileFormatError(f"factors {path}: format {found}, expected {(FORMAT, FORMAT_VERSION)}; {REDO}")
         return metadata
 

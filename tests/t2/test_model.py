@@ -163,6 +163,8 @@ def test_dense_weights_leave_memory(tiny_model, cache_dir):
 def test_merged_model_saves_and_loads(tiny_model, cache_dir, tmp_path):
     svf = wrap(tiny_model(), cache_dir)
     (name,) = add_random_experts(svf, 1)
+    with pytest.raises(TypeError, match=r"save_pretrained: .*merge\(expert\)"):
+        svf.save_pretrained(tmp_path / "wrapped")
     merged = svf.merge(name)
     merged.save_pretrained(tmp_path / "merged")
     loaded = type(merged).from_pretrained(tmp_path / "merged")

@@ -208,7 +208,7 @@ def test_cache_errors(cache, tmp_path):
         assert key not in cache
         with pytest.raises(FileFormatError, match="truncated"):
             cache.load(key)
-    path.write_bytes(whole.replace(b'"version": "1"', b'"version": "0"'))
+    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"0"'))
     assert key not in cache
     with pytest.raises(FileFormatError, match=r"'0'.*delete the file"):
         cache.load(key)
