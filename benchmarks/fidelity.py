@@ -46,17 +46,20 @@ def text_windows(tokenizer: Any, tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, windows: Tensor) -> Tensor:
-    return torch.cat([model(input_ids=window[None]).logits.float().log_softmax(-1) for window in windows])
+def logits_of(model: Any, windows: Tensor) -> Tensor:
+    return torch.cat([model(input_ids=window[None]).logits.float() for window in windows])
 
 
 def distance(base: Tensor, other: Tensor, windows: Tensor) -> dict[str, float]:
-    """KL(base || other) per position, summed in float64, and the perplexity of `other`."""
-    kl = torch.stack(
-        [(b.double().exp() * (b.double() - o.double())).sum(-1)[:-1] for b, o in zip(base, other, strict=True)]
-    )
-    predicted = other[:, :-1].gather(-1, windows[:, 1:, None])
-    return {"mean_kl": float(kl.mean()), "largest_kl": float(kl.max()), "perplexity": float((-predicted.mean()).exp())}
+    """KL(base || other) per position and the perplexity of `other`, from logits [windows, WINDOW, vocabulary]."""
+    kl, likelihood = [], []
+    for base_logits, other_logits, ids in zip(base, other, windows, strict=True):
+        p, q = base_logits[:-1].double().log_softmax(-1), other_logits[:-1].double().log_softmax(-1)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        likelihood.append(q.gather(-1, ids[1:, None]))
+    all_kl = torch.cat(kl)
+    perplexity = float((-torch.cat(likelihood).mean()).exp())
+    return {"mean_kl": float(all_kl.mean()), "largest_kl": float(all_kl.max()), "perplexity": perplexity}
 
 
 def wrap(dtype: torch.dtype) -> t2.SVFModel:
@@ -73,10 +76,10 @@ def main(tokens: int = 4096) -> None:
     model, tokenizer = t2.load(MODEL)
     dense: Any = model
     windows = text_windows(tokenizer, tokens)
-    base = log_probabilities(dense, windows)
+    base = logits_of(dense, windows)
     rows: dict[str, dict[str, float]] = {"base, float32": distance(base, base, windows)}
     half = copy.deepcopy(dense).to(torch.bfloat16)
-    rows["base cast to bfloat16"] = distance(base, log_probabilities(half, windows), windows)
+    rows["base cast to bfloat16"] = distance(base, logits_of(half, windows), windows)
     del half
 
     batch = chat_batch(tokenizer, list(QUESTIONS))
@@ -86,7 +89,7 @@ def main(tokens: int = 4096) -> None:
     for dtype in tqdm(STORAGE, desc="storage formats"):
         svf = wrap(dtype)
         label = str(dtype).removeprefix("torch.")
-        rows[f"factors, {label}"] = distance(base, log_probabilities(svf, windows), windows)
+        rows[f"factors, {label}"] = distance(base, logits_of(svf, windows), windows)
         for seed, name in enumerate(names):
             svf.add_expert(name, t2.Expert.random(svf.layout, seed=seed))
         generated[label] = svf.generate(

@@ -198,9 +198,7 @@ def run_demo(
     lora, adapters = peers.with_lora(
         load(model_name)[0], sorted({n.rpartition(".")[2] for n in layout.names}), requests
     )
-    measure(
-        "PEFT LoRA r=16, mixed", requests, lambda rows, **kw: lora.generate(adapter_names=adapters[:rows], **kw)
-    )
+    measure("PEFT LoRA r=16, mixed", requests, lambda rows, **kw: lora.generate(adapter_names=adapters[:rows], **kw))
 
     same = _show_checks(out, checks, checked_tokens)
     _show_speed(out, measured)

@@ -21,7 +21,7 @@ from t2.storage import (
     raw_bytes,
     write_safetensors,
 )
-from t2kernels.decomposition import ALGORITHM, Factors, check_weight, decompose
+from t2kernels.decomposition import ALGORITHM, ROWS, Factors, check_weight, decompose
 
 FORMAT, FORMAT_VERSION = "t2-factors", "1"
 MAX_ERROR = 1e-5  # reconstruction error above which stored factors are not a decomposition of their weight
@@ -42,11 +42,13 @@ def reconstruction_error(weight: Tensor, factors: Factors) -> float:
         raise ValueError(
             f"factors have shapes {shapes}, expected (({out_features}, {rank}), ({rank},), ({rank}, {in_features}))"
         )
-    w = weight.detach().float()
-    scale = float(w.abs().max()) or 1.0  # keeps the squares in the norms inside float32's range
-    difference = float(torch.addmm(w, factors.u * factors.s, factors.vh, alpha=-1).div_(scale).norm())
-    norm = float((w / scale).norm())
-    return difference / norm if norm else difference
+    w, (u, s, vh) = weight.detach(), factors
+    difference = norm = 0.0
+    for rows, u_rows in zip(w.split(ROWS), u.split(ROWS), strict=True):
+        rows = rows.float()
+        norm += float(rows.norm(dtype=torch.float64) ** 2)
+        difference += float((rows - (u_rows * s) @ vh).norm(dtype=torch.float64) ** 2)
+    return (difference / norm if norm else difference) ** 0.5
 
 
 def weight_key(weight: Tensor) -> str:

@@ -40,16 +40,16 @@ def decompose(weight: Tensor) -> Factors:
     matrices at 20 to 80 times the error. Milliseconds on 2 cores (`benchmarks/decompose_algorithms.py`):
 
         matrix               this   float64 gesdd   float32 gesdd
-        SmolLM2  576 x 576     43              48        30
-        SmolLM2  192 x 576    3.7             8.3       5.9
-        SmolLM2 1536 x 576     48             107        59
-        SmolLM2 576 x 1536     47             121        80
-        random 1024 x 4096    411            1601      1187
-        random 4096 x 4096  11890           19093     10066
+        SmolLM2  576 x 576     44              50        30
+        SmolLM2  192 x 576    3.9             8.4       6.0
+        SmolLM2 1536 x 576     50             105        59
+        SmolLM2 576 x 1536     50             122        79
+        random 1024 x 4096    343            1462       968
+        random 4096 x 4096  12033           20842     10494
         error                4e-8            4e-8   1e-6 to 3e-6
 
-    QR before float64 gesdd takes 1.5 to 2.2 times as long as this, and a float32 eigh refined once in float64
-    is slower and loses accuracy (error up to 6e-4).
+    QR before float64 gesdd takes 1.5 to 2.1 times as long as this, and a float32 eigh refined once in float64 is slower
+    and loses accuracy (error up to 6e-4).
 
     Raises:
         TypeError: `weight` is not a tensor, or not of a float dtype.
@@ -79,10 +79,13 @@ def decompose(weight: Tensor) -> Factors:
         s = r.diagonal().abs()
         b *= torch.where(r.diagonal() < 0, -1.0, 1.0)
     s, order = s.sort(descending=True)
-    b, v = b.float()[:, order], v.float()[:, order]
+    b, v = b.float(), v.float()
+    if not torch.equal(order, torch.arange(len(order), device=order.device)):
+        b, v = b[:, order], v[:, order]
     u, vt = (b, v) if out_features >= in_features else (v, b)
-    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
-    return Factors((u * signs).contiguous(), s.float(), (vt * signs).T.contiguous())
+    highest, lowest = u.amax(0), u.amin(0)
+    signs = torch.where(highest < -lowest, -1.0, 1.0)
+    return Factors(u.mul_(signs).contiguous(), s.float(), vt.mul_(signs).T.contiguous())
 
 
 def _gram_lower(a: Tensor, block: int = 256) -> Tensor:
