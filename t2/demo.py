@@ -6,10 +6,12 @@ import copy
 import gc
 import json
 import platform
+import statistics
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
 import t2kernels
@@ -64,14 +67,14 @@ QUESTIONS = (
 
 @dataclass
 class PathResult:
-    """One way of serving, timed over whole `generate` calls."""
+    """One way of serving, timed over one `generate` call, or several for requests served one at a time."""
 
     name: str
     experts: int  # in a batch
     requests: int
     new_tokens: int  # per request
     seconds: float
-    seconds_first_token: float | None = None  # of a call that stops after one token: the prompts' share
+    seconds_per_step: float | None = None  # median over the tokens after the first
 
     @property
     def tokens_per_second(self) -> float:
@@ -80,10 +83,23 @@ class PathResult:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """New tokens after the first, over the time they took."""
-        if self.seconds_first_token is None:
-            return None
-        return self.requests * (self.new_tokens - 1) / (self.seconds - self.seconds_first_token)
+        """New tokens per second once the prompts are read."""
+        return None if self.seconds_per_step is None else self.requests / self.seconds_per_step
+
+
+class StepClock(StoppingCriteria):
+    """Notes when each new token of a `generate` call is there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def median_step(self) -> float:
+        return statistics.median(b - a for a, b in pairwise(self.times))
 
 
 def chat_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
@@ -174,15 +190,16 @@ def run_demo(
     def measure(name: str, experts: int, generate: Callable[..., Any]) -> None:
         """`generate(rows, **options)` serves the first so many requests."""
 
-        def timed(rows: int, tokens: int) -> float:
+        def timed(rows: int, tokens: int) -> tuple[float, StepClock]:
+            clock, inputs = StepClock(), {name: tensor[:rows] for name, tensor in batch.items()}
             start = time.perf_counter()
-            generate(rows, **{name: tensor[:rows] for name, tensor in batch.items()}, **options(tokens))
-            return time.perf_counter() - start
+            generate(rows, **inputs, **options(tokens), stopping_criteria=StoppingCriteriaList([clock]))
+            return time.perf_counter() - start, clock
 
         with out.status(f"timing: {name}"):
             timed(1, 1)
-            first, whole = timed(requests, 1), timed(requests, new_tokens)
-        measured.append(PathResult(name, experts, requests, new_tokens, whole, first))
+            seconds, clock = timed(requests, new_tokens)
+        measured.append(PathResult(name, experts, requests, new_tokens, seconds, clock.median_step))
 
     measure("ours", requests, lambda rows, **kw: svf.generate(experts=names[:rows], **kw))
     measure("dense, no experts", 0, lambda rows, **kw: dense.generate(**kw))
@@ -307,12 +324,12 @@ def _show_speed(out: Console, measured: list[PathResult]) -> None:
     """The first result is ours."""
     ours = measured[0]
     table = Table(
-        title=f"{ours.new_tokens} new tokens for {ours.requests} requests; decode: the tokens after the first",
+        title=f"{ours.new_tokens} new tokens for {ours.requests} requests; decode: once the prompts are read",
         caption="'ours' is ours over this path",
     )
-    table.add_column("path")
-    for column in ("experts", "tokens/s", "ours", "decode tokens/s", "ours"):
-        table.add_column(column, justify="right")
+    table.add_column("path", no_wrap=True)
+    for column in ("experts", "tokens/s", "ours", "decode", "ours"):
+        table.add_column(column, justify="right", no_wrap=True)
     for result in sorted(measured, key=lambda m: -m.tokens_per_second):
         cells = [f"{result.tokens_per_second:.1f}", f"{ours.tokens_per_second / result.tokens_per_second:.2f}x"]
         decode, our_decode = result.decode_tokens_per_second, ours.decode_tokens_per_second
