@@ -31,11 +31,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/readme.py --check
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_linear.py --quiet --benchmark-json=benchmarks/results/cpu-linear.json
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/t2 demo --results benchmarks/results/demo.json
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info t2kernels/*.so

@@ -7,7 +7,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Keeps the statistics, drops the single timings."""
-    for benchmark in output_json["benchmarks"]:
-        benchmark["stats"].pop("data", None)
+    """Keeps what a comparison needs: seconds per call, by group and path."""
     output_json.pop("commit_info", None)
+    output_json["benchmarks"] = [
+        {
+            "group": benchmark["group"],
+            "path": benchmark["params"]["path"],
+            **{name: float(f"{benchmark['stats'][name]:.4g}") for name in ("median", "min", "iqr")},
+        }
+        for benchmark in output_json["benchmarks"]
+    ]

@@ -79,7 +79,8 @@ def decompose(weight: Tensor) -> Factors:
         s = r.diagonal().abs()
         b *= torch.where(r.diagonal() < 0, -1.0, 1.0)
     s, order = s.sort(descending=True)
-    b, v = b.float(), v.float()
+    v = v.float()
+    b = b.float()
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
         b, v = b[:, order], v[:, order]
     u, vt = (b, v) if out_features >= in_features else (v, b)
