@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import platform
-import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
 import t2kernels
@@ -28,6 +24,8 @@ from t2.experts import Expert
 from t2.loading import load
 from t2.model import SVFConfig, SVFModel
 from t2.svd import FactorCache
+from t2.throughput import PathResult, ServingPath, fixed_length, time_paths
+from t2kernels import Factors
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -63,43 +61,6 @@ QUESTIONS = (
     "How do you boil an egg?",
     "What is the plural of 'mouse'?",
 )
-
-
-@dataclass
-class PathResult:
-    """One way of serving, timed over one `generate` call, or several for requests served one at a time."""
-
-    name: str
-    experts: int  # in a batch
-    requests: int
-    new_tokens: int  # per request
-    seconds: float
-    seconds_per_step: float | None = None  # median over the tokens after the first
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New tokens over the whole time, prompts included."""
-        return self.requests * self.new_tokens / self.seconds
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        """New tokens per second once the prompts are read."""
-        return None if self.seconds_per_step is None else self.requests / self.seconds_per_step
-
-
-class StepClock(StoppingCriteria):
-    """Notes when each new token of a `generate` call is there; stops nothing."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    @property
-    def median_step(self) -> float:
-        return statistics.median(b - a for a, b in pairwise(self.times))
 
 
 def chat_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
@@ -172,50 +133,21 @@ def run_demo(
     questions = list(QUESTIONS[:requests])
     batch = chat_batch(tokenizer, questions)
 
-    def options(tokens: int) -> dict[str, Any]:
-        return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-
     with out.status(f"generating {checked_tokens} tokens for {requests} requests with {requests} experts"):
         generated = svf.generate(
             **batch,
             experts=names,
-            **options(checked_tokens),
+            **fixed_length(checked_tokens),
             return_dict_in_generate=True,
             output_logits=True,
         )
     _show_answers(out, tokenizer, questions, names, generated.sequences[:, batch["input_ids"].shape[1] :])
 
-    measured: list[PathResult] = []
-
-    def measure(name: str, experts: int, generate: Callable[..., Any]) -> None:
-        """`generate(rows, **options)` serves the first so many requests."""
-
-        def timed(rows: int, tokens: int) -> tuple[float, StepClock]:
-            clock, inputs = StepClock(), {name: tensor[:rows] for name, tensor in batch.items()}
-            start = time.perf_counter()
-            generate(rows, **inputs, **options(tokens), stopping_criteria=StoppingCriteriaList([clock]))
-            return time.perf_counter() - start, clock
-
-        with out.status(f"timing: {name}"):
-            timed(1, 1)
-            seconds, clock = timed(requests, new_tokens)
-        measured.append(PathResult(name, experts, requests, new_tokens, seconds, clock.median_step))
-
-    measure("ours", requests, lambda rows, **kw: svf.generate(experts=names[:rows], **kw))
-    measure("dense, no experts", 0, lambda rows, **kw: dense.generate(**kw))
     factors = {name: cache.load(target.key) for name, target in svf._targets.items()}
     z = svf.bank.matrix
+    measured = _time_paths(out, model_name, dense, svf, factors, batch, new_tokens)
     checks, rebuilt = _check_rows(out, dense, svf, factors, batch, generated, z)
     measured.append(rebuilt)
-    peers.use_torch_factored(dense, factors, layout, z)
-    measure("torch factored", requests, lambda rows, **kw: dense.generate(**kw))
-    dense = None
-    factors.clear()
-    gc.collect()
-    lora, adapters = peers.with_lora(
-        load(model_name)[0], sorted({n.rpartition(".")[2] for n in layout.names}), requests
-    )
-    measure("PEFT LoRA r=16, mixed", requests, lambda rows, **kw: lora.generate(adapter_names=adapters[:rows], **kw))
 
     same = _show_checks(out, checks, checked_tokens)
     _show_speed(out, measured)
@@ -269,6 +201,36 @@ def compare_row(merged_logits: Tensor, logits: Tensor, tokens: Tensor, eos: int 
     return RowCheck(expert, not differs, difference, ties)
 
 
+def _time_paths(
+    out: Console,
+    model_name: str,
+    dense: Any,
+    svf: SVFModel,
+    factors: Mapping[str, Factors],
+    batch: Mapping[str, Tensor],
+    new_tokens: int,
+) -> list[PathResult]:
+    """Ours first in the result."""
+    names, layout = svf.bank.names, svf.layout
+    with out.status("preparing the peers") as status:
+        factored = copy.deepcopy(dense)
+        peers.use_torch_factored(factored, factors, layout, svf.bank.matrix)
+        suffixes = sorted({name.rpartition(".")[2] for name in layout.names})
+        lora, adapters = peers.with_lora(load(model_name)[0], suffixes, len(names))
+        paths = [
+            ServingPath("ours", len(names), lambda n, **kw: svf.generate(experts=names[:n], **kw), rounds=2),
+            ServingPath("dense, no experts", 0, lambda n, **kw: dense.generate(**kw), rounds=2),
+            ServingPath("torch factored", len(names), lambda n, **kw: factored.generate(**kw), rounds=1),
+            ServingPath(
+                "PEFT LoRA r=16, mixed",
+                len(names),
+                lambda n, **kw: lora.generate(adapter_names=adapters[:n], **kw),
+                rounds=1,
+            ),
+        ]
+        return time_paths(paths, batch, new_tokens, lambda name: status.update(f"timing: {name}"))
+
+
 def _check_rows(
     out: Console, dense: Any, svf: SVFModel, factors: Any, batch: dict[str, Tensor], generated: Any, z: Tensor
 ) -> tuple[list[RowCheck], PathResult]:
@@ -282,20 +244,14 @@ def _check_rows(
             start = time.perf_counter()
             peers.rebuild(dense, factors, svf.layout, z[row])
             if row < timed:
-                dense.generate(
-                    input_ids=prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=tokens,
-                    min_new_tokens=tokens,
-                    do_sample=False,
-                )
+                dense.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **fixed_length(tokens))
                 seconds += time.perf_counter() - start
             answer = generated.sequences[row, width:]
             with torch.no_grad():
                 merged = dense(input_ids=torch.cat([prompt[0], answer])[None, :-1]).logits[0, prompt.shape[1] - 1 :]
             own = torch.stack([step[row] for step in generated.logits])
             checks.append(compare_row(merged, own, answer, eos, name))
-    rebuilt = PathResult("W' rebuilt per expert", 1, min(timed, len(checks)), tokens, seconds)
+    rebuilt = PathResult("W' rebuilt per expert", 1, min(timed, len(checks)), tokens, [seconds])
     return checks, rebuilt
 
 

@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from t2 import loading
 from t2.loading import ALIASES, convert_gguf, load
@@ -18,31 +17,6 @@ from t2.storage import FileFormatError, cache_root
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", "a", "b", "c", "d", "e"])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="right"
-    )
-    assert tokenizer.pad_token is None
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
