@@ -23,7 +23,15 @@ SHAPES = {  # out, in
     "Llama-3-8B k/v": (1024, 4096),
 }
 BATCHES = (1, 4, 8, 16, 32, 64, 256)
-PATHS = ("ours float32", "ours bfloat16", "ours float16", "ours int8", "torch factored", "torch dense")
+PATHS = (
+    "ours float32",
+    "ours bfloat16",
+    "ours float16",
+    "ours int8",
+    "ours bfloat16, one expert",
+    "torch factored",
+    "torch dense",
+)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -52,6 +60,8 @@ def test_linear(benchmark, layer, batch, path):
         weight = (u * s) @ vh
         run = lambda: F.linear(x, weight)  # noqa: E731
     else:
+        path, _, same = path.partition(", ")
+        ids = torch.zeros_like(ids) if same else ids
         weight = packed[path]
         run = lambda: weight.linear(x, scales, ids)  # noqa: E731
     benchmark.pedantic(run, rounds=15, warmup_rounds=3)

@@ -60,7 +60,7 @@ def linear() -> str:
     medians: dict[str, dict[str, float]] = {}
     for benchmark in read("cpu-linear.json")["benchmarks"]:
         medians.setdefault(benchmark["group"], {})[benchmark["path"]] = benchmark["median"] * 1e3
-    paths = ["ours float32", "ours bfloat16", "ours int8", "torch factored", "torch dense"]
+    paths = ["ours float32", "ours bfloat16", "ours bfloat16, one expert", "ours int8", "torch factored", "torch dense"]
     batches = (1, 4, 8, 16, 64, 256)
     rows = [[path, *(f"{medians[f'Llama-3-8B q/o, batch {b}'][path]:.2f}" for b in batches)] for path in paths]
     return (
