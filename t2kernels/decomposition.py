@@ -68,9 +68,7 @@ def decompose(weight: Tensor) -> Factors:
         )
     v = torch.linalg.eigh(gram)[1].flip(1)
     del gram
-    b = torch.empty(a.shape, dtype=torch.float64, device=a.device)
-    for rows, out in zip(a.split(ROWS), b.split(ROWS), strict=True):
-        torch.mm(rows.double(), v, out=out)
+    b = _times(a, v)
     s = b.norm(dim=0)
     if s.min() > SAFE_RATIO * s.max():
         b /= s
@@ -87,6 +85,14 @@ def decompose(weight: Tensor) -> Factors:
     highest, lowest = u.amax(0), u.amin(0)
     signs = torch.where(highest < -lowest, -1.0, 1.0)
     return Factors(u.mul_(signs).contiguous(), s.float(), vt.mul_(signs).T.contiguous())
+
+
+def _times(a: Tensor, v: Tensor) -> Tensor:
+    """A V in float64, A widened a block of rows at a time."""
+    product = torch.empty(a.shape, dtype=torch.float64, device=a.device)
+    for start in range(0, a.shape[0], ROWS):
+        torch.mm(a[start : start + ROWS].double(), v, out=product[start : start + ROWS])
+    return product
 
 
 def _gram_lower(a: Tensor, block: int = 256) -> Tensor:
