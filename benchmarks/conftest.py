@@ -1,4 +1,4 @@
-from machine import machine
+from t2.throughput import machine
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -16,11 +16,11 @@ import gc
 import json
 from dataclasses import asdict
 from importlib.metadata import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from machine import RESULTS, machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,9 +29,12 @@ from transformers.utils import logging
 
 import t2
 from t2 import peers
-from t2.demo import QUESTIONS, chat_batch, compare_row
+from t2.demo import QUESTIONS, chat_batch
+from t2.merged_check import check_row
 from t2.svd import FactorCache
+from t2.throughput import fixed_length, machine
 
+RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m-instruct"
 STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 WINDOW = 512
@@ -83,7 +86,6 @@ def main(tokens: int = 4096) -> None:
     del half
 
     batch = chat_batch(tokenizer, list(QUESTIONS))
-    width = batch["input_ids"].shape[1]
     names = [f"e{i}" for i in range(len(QUESTIONS))]
     generated = {}
     for dtype in tqdm(STORAGE, desc="storage formats"):
@@ -95,14 +97,12 @@ def main(tokens: int = 4096) -> None:
         generated[label] = svf.generate(
             **batch,
             experts=names,
-            max_new_tokens=32,
-            min_new_tokens=32,
-            do_sample=False,
+            **fixed_length(32),
             return_dict_in_generate=True,
             output_logits=True,
         )
         layout, z = svf.layout, svf.bank.matrix
-        keys = {name: target.key for name, target in svf._targets.items()}
+        keys = svf.weight_keys
         del svf
         gc.collect()
 
@@ -111,13 +111,8 @@ def main(tokens: int = 4096) -> None:
     checks: dict[str, list[Any]] = {label: [] for label in generated}
     for row, name in enumerate(tqdm(names, desc="merged models")):
         peers.rebuild(dense, factors, layout, z[row])
-        prompt = batch["input_ids"][row, width - int(batch["attention_mask"][row].sum()) :]
         for label, output in generated.items():
-            answer = output.sequences[row, width:]
-            with torch.no_grad():
-                merged = dense(input_ids=torch.cat([prompt, answer])[None, :-1]).logits[0, len(prompt) - 1 :]
-            own = torch.stack([step[row] for step in output.logits])
-            checks[label].append(compare_row(merged, own, answer, tokenizer.eos_token_id, name))
+            checks[label].append(check_row(dense, batch, output, row, name))
 
     table = Table("z = 1", "mean KL", "largest KL", "perplexity", title=f"{MODEL}, {windows.numel():,} tokens of text")
     for label, row_values in rows.items():

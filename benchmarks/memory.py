@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from machine import RESULTS, machine
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -37,7 +36,9 @@ import t2
 from t2.demo import QUESTIONS, chat_batch
 from t2.svd import FactorCache, decompose_weights
 from t2.targets import select_targets, weight_matrix
+from t2.throughput import machine
 
+RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m-instruct"
 LLAMA_3_8B_LAYER = {
     "q": (4096, 4096),

@@ -47,8 +47,8 @@ def demo() -> str:
     head = ["path", "experts in a batch", "tokens/s", "ours / this", "decode tokens/s", "ours / this"]
     machine = results["machine"]
     return (
-        f"What `make demo` measured on {machine['processor']}, {machine['threads']} cores, torch {results['torch']}, "
-        f"{results['kernels']['chosen']} kernels: SmolLM2-135M-Instruct, {ours['requests']} chat requests in a batch, "
+        f"What `make demo` measured on {machine['processor']}, {machine['threads']} cores, torch {machine['torch']}, "
+        f"{machine['kernels']['chosen']} kernels: SmolLM2-135M-Instruct, {ours['requests']} chat requests in a batch, "
         f"{ours['new_tokens']} new tokens each, {results['dtype']}. All paths in the same run.\n\n"
         + table(head, rows)
         + f"\n\n{results['rows_equal_to_merged_model']} of {ours['requests']} rows give the same 32 greedy tokens as "

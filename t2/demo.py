@@ -8,7 +8,7 @@ import platform
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import t2kernels
 from t2 import peers
 from t2.experts import Expert
 from t2.loading import load
+from t2.merged_check import RowCheck, check_row
 from t2.model import SVFConfig, SVFModel
 from t2.svd import FactorCache
-from t2.throughput import PathResult, ServingPath, fixed_length, time_paths
+from t2.throughput import PathResult, ServingPath, fixed_length, machine, time_paths
 from t2kernels import Factors
 
 QUESTIONS = (
@@ -117,7 +118,7 @@ def run_demo(
     svf = SVFModel(model, SVFConfig(dtype=dtype))
     layout = svf.layout
     cache = FactorCache()
-    worst = max(cache.error(target.key) for target in svf._targets.values())
+    worst = max(cache.error(key) for key in svf.weight_keys.values())
     out.print(
         f"{len(layout.names)} matrices decomposed, or read from {cache.directory}, "
         f"in {time.perf_counter() - start:.1f} s; "
@@ -143,10 +144,9 @@ def run_demo(
         )
     _show_answers(out, tokenizer, questions, names, generated.sequences[:, batch["input_ids"].shape[1] :])
 
-    factors = {name: cache.load(target.key) for name, target in svf._targets.items()}
-    z = svf.bank.matrix
+    factors = {name: cache.load(key) for name, key in svf.weight_keys.items()}
     measured = _time_paths(out, model_name, dense, svf, factors, batch, new_tokens)
-    checks, rebuilt = _check_rows(out, dense, svf, factors, batch, generated, z)
+    checks, rebuilt = _check_rows(out, dense, svf, factors, batch, generated)
     measured.append(rebuilt)
 
     same = _show_checks(out, checks, checked_tokens)
@@ -155,9 +155,7 @@ def run_demo(
         figures = {
             "model": model_name,
             "dtype": str(dtype).removeprefix("torch."),
-            "machine": {"processor": _processor(), "threads": torch.get_num_threads()},
-            "kernels": t2kernels.build_info(),
-            "torch": torch.__version__,
+            "machine": machine(),
             "rows_equal_to_merged_model": sum(c.equal for c in checks),
             "largest_logit_difference": max(c.logit_difference for c in checks),
             "paths": [
@@ -168,37 +166,6 @@ def run_demo(
         }
         results.write_text(json.dumps(figures, indent=1) + "\n")
     return same
-
-
-@dataclass
-class RowCheck:
-    """One request against its expert merged into a plain model."""
-
-    expert: str
-    equal: bool  # all tokens
-    logit_difference: float  # largest, over tokens before any difference
-    ties: list[tuple[int, float]]  # where tokens differ first: position and gap of the two leading logits
-
-    @property
-    def passed(self) -> bool:
-        """Tokens may differ only where the two leading logits are closer than the logits' own error."""
-        return self.equal or all(gap <= 2 * self.logit_difference for _, gap in self.ties)
-
-
-def compare_row(merged_logits: Tensor, logits: Tensor, tokens: Tensor, eos: int | None, expert: str) -> RowCheck:
-    """merged_logits, logits: [tokens, vocabulary] at the positions that chose `tokens` [tokens] greedily."""
-    merged_logits = merged_logits.clone()
-    if eos is not None:
-        merged_logits[:, eos] = -torch.inf  # generation of a fixed length leaves it out
-    differs = (merged_logits.argmax(-1) != tokens).nonzero().flatten().tolist()
-    until = differs[0] + 1 if differs else len(tokens)
-    finite = torch.isfinite(merged_logits[:until])
-    difference = float((merged_logits[:until] - logits[:until])[finite].abs().max())
-    ties = []
-    if differs:
-        first, second = merged_logits[differs[0]].topk(2).values.tolist()
-        ties.append((differs[0], first - second))
-    return RowCheck(expert, not differs, difference, ties)
 
 
 def _time_paths(
@@ -232,27 +199,26 @@ def _time_paths(
 
 
 def _check_rows(
-    out: Console, dense: Any, svf: SVFModel, factors: Any, batch: dict[str, Tensor], generated: Any, z: Tensor
+    out: Console,
+    dense: Any,
+    svf: SVFModel,
+    factors: Mapping[str, Factors],
+    batch: Mapping[str, Tensor],
+    generated: Any,
 ) -> tuple[list[RowCheck], PathResult]:
     """Every row against W' rebuilt for its expert; the first four of these switches also generate, timed."""
-    checks, timed, tokens, seconds = [], 4, 16, 0.0
-    eos = dense.generation_config.eos_token_id
-    width = batch["input_ids"].shape[1]
+    checks, seconds = [], 0.0
+    timed, tokens = min(4, len(svf.bank)), 16
     with out.status("checking each row against its merged model"):
-        for row, name in enumerate(svf.bank.names):
-            prompt = batch["input_ids"][row : row + 1, width - int(batch["attention_mask"][row].sum()) :]
+        for row, name in enumerate(svf.bank):
             start = time.perf_counter()
-            peers.rebuild(dense, factors, svf.layout, z[row])
+            peers.rebuild(dense, factors, svf.layout, svf.bank[name].z)
             if row < timed:
+                prompt = batch["input_ids"][row : row + 1, batch["attention_mask"][row].argmax() :]
                 dense.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **fixed_length(tokens))
                 seconds += time.perf_counter() - start
-            answer = generated.sequences[row, width:]
-            with torch.no_grad():
-                merged = dense(input_ids=torch.cat([prompt[0], answer])[None, :-1]).logits[0, prompt.shape[1] - 1 :]
-            own = torch.stack([step[row] for step in generated.logits])
-            checks.append(compare_row(merged, own, answer, eos, name))
-    rebuilt = PathResult("W' rebuilt per expert", 1, min(timed, len(checks)), tokens, [seconds])
-    return checks, rebuilt
+            checks.append(check_row(dense, batch, generated, row, name))
+    return checks, PathResult("W' rebuilt per expert", 1, timed, tokens, [seconds])
 
 
 def _show_answers(out: Console, tokenizer: Any, questions: list[str], names: list[str], answers: Tensor) -> None:
@@ -292,11 +258,3 @@ def _show_speed(out: Console, measured: list[PathResult]) -> None:
         cells += [f"{decode:.1f}", f"{our_decode / decode:.2f}x"] if decode and our_decode else ["", ""]
         table.add_row(result.name, str(result.experts), *cells)
     out.print(table)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

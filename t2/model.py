@@ -142,6 +142,11 @@ class SVFModel(nn.Module):
                 target.layer.router = self.router
         return self
 
+    @property
+    def weight_keys(self) -> dict[str, str]:
+        """The key of each decomposed weight in the factor cache, by module name."""
+        return {name: target.key for name, target in self._targets.items()}
+
     # Experts
 
     def add_expert(self, name: str, expert: Expert, *, replace: bool = False, strict: bool = True) -> None:

@@ -204,7 +204,8 @@ def decompose_weights(
     Raises:
         TypeError, ValueError: an argument of another type, `workers` less than 1, or a weight that cannot
             be decomposed (the message names it).
-        OSError: the cache folder is not writable (found before any work), or a file cannot be written.
+        OSError: a weight is missing and the cache folder not writable (found before it is decomposed), or a file
+            cannot be written.
     """
     if not isinstance(weights, Mapping) or not isinstance(cache, FactorCache):
         raise TypeError(
@@ -216,7 +217,6 @@ def decompose_weights(
         raise ValueError(f"workers is {workers!r}, expected None or an integer of at least 1")
     large = any(isinstance(weight, Tensor) and weight.numel() > LARGE for weight in weights.values())
     count = min(workers or (1 if large else min(threads, 4)), max(1, len(weights)))
-    cache.check_writable()
     _sweep(cache.directory)
 
     def work(name: str) -> Decomposed:
@@ -227,6 +227,7 @@ def decompose_weights(
             if cached := key in cache:
                 error = cache.error(key)
             else:
+                cache.check_writable()
                 factors = decompose(weight)
                 error = reconstruction_error(weight, factors)
                 cache.save(key, weight, factors, error)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import t2
-from t2.demo import QUESTIONS, chat_batch, compare_row, run_demo
+from t2.demo import QUESTIONS, chat_batch, run_demo
+from t2.merged_check import check_row
+from t2.throughput import fixed_length
 
 pytestmark = pytest.mark.slow
 MODEL = "smollm2-135m-instruct"
@@ -33,20 +35,12 @@ def test_a_mixed_batch_answers_as_the_merged_models_do(loaded):
     out = svf.generate(
         **batch,
         experts=choices,
-        max_new_tokens=32,
-        min_new_tokens=32,
-        do_sample=False,
+        **fixed_length(32),
         return_dict_in_generate=True,
         output_logits=True,
     )
     for row, choice in enumerate(choices):
-        plain = svf.merge(choice)
-        prompt = batch["input_ids"][row, width - int(batch["attention_mask"][row].sum()) :]
-        answer = out.sequences[row, width:]
-        with torch.no_grad():
-            merged = plain(input_ids=torch.cat([prompt, answer])[None, :-1]).logits[0, len(prompt) - 1 :]
-        own = torch.stack([step[row] for step in out.logits])
-        check = compare_row(merged, own, answer, tokenizer.eos_token_id, str(choice))
+        check = check_row(svf.merge(choice), batch, out, row, str(choice))
         assert check.passed and check.logit_difference < 5e-3, check
     answers = tokenizer.batch_decode(out.sequences[:, width:])
     assert "Paris" in answers[0]

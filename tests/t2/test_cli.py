@@ -4,7 +4,8 @@ import pytest
 
 import t2
 from t2 import cli
-from t2.demo import compare_row, run_demo
+from t2.demo import run_demo
+from t2.merged_check import compare_row
 
 
 @pytest.fixture(autouse=True)

@@ -243,7 +243,7 @@ def test_gradient_reaches_z_and_matches_the_dense_model(tiny_model, cache_dir):
     dense = svf.merge(None)
     total = 0.0
     for name, window in ((n, svf.layout.window(n)) for n in svf.layout.names):
-        factors = cache.load(svf._targets[name].key)
+        factors = cache.load(svf.weight_keys[name])
         weight = (factors.u * (factors.s * z.detach()[window])) @ factors.vh
         dense.get_submodule(name).weight = nn.Parameter(weight)
     logits = dense(input_ids=ids[:1]).logits
@@ -251,7 +251,7 @@ def test_gradient_reaches_z_and_matches_the_dense_model(tiny_model, cache_dir):
     loss = nn.functional.cross_entropy(torch.cat([logits, base])[:, :-1].reshape(-1, 96), ids[:, 1:].reshape(-1))
     loss.backward()
     for name in svf.layout.names:
-        factors = cache.load(svf._targets[name].key)
+        factors = cache.load(svf.weight_keys[name])
         dw = dense.get_submodule(name).weight.grad
         expected = factors.s * torch.einsum("or,oi,ri->r", factors.u, dw, factors.vh)
         torch.testing.assert_close(z.grad[svf.layout.window(name)], expected, atol=1e-5, rtol=2e-3)
@@ -421,7 +421,7 @@ class TestBadInput:
         svf = wrap(tiny_model(), cache_dir)
         ids = prompts(2)
         expected = svf(input_ids=ids).logits
-        last = cache_dir / f"{list(svf._targets.values())[-1].key}.safetensors"
+        last = cache_dir / f"{list(svf.weight_keys.values())[-1]}.safetensors"
         whole = last.read_bytes()
         last.write_bytes(whole[:-8])
         for call in (svf.detach, lambda: svf.merge(None)):

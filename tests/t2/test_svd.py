@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from t2 import svd
 from t2.storage import FileFormatError
 from t2.svd import FactorCache, decompose_weights, reconstruction_error, weight_key
 from t2kernels import Factors, decompose, decomposition
@@ -232,13 +233,14 @@ def test_damaged_content_is_found(cache):
         cache.verify(key)
 
 
-def test_check_writable_names_the_folder(tmp_path):
+def test_check_writable_names_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(svd, "decompose", lambda weight: pytest.fail("no work before the check"))
     (tmp_path / "file").write_text("")
     cache = FactorCache(tmp_path / "file" / "factors")
     with pytest.raises(OSError, match=f"cache folder {cache.directory} is not writable"):
         cache.check_writable()
     with pytest.raises(OSError, match="not writable"):
-        decompose_weights({"a": lambda: pytest.fail("no work before the check")}, cache, progress=False)
+        decompose_weights({"a": torch.randn(3, 2)}, cache, progress=False)
 
 
 def weights(count: int) -> dict[str, torch.Tensor]:
@@ -352,3 +354,17 @@ def test_stale_temporary_files_are_swept(cache):
     os.utime(old, (0, 0))
     decompose_weights({}, cache, progress=False)
     assert os.listdir(cache.directory) == [new.name]
+
+
+def test_a_full_cache_needs_no_write_access(tmp_path, monkeypatch):
+    weights = {"a": torch.randn(5, 4)}
+    cache = FactorCache(tmp_path / "cache")
+    decompose_weights(weights, cache, progress=False)
+
+    def refuse(self):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(FactorCache, "check_writable", refuse)
+    assert decompose_weights(weights, cache, progress=False)["a"].cached
+    with pytest.raises(OSError, match="read-only"):
+        decompose_weights({"b": torch.randn(5, 4)}, cache, progress=False)
