@@ -55,6 +55,10 @@ class SlotTable:
 
     def allocate(self, z: Tensor) -> int:
         """Writes sigma * z to a free slot and returns it with one reference."""
+        with torch.inference_mode(False):  # a table made in inference mode could not be trained through later
+            return self._allocate(z)
+
+    def _allocate(self, z: Tensor) -> int:
         row = self.sigma * z.detach().to(self.sigma)
         with self._lock:
             if 0 not in self._references:

@@ -443,6 +443,16 @@ def test_autocast_and_inference_mode(tiny_model, cache_dir):
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+def test_experts_added_in_inference_mode_do_not_spoil_training(tiny_model, cache_dir):
+    svf = wrap(tiny_model(), cache_dir)
+    with torch.inference_mode():
+        names = add_random_experts(svf, 20)  # grows the table
+        svf(input_ids=prompts(2), experts=names[:2])
+    embeddings = svf.model.get_input_embeddings()(prompts(2)).detach().requires_grad_()
+    svf(inputs_embeds=embeddings, experts=names[-2:]).logits.sum().backward()
+    assert bool(torch.isfinite(embeddings.grad).all()) and embeddings.grad.abs().sum() > 0
+
+
 def test_wrapped_model_can_be_cast(tiny_model, cache_dir):
     svf = wrap(tiny_model(), cache_dir, dtype=torch.int8)
     names = add_random_experts(svf, 2)
