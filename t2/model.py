@@ -293,7 +293,9 @@ class SVFModel(nn.Module):
         for name, target in self._targets.items():
             weight, (u, s, vh) = self._dense(target)
             scale = s * (z[self.layout.window(name)].to(weight.device) - 1.0)
-            merged = (weight.float() + (u * scale) @ vh).to(weight.dtype)
+            merged = weight.clone()
+            if scale.any():  # adding zeros would turn -0.0 into 0.0
+                merged = (weight.float() + (u * scale) @ vh).to(weight.dtype)
             memo[id(target.layer)] = _plain(target.module, merged)
         return copy.deepcopy(self.model, memo)
 

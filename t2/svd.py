@@ -195,8 +195,7 @@ def decompose_weights(
 
     `workers` matrices are worked on side by side, each with its share of torch's threads. Default: one worker per
     thread, at most 4; a single one with all threads where a weight has over 4 million entries, since LAPACK uses its
-    threads well there and only one matrix is in memory. The 210 matrices of SmolLM2-135M on 2 shared cores: 8 to 17 s
-    (median 9) with two workers of one thread, 13 to 18 s (median 16) with one of two.
+    threads well there and only one matrix is in memory.
     Memory beyond `weights` is what `decompose` holds for one matrix, per worker.
 
     Returns one `Decomposed` per weight, in the order of `weights`.

@@ -136,11 +136,15 @@ def test_storage_formats(tiny_model, cache_dir, dtype):
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "memory"])
 def test_detach_and_merge_at_one_give_the_base_bit_for_bit(tiny_model, cache_dir, family, dtype, cache):
     model = tiny_model(family, dtype)
+    for parameter in model.parameters():
+        parameter.data[0] = -0.0
     before, parameters = state(model), {name: id(p) for name, p in model.named_parameters()}
     ids = prompts(2)
     expected = model(input_ids=ids).logits
     svf = wrap(model, cache_dir, cache=cache)
     assert_same_state(svf.merge(None), before)
+    merged = svf.merge(None).state_dict()
+    assert all(torch.equal(merged[name].signbit(), tensor.signbit()) for name, tensor in before.items())
     svf.add_expert("e", t2.Expert.random(svf.layout))
     svf.generate(input_ids=ids, experts=["e", None], max_new_tokens=3)
     base = svf.detach()
