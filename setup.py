@@ -36,6 +36,7 @@ def extension() -> CppExtension:
             "csrc/cpu/portable.cpp",
             "csrc/cpu/avx2.cpp",
             "csrc/cpu/avx512.cpp",
+            "csrc/cpu/avx512_bf16.cpp",
         ],
         include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <chrono>
+#include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -36,7 +38,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, t2::RangeFn fn, voi
   torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { fn(b, e, context); });
 }
 
-// A 2-D tensor is the matrix [n, k] itself, a 3-D one its panels [ceil(n / 16), k, 16].
+// A 2-D tensor is the matrix [n, k] itself; panels are [ceil(n / 16), k, 16] or, paired, [ceil(n / 16), ceil(k / 2), 16, 2].
 t2::Matrix matrix(const Tensor& m, int64_t n, int64_t k, const char* name) {
   const t2::DType dtype = dtype_of(m, name);
   if (m.dim() == 2) {
@@ -45,15 +47,38 @@ t2::Matrix matrix(const Tensor& m, int64_t n, int64_t k, const char* name) {
     STD_TORCH_CHECK(dtype != t2::DType::i8, name, ": int8 needs packed panels");
     return {m.const_data_ptr(), dtype, t2::Storage::strided, n, k, m.stride(0), m.stride(1)};
   }
-  STD_TORCH_CHECK(m.dim() == 3 && m.size(2) == t2::kPanel && m.size(1) == k &&
-                      m.size(0) == (n + t2::kPanel - 1) / t2::kPanel && m.is_contiguous(),
-                  name, ": expected contiguous panels [ceil(", n, " / 16), ", k, ", 16]");
+  const bool pairs = t2::paired(dtype);
+  STD_TORCH_CHECK(m.dim() == (pairs ? 4 : 3) && m.size(0) == (n + t2::kPanel - 1) / t2::kPanel &&
+                      m.size(1) == (pairs ? (k + 1) / 2 : k) && m.size(2) == t2::kPanel &&
+                      (!pairs || m.size(3) == 2) && m.is_contiguous(),
+                  name, ": expected contiguous panels of a matrix [", n, ", ", k, "]");
   return {m.const_data_ptr(), dtype, t2::Storage::panels, n, k, 0, 0};
 }
 
 t2::Matrix transposed(const t2::Matrix& m) {
   const auto storage = m.storage == t2::Storage::panels ? t2::Storage::panels_transposed : t2::Storage::strided;
   return {m.data, m.dtype, storage, m.k, m.n, m.stride_k, m.stride_n};
+}
+
+// Factors in one part, or in two along the rank: leading components, a multiple of 16 of them, then the rest.
+struct Factors {
+  t2::Matrix up[t2::kMaxParts], down[t2::kMaxParts];
+  int parts;
+};
+
+Factors factors(const Tensor* u, const Tensor* vh, size_t parts, int64_t out_features, int64_t rank,
+                int64_t in_features) {
+  STD_TORCH_CHECK(parts == 1 || parts == t2::kMaxParts, "u: expected 1 or 2 parts, got ", parts);
+  Factors f{{}, {}, static_cast<int>(parts)};
+  int64_t left = rank;
+  for (int i = 0; i < f.parts; ++i) {
+    const int64_t own = i + 1 == f.parts ? left : vh[i].size(0) * (vh[i].dim() == 2 ? 1 : t2::kPanel);
+    STD_TORCH_CHECK(own <= left, "vh: expected parts of rank ", rank, " in all, got more");
+    f.up[i] = matrix(u[i], out_features, own, "u");
+    f.down[i] = matrix(vh[i], own, in_features, "vh");
+    left -= own;
+  }
+  return f;
 }
 
 const float* float_vector(const OptionalTensor& v, int64_t size, const char* name) {
@@ -93,18 +118,26 @@ struct Rows {
   int64_t count;
 };
 
-Rows rows_of(const Tensor& x, int64_t features, const char* name) {
+Rows rows_of(const Tensor& x, int64_t features, const char* name, bool bf16_products = false) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == features, name, ": expected last dimension ", features,
                   ", got ", x.dim() ? x.size(x.dim() - 1) : 0);
   const Tensor c = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const t2::DType dtype = dtype_of(c, name);
   STD_TORCH_CHECK(dtype != t2::DType::i8, name, ": expected float32, bfloat16 or float16, got int8");
-  return {c, {c.const_data_ptr(), dtype, features, nullptr, 0, nullptr, 1, nullptr}, c.numel() / features};
+  const bool round = bf16_products || dtype == t2::DType::bf16;
+  return {c, {c.const_data_ptr(), dtype, features, nullptr, 0, nullptr, 1, nullptr, round}, c.numel() / features};
 }
 
-t2::RowInput scaled_rows(const Tensor& t, int64_t rank, const Routing& route, const float* component_scale) {
-  return {t.const_data_ptr(), t2::DType::f32,      rank,          route.scales_data, route.scales_stride,
-          route.slots_data,   route.rows_per_slot, component_scale};
+t2::RowInput scaled_rows(const float* t, int64_t rank, const Routing& route, const float* component_scale, bool round) {
+  return {t,
+          t2::DType::f32,
+          rank,
+          route.scales_data,
+          route.scales_stride,
+          route.slots_data,
+          route.rows_per_slot,
+          component_scale,
+          round};
 }
 
 Tensor like(const Tensor& x, int64_t features) {
@@ -117,70 +150,201 @@ Tensor float_matrix(const Tensor& x, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(x, {rows, columns}, ScalarType::Float);
 }
 
-t2::RowOutput output(const Tensor& y, const float* column_scale, const OptionalTensor& bias) {
-  t2::RowOutput out{y.mutable_data_ptr(), dtype_of(y, "y"), column_scale, nullptr, t2::DType::f32};
-  if (bias) {
-    STD_TORCH_CHECK(bias->numel() == y.size(y.dim() - 1) && bias->is_contiguous(), "bias: expected ",
-                    y.size(y.dim() - 1), " contiguous values");
+t2::RowOutput output(const Tensor& y, const float* column_scale, const Tensor* bias) {
+  const int64_t features = y.size(y.dim() - 1);
+  t2::RowOutput out{y.mutable_data_ptr(), dtype_of(y, "y"), features, column_scale, nullptr, t2::DType::f32};
+  if (bias != nullptr) {
+    STD_TORCH_CHECK(bias->numel() == features && bias->is_contiguous(), "bias: expected ", features,
+                    " contiguous values");
     out.bias = bias->const_data_ptr();
     out.bias_dtype = dtype_of(*bias, "bias");
   }
   return out;
 }
 
-std::tuple<Tensor, Tensor> factored_linear(const Tensor& x, const Tensor& u, const Tensor& vh,
+// Columns [first, ...) of the float32 matrix t [rows, rank].
+t2::RowOutput columns(float* t, int64_t rank, int64_t first) {
+  return {t + first, t2::DType::f32, rank, nullptr, nullptr, t2::DType::f32};
+}
+
+const Tensor* pointer(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
+
+t2::Product product(const t2::RowInput& in, const t2::Matrix& m, const t2::RowOutput& out) {
+  return {in, {m, {}}, 1, out};
+}
+
+// A list of products over the same rows, run in as few kernel calls as its length allows.
+class Batch {
+ public:
+  explicit Batch(int64_t rows) : rows_(rows) {}
+  void add(const t2::Product& p) {
+    if (count_ == t2::kMaxProducts) run();
+    products_[count_++] = p;
+  }
+  void run() {
+    if (count_ > 0) t2::kernels().matmul(products_, count_, rows_, parallel_for);
+    count_ = 0;
+  }
+
+ private:
+  int64_t rows_;
+  int count_ = 0;
+  t2::Product products_[t2::kMaxProducts];
+};
+
+// t = x Vh^T, part by part.
+void add_project(Batch& batch, const Rows& rows, const Factors& f, float* t, int64_t rank) {
+  int64_t first = 0;
+  for (int i = 0; i < f.parts; ++i) {
+    batch.add(product(rows.input, f.down[i], columns(t, rank, first)));
+    first += f.down[i].n;
+  }
+}
+
+// y = (t * scale) U^T + bias, the parts of U side by side.
+void add_expand(Batch& batch, const t2::RowInput& in, const Factors& f, const t2::RowOutput& out) {
+  t2::Product p{in, {}, f.parts, out};
+  for (int i = 0; i < f.parts; ++i) p.parts[i] = f.up[i];
+  batch.add(p);
+}
+
+std::tuple<Tensor, Tensor> factored_linear(const Tensor& x, const std::vector<Tensor>& u, const std::vector<Tensor>& vh,
                                            const OptionalTensor& component_scale, const Tensor& scales,
-                                           const Tensor& slots, const OptionalTensor& bias, int64_t out_features) {
+                                           const Tensor& slots, const OptionalTensor& bias, int64_t out_features,
+                                           bool bf16_products) {
   const int64_t rank = scales.size(scales.dim() - 1);
   const int64_t in_features = x.size(x.dim() - 1);
-  const Rows rows = rows_of(x, in_features, "x");
+  STD_TORCH_CHECK(u.size() == vh.size(), "vh: expected as many parts as u, ", u.size(), ", got ", vh.size());
+  const Rows rows = rows_of(x, in_features, "x", bf16_products);
   const Routing route = routing(scales, slots, rows.count, rank);
-  const t2::Matrix down = matrix(vh, rank, in_features, "vh");
-  const t2::Matrix up = matrix(u, out_features, rank, "u");
+  const Factors f = factors(u.data(), vh.data(), u.size(), out_features, rank, in_features);
   const float* component = float_vector(component_scale, rank, "component_scale");
-  const auto& k = t2::kernels();
   const Tensor t = float_matrix(x, rows.count, rank);
   const Tensor y = like(x, out_features);
-  k.matmul(rows.input, down, output(t, nullptr, std::nullopt), rows.count, parallel_for);
-  k.matmul(scaled_rows(t, rank, route, component), up, output(y, nullptr, bias), rows.count, parallel_for);
+  float* t_data = static_cast<float*>(t.mutable_data_ptr());
+  Batch batch(rows.count);
+  add_project(batch, rows, f, t_data, rank);
+  batch.run();
+  add_expand(batch, scaled_rows(t_data, rank, route, component, rows.input.round_to_bf16), f,
+             output(y, nullptr, pointer(bias)));
+  batch.run();
   return {y, t};
 }
 
-std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const Tensor& t, const Tensor& u,
-                                                    const Tensor& vh, const OptionalTensor& component_scale,
-                                                    const Tensor& scales, const Tensor& slots, int64_t in_features,
-                                                    bool need_dx, bool need_dscales) {
+std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const Tensor& t, const std::vector<Tensor>& u,
+                                                    const std::vector<Tensor>& vh,
+                                                    const OptionalTensor& component_scale, const Tensor& scales,
+                                                    const Tensor& slots, int64_t in_features, bool need_dx,
+                                                    bool need_dscales) {
   const int64_t rank = scales.size(scales.dim() - 1);
   const int64_t out_features = grad_y.size(grad_y.dim() - 1);
+  STD_TORCH_CHECK(u.size() == vh.size(), "vh: expected as many parts as u, ", u.size(), ", got ", vh.size());
   const Rows rows = rows_of(grad_y, out_features, "grad_y");
   const Routing route = routing(scales, slots, rows.count, rank);
+  const Factors f = factors(u.data(), vh.data(), u.size(), out_features, rank, in_features);
   const float* component = float_vector(component_scale, rank, "component_scale");
-  const auto& k = t2::kernels();
   const Tensor h = float_matrix(grad_y, rows.count, rank);
-  k.matmul(rows.input, transposed(matrix(u, out_features, rank, "u")), output(h, nullptr, std::nullopt), rows.count,
-           parallel_for);
+  float* h_data = static_cast<float*>(h.mutable_data_ptr());
+  Batch batch(rows.count);
+  int64_t first = 0;
+  for (int i = 0; i < f.parts; ++i) {
+    batch.add(product(rows.input, transposed(f.up[i]), columns(h_data, rank, first)));
+    first += f.up[i].k;
+  }
+  batch.run();
   Tensor dscales = float_matrix(grad_y, need_dscales ? scales.size(0) : 0, rank);
   if (need_dscales) {
     torch::stable::zero_(dscales);
-    k.reduce_scales(static_cast<const float*>(t.const_data_ptr()), static_cast<const float*>(h.const_data_ptr()),
-                    component, route.slots_data, route.rows_per_slot, rows.count, rank,
-                    static_cast<float*>(dscales.mutable_data_ptr()), parallel_for);
+    t2::kernels().reduce_scales(static_cast<const float*>(t.const_data_ptr()), h_data, component, route.slots_data,
+                                route.rows_per_slot, rows.count, rank, static_cast<float*>(dscales.mutable_data_ptr()),
+                                parallel_for);
   }
   if (!need_dx) return {torch::stable::new_empty(grad_y, {0}), dscales};
   const Tensor dx = like(grad_y, in_features);
-  k.matmul(scaled_rows(h, rank, route, component), transposed(matrix(vh, rank, in_features, "vh")),
-           output(dx, nullptr, std::nullopt), rows.count, parallel_for);
+  t2::Product p{scaled_rows(h_data, rank, route, component, false), {}, f.parts, output(dx, nullptr, nullptr)};
+  for (int i = 0; i < f.parts; ++i) p.parts[i] = transposed(f.down[i]);
+  batch.add(p);
+  batch.run();
   return {dx, dscales};
 }
 
-Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& row_scale, const OptionalTensor& bias,
-                    int64_t out_features) {
+// Where a call keeps its t between the two products: reused from call to call while it is small.
+class Intermediate {
+ public:
+  Intermediate(const Tensor& x, int64_t floats) {
+    constexpr int64_t kKept = 1 << 20;
+    thread_local std::vector<float> kept;
+    if (floats > kKept) {
+      tensor_ = float_matrix(x, 1, floats);
+      data_ = static_cast<float*>(tensor_->mutable_data_ptr());
+      return;
+    }
+    if (static_cast<int64_t>(kept.size()) < floats) kept.resize(static_cast<size_t>(floats));
+    data_ = kept.data();
+  }
+  float* data() const { return data_; }
+
+ private:
+  OptionalTensor tensor_;
+  float* data_;
+};
+
+std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Tensor>& u, const std::vector<Tensor>& vh,
+                                          const std::vector<Tensor>& component_scales,
+                                          const std::vector<Tensor>& scales, const Tensor& slots,
+                                          const std::vector<Tensor>& biases, const std::vector<int64_t>& out_features,
+                                          bool bf16_products) {
+  const size_t layers = scales.size();
+  STD_TORCH_CHECK(layers > 0 && u.size() == vh.size() && u.size() % layers == 0 && out_features.size() == layers &&
+                      (component_scales.empty() || component_scales.size() == layers) &&
+                      (biases.empty() || biases.size() == layers),
+                  "scales: expected one entry per layer, as in u, vh and out_features; got ", layers);
+  const size_t parts = u.size() / layers;
   const int64_t in_features = x.size(x.dim() - 1);
-  const Rows rows = rows_of(x, in_features, "x");
+  const Rows rows = rows_of(x, in_features, "x", bf16_products);
+  int64_t ranks = 0;
+  for (const Tensor& s : scales) ranks += s.size(s.dim() - 1);
+  const Intermediate intermediate(x, rows.count * ranks);
+  float* t = intermediate.data();
+  Batch project(rows.count), expand(rows.count);
+  std::vector<Routing> routes;  // they keep what the products point to
+  std::vector<Tensor> ys;
+  routes.reserve(layers);
+  ys.reserve(layers);
+  for (size_t l = 0; l < layers; ++l) {
+    const int64_t rank = scales[l].size(scales[l].dim() - 1);
+    const Factors f = factors(&u[l * parts], &vh[l * parts], parts, out_features[l], rank, in_features);
+    add_project(project, rows, f, t, rank);
+    t += rows.count * rank;
+  }
+  project.run();
+  t = intermediate.data();
+  for (size_t l = 0; l < layers; ++l) {
+    const int64_t rank = scales[l].size(scales[l].dim() - 1);
+    const Factors f = factors(&u[l * parts], &vh[l * parts], parts, out_features[l], rank, in_features);
+    routes.push_back(routing(scales[l], slots, rows.count, rank));
+    const float* component = nullptr;
+    if (!component_scales.empty()) component = float_vector(component_scales[l], rank, "component_scales");
+    const bool has_bias = !biases.empty() && biases[l].numel() > 0;
+    ys.push_back(like(x, out_features[l]));
+    add_expand(expand, scaled_rows(t, rank, routes.back(), component, rows.input.round_to_bf16), f,
+               output(ys.back(), nullptr, has_bias ? &biases[l] : nullptr));
+    t += rows.count * rank;
+  }
+  expand.run();
+  return ys;
+}
+
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& row_scale, const OptionalTensor& bias,
+                    int64_t out_features, bool bf16_products) {
+  const int64_t in_features = x.size(x.dim() - 1);
+  const Rows rows = rows_of(x, in_features, "x", bf16_products);
   const t2::Matrix m = matrix(weight, out_features, in_features, "weight");
   const float* scale = float_vector(row_scale, out_features, "row_scale");
   const Tensor y = like(x, out_features);
-  t2::kernels().matmul(rows.input, m, output(y, scale, bias), rows.count, parallel_for);
+  Batch batch(rows.count);
+  batch.add(product(rows.input, m, output(y, scale, pointer(bias))));
+  batch.run();
   return y;
 }
 
@@ -191,14 +355,53 @@ Tensor dense_linear_backward(const Tensor& grad_y, const Tensor& weight, const O
   const t2::Matrix m = transposed(matrix(weight, out_features, in_features, "weight"));
   rows.input.component_scale = float_vector(row_scale, out_features, "row_scale");
   const Tensor dx = like(grad_y, in_features);
-  t2::kernels().matmul(rows.input, m, output(dx, nullptr, std::nullopt), rows.count, parallel_for);
+  Batch batch(rows.count);
+  batch.add(product(rows.input, m, output(dx, nullptr, nullptr)));
+  batch.run();
   return dx;
+}
+
+double seconds_of(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Multiply-adds per second that `threads` threads reach from registers.
+double multiply_add_rate(t2::Arithmetic kind, int64_t threads, int64_t steps) {
+  const auto work = t2::kernels().multiply_adds;
+  int64_t per_step = 0;
+  const double seconds = seconds_of([&] {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = work(kind, steps);
+        if (i == 0) per_step = n;
+      }
+    });
+  });
+  return static_cast<double>(per_step) * static_cast<double>(steps * threads) / seconds;
+}
+
+// Bytes per second at which all threads read a buffer.
+double read_rate(const std::vector<char>& buffer, int64_t threads) {
+  const int64_t share = static_cast<int64_t>(buffer.size()) / threads;
+  std::vector<uint64_t> sums(static_cast<size_t>(threads));
+  const double seconds = seconds_of([&] {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        sums[static_cast<size_t>(i)] = t2::kernels().read(buffer.data() + i * share, share);
+    });
+  });
+  volatile uint64_t sink = sums[0];
+  (void)sink;
+  return static_cast<double>(share * threads) / seconds;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(t2kernels, CPU, m) {
   m.impl("factored_linear", TORCH_BOX(&factored_linear));
+  m.impl("factored_linear_group", TORCH_BOX(&factored_linear_group));
   m.impl("factored_linear_backward", TORCH_BOX(&factored_linear_backward));
   m.impl("dense_linear", TORCH_BOX(&dense_linear));
   m.impl("dense_linear_backward", TORCH_BOX(&dense_linear_backward));
@@ -215,7 +418,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("compiled_isas", [] {
 #if defined(__x86_64__)
-    return std::vector<std::string>{"portable", "avx2", "avx512"};
+    return std::vector<std::string>{"portable", "avx2", "avx512", "avx512_bf16"};
 #else
     return std::vector<std::string>{"portable"};
 #endif
@@ -223,5 +426,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported", [](const std::string& isa) { return t2::supported(isa.c_str()); }, pybind11::arg("isa"));
   m.def("chosen_isa", [] { return std::string(t2::kernels().isa); });
   m.def("select_isa", [](const std::string& isa) { return t2::select_kernels(isa.c_str()); }, pybind11::arg("isa"));
+  m.def("bf16_products", [] { return t2::kernels().bf16_products; });
+  m.def(
+      "multiply_add_rate",
+      [](const std::string& arithmetic, int64_t threads, int64_t steps) {
+        const auto kind = arithmetic == "bfloat16" ? t2::Arithmetic::bf16
+                          : arithmetic == "int16"  ? t2::Arithmetic::i16
+                                                   : t2::Arithmetic::f32;
+        return multiply_add_rate(kind, threads, steps);
+      },
+      pybind11::arg("arithmetic"), pybind11::arg("threads"), pybind11::arg("steps"));
+  m.def(
+      "read_rates",
+      [](int64_t bytes, int64_t threads, int64_t rounds) {
+        const std::vector<char> buffer(static_cast<size_t>(bytes), 1);
+        std::vector<double> rates;
+        for (int64_t i = 0; i < rounds; ++i) rates.push_back(read_rate(buffer, threads));
+        return rates;
+      },
+      pybind11::arg("bytes"), pybind11::arg("threads"), pybind11::arg("rounds"));
   m.def("has_cuda", [] { return false; });
 }

@@ -136,7 +136,7 @@ class SVFModel(nn.Module):
         super()._apply(fn, recurse)
         if self._targets:
             targets = list(self._targets.values())
-            self._table.to(targets[0].layer.weight.u.device)
+            self._table.to(targets[0].layer.weight.s.device)
             self.router = Router(self._table)
             for target in targets:
                 target.layer.router = self.router
@@ -317,7 +317,7 @@ class SVFModel(nn.Module):
         if self._cache is None:
             assert target.weight is not None
             return target.weight, Factors(*target.layer.weight.factors())
-        device = target.layer.weight.u.device
+        device = target.layer.weight.s.device
         factors = self._cache.load(target.key)
         return self._cache.load_weight(target.key).to(device), Factors(*(f.to(device) for f in factors))
 
@@ -328,7 +328,7 @@ class SVFModel(nn.Module):
             weight = target.weight if self._cache is None else self._cache.load_weight(target.key)
             assert weight is not None
             stored = weight if isinstance(target.module, nn.Linear) else weight.T.contiguous()
-            weights[name] = stored.to(target.layer.weight.u.device)
+            weights[name] = stored.to(target.layer.weight.s.device)
         for name, target in self._targets.items():
             target.module.weight.data = weights[name]
             self.model.set_submodule(name, target.module.train(target.layer.training))

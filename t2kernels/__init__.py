@@ -8,7 +8,7 @@ from t2kernels.backends import backends, build_info, select_instruction_set
 from t2kernels.decomposition import Factors, decompose
 from t2kernels.functional import svf_linear
 from t2kernels.modules import SVFLinear
-from t2kernels.weights import DenseWeight, FactoredWeight
+from t2kernels.weights import DenseWeight, FactoredWeight, linear_group
 
 __all__ = [
     "DenseWeight",
@@ -18,6 +18,7 @@ __all__ = [
     "backends",
     "build_info",
     "decompose",
+    "linear_group",
     "select_instruction_set",
     "svf_linear",
 ]

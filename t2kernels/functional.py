@@ -20,8 +20,9 @@ def svf_linear(
 ) -> Tensor:
     """y = U diag(s * z) Vh x + bias without building that matrix (arXiv 2501.06252, section 3.1).
 
-    Differentiable in x, s, z and bias; u and vh are frozen. Sums run in float32. For factors used more than a few
-    times, `FactoredWeight.pack` once is faster; the results are the same bits.
+    Differentiable in x, s, z and bias; u and vh are frozen. Products and sums run in float32. For factors used more
+    than a few times, `FactoredWeight.pack` once is faster, and gives the same bits; only where bfloat16 activations
+    meet bfloat16 factors on a processor with that dot product does it round the scaled projection.
 
     Args:
         x: [..., in], float32, bfloat16 or float16.
@@ -66,4 +67,4 @@ def svf_linear(
             raise ValueError(f"z: expected shape [E, {rank}] with expert_ids, got {list(z.shape)}")
         scales = s.float() * z.float()
         slots = checks.check_ids("expert_ids", expert_ids, x, z.shape[0])
-    return ops.factored_linear(x, u, vh, None, scales, slots, bias, out_features)[0]
+    return ops.factored_linear(x, [u], [vh], None, scales, slots, bias, out_features, False)[0]

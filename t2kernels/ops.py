@@ -1,13 +1,23 @@
 """The operators as torch sees them: schemas, meta kernels, gradients, and the reference for devices without kernels.
 
-`factored_linear(x, u, vh, component_scale, scales, slots, bias, out_features) -> (y, t)`
+`factored_linear(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_products) -> (y, t)`
 
     t = x Vh^T                                                   (float32, saved for the backward pass)
     y[b] = (t[b] * scales[slots[b // n]] * component_scale) U^T + bias      with n = rows of x / len(slots)
 
-x [..., in] float32, bfloat16 or float16; u and vh either matrices [out, r] and [r, in] or their panels
-(`t2kernels.packing`); component_scale [r] float32 or None (the product of both factors' int8 scales);
-scales [slots, r] float32, any row stride; slots [S] int64 with S dividing the rows of x; bias [out] or None.
+x [..., in] float32, bfloat16 or float16; u and vh lists of one or two parts along the rank, each a matrix [out, r] and
+[r, in] or its panels (`t2kernels.packing`; the first of two parts has a multiple of 16 components); component_scale [r]
+float32 or None (the product of both factors' int8 scales); scales [slots, r] float32, any row stride; slots [S] int64
+with S dividing the rows of x; bias [out] or None.
+
+What the products round: nothing but the storage, with three exceptions. Where x is bfloat16, or bf16_products is true,
+x and the scaled t are rounded to bfloat16 before they meet bfloat16 factors, if the processor has that dot product.
+Before they meet int8 factors they are rounded to 16-bit integers, with a float32 scale for every 512 terms of a row.
+The output is rounded to the dtype of x. Sums are float32, or exact.
+
+`factored_linear_group` is the same for several layers that share x and slots, in one call and without t or gradients:
+u and vh hold the parts of all layers one after the other; component_scales and biases are empty or have one entry per
+layer (a bias without elements is none).
 
 Gradients (DESIGN section 2; with g = dL/dy, h = g U):
 
@@ -28,14 +38,21 @@ from t2kernels.backends import extension, warn_reference
 
 _library = torch.library.Library("t2kernels", "DEF")
 _library.define(
-    "factored_linear(Tensor x, Tensor u, Tensor vh, Tensor? component_scale, Tensor scales, Tensor slots, "
-    "Tensor? bias, SymInt out_features) -> (Tensor, Tensor)"
+    "factored_linear(Tensor x, Tensor[] u, Tensor[] vh, Tensor? component_scale, Tensor scales, Tensor slots, "
+    "Tensor? bias, SymInt out_features, bool bf16_products) -> (Tensor, Tensor)"
 )
 _library.define(
-    "factored_linear_backward(Tensor grad_y, Tensor t, Tensor u, Tensor vh, Tensor? component_scale, Tensor scales, "
+    "factored_linear_group(Tensor x, Tensor[] u, Tensor[] vh, Tensor[] component_scales, Tensor[] scales, "
+    "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products) -> Tensor[]"
+)
+_library.define(
+    "factored_linear_backward(Tensor grad_y, Tensor t, Tensor[] u, Tensor[] vh, Tensor? component_scale, Tensor scales, "
     "Tensor slots, SymInt in_features, bool need_dx, bool need_dscales) -> (Tensor, Tensor)"
 )
-_library.define("dense_linear(Tensor x, Tensor weight, Tensor? row_scale, Tensor? bias, SymInt out_features) -> Tensor")
+_library.define(
+    "dense_linear(Tensor x, Tensor weight, Tensor? row_scale, Tensor? bias, SymInt out_features, "
+    "bool bf16_products) -> Tensor"
+)
 _library.define("dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row_scale, SymInt in_features) -> Tensor")
 
 
@@ -50,14 +67,25 @@ def _register_reference(name: str) -> None:
         _library.impl(name, run, key)
 
 
-for _name in ("factored_linear", "factored_linear_backward", "dense_linear", "dense_linear_backward"):
+for _name in (
+    "factored_linear",
+    "factored_linear_group",
+    "factored_linear_backward",
+    "dense_linear",
+    "dense_linear_backward",
+):
     _register_reference(_name)
 
 
 @torch.library.register_fake("t2kernels::factored_linear")
-def _(x, u, vh, component_scale, scales, slots, bias, out_features):  # type: ignore[no-untyped-def]
+def _(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_products):  # type: ignore[no-untyped-def]
     rows = x.numel() // x.shape[-1]
     return x.new_empty(*x.shape[:-1], out_features), scales.new_empty(rows, scales.shape[1])
+
+
+@torch.library.register_fake("t2kernels::factored_linear_group")
+def _(x, u, vh, component_scales, scales, slots, biases, out_features, bf16_products):  # type: ignore[no-untyped-def]
+    return [x.new_empty(*x.shape[:-1], features) for features in out_features]
 
 
 @torch.library.register_fake("t2kernels::factored_linear_backward")
@@ -67,7 +95,7 @@ def _(grad_y, t, u, vh, component_scale, scales, slots, in_features, need_dx, ne
 
 
 @torch.library.register_fake("t2kernels::dense_linear")
-def _(x, weight, row_scale, bias, out_features):  # type: ignore[no-untyped-def]
+def _(x, weight, row_scale, bias, out_features, bf16_products):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], out_features)
 
 
@@ -77,10 +105,11 @@ def _(grad_y, weight, row_scale, in_features):  # type: ignore[no-untyped-def]
 
 
 def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, u, vh, component_scale, scales, slots, bias, _ = inputs
+    x, u, vh, component_scale, scales, slots, bias, _, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], u, vh, component_scale, scales, slots)
+    ctx.parts = len(u)
+    ctx.save_for_backward(output[1], component_scale, scales, slots, *u, *vh)
     ctx.in_features = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -88,7 +117,8 @@ def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _factored_backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     dx = dscales = dbias = None
     if grad_y is not None:
-        t, u, vh, component_scale, scales, slots = ctx.saved_tensors
+        t, component_scale, scales, slots, *parts = ctx.saved_tensors
+        u, vh = parts[: len(parts) // 2], parts[len(parts) // 2 :]
         need_dx, need_dscales, need_dbias = (ctx.needs_input_grad[i] for i in (0, 4, 6))
         if need_dx or need_dscales:
             dx, dscales = factored_linear_backward(
@@ -97,11 +127,11 @@ def _factored_backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor 
         if need_dbias:
             dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         dx, dscales = dx if need_dx else None, dscales if need_dscales else None
-    return dx, None, None, None, dscales, None, dbias, None
+    return dx, [None] * ctx.parts, [None] * ctx.parts, None, dscales, None, dbias, None, None
 
 
 def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, row_scale, bias, _ = inputs
+    x, weight, row_scale, bias, _, _ = inputs
     ctx.save_for_backward(weight, row_scale)
     ctx.in_features = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -113,7 +143,7 @@ def _dense_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         dx = dense_linear_backward(grad_y, *ctx.saved_tensors, ctx.in_features)
     if ctx.needs_input_grad[3]:
         dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return dx, None, None, dbias, None
+    return dx, None, None, dbias, None, None
 
 
 torch.library.register_autograd(
@@ -122,6 +152,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("t2kernels::dense_linear", _dense_backward, setup_context=_dense_setup, lib=_library)
 
 factored_linear = torch.ops.t2kernels.factored_linear.default
+factored_linear_group = torch.ops.t2kernels.factored_linear_group.default
 factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default
 dense_linear = torch.ops.t2kernels.dense_linear.default
 dense_linear_backward = torch.ops.t2kernels.dense_linear_backward.default

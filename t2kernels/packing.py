@@ -1,20 +1,33 @@
 """Storage of frozen matrices: panels of 16 output columns, and int8 quantisation.
 
-The CPU kernels read a matrix [n, k] as `panels` [ceil(n / 16), k, 16]: the 16 values that meet x[k] lie together, and
-a panel is one sequential stream. Columns past n hold zeros.
+The CPU kernels read a matrix [n, k] as `panels`: the 16 values that meet x[k] lie together, and a panel is one
+sequential stream. float32 and float16 panels are [ceil(n / 16), k, 16]; bfloat16 and int8 ones
+[ceil(n / 16), ceil(k / 2), 16, 2], two terms of a column side by side, as dot-product instructions take them. Columns
+past n and a term past k hold zeros.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PANEL = 16
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
+_PAIRED = (torch.bfloat16, torch.int8)
+
+
 def pack_panels(matrix: Tensor) -> Tensor:
-    """Matrix [n, k] -> contiguous panels [ceil(n / 16), k, 16] of the same dtype."""
+    """Matrix [n, k] -> contiguous panels of the same dtype."""
+    if matrix.dtype in _PAIRED:
+        panels = _pack_single(F.pad(matrix, (0, matrix.shape[1] % 2)))
+        return panels.unflatten(1, (-1, 2)).transpose(2, 3).contiguous()
+    return _pack_single(matrix)
+
+
+def _pack_single(matrix: Tensor) -> Tensor:
     n, k = matrix.shape
     count = -(-n // PANEL)
     panels = matrix.new_zeros(count, k, PANEL)
@@ -25,9 +38,11 @@ def pack_panels(matrix: Tensor) -> Tensor:
     return panels
 
 
-def unpack_panels(panels: Tensor, n: int) -> Tensor:
-    """Panels [ceil(n / 16), k, 16] -> matrix [n, k]."""
-    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:n]
+def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
+    """Panels -> matrix [n, k]."""
+    if panels.dim() == 4:
+        panels = panels.transpose(2, 3).flatten(1, 2)
+    return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:n, :k]
 
 
 def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,17 @@
 """Eager torch definitions of every operator: what the kernels are checked against, and what runs where none is built.
 
-The functions accept float64 and are differentiable by plain autograd unless they say otherwise.
+The functions accept float64 and are differentiable by plain autograd unless they say otherwise. They round nothing between the storage of the factors and
+the output: `bf16_products` only allows rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from t2kernels.packing import unpack_panels
+from t2kernels.packing import PANEL, unpack_panels
 
 
 def svf_linear_ref(
@@ -31,9 +34,24 @@ def svf_linear_ref(
     return y if bias is None else y + bias
 
 
-def _float_matrix(factor: Tensor, n: int) -> Tensor:
-    matrix = factor if factor.dim() == 2 else unpack_panels(factor, n)
+def _float_matrix(factor: Tensor, n: int, k: int) -> Tensor:
+    matrix = factor if factor.dim() == 2 else unpack_panels(factor, n, k)
     return matrix.double() if matrix.dtype == torch.float64 else matrix.float()
+
+
+def _float_factors(
+    u: Sequence[Tensor], vh: Sequence[Tensor], out_features: int, rank: int, in_features: int
+) -> tuple[Tensor, Tensor]:
+    """The parts of u and vh put together: [out, r] and [r, in]."""
+    ranks, left = [], rank
+    for part in vh[:-1]:
+        ranks.append(part.shape[0] * (1 if part.dim() == 2 else PANEL))
+        left -= ranks[-1]
+    ranks.append(left)
+    return (
+        torch.cat([_float_matrix(part, out_features, r) for part, r in zip(u, ranks, strict=True)], 1),
+        torch.cat([_float_matrix(part, r, in_features) for part, r in zip(vh, ranks, strict=True)], 0),
+    )
 
 
 def _row_scales(scales: Tensor, slots: Tensor, rows: int, component_scale: Tensor | None) -> Tensor:
@@ -46,29 +64,53 @@ def _row_scales(scales: Tensor, slots: Tensor, rows: int, component_scale: Tenso
 
 def factored_linear(
     x: Tensor,
-    u: Tensor,
-    vh: Tensor,
+    u: Sequence[Tensor],
+    vh: Sequence[Tensor],
     component_scale: Tensor | None,
     scales: Tensor,
     slots: Tensor,
     bias: Tensor | None,
     out_features: int,
+    bf16_products: bool,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `torch.ops.t2kernels.factored_linear`; see `t2kernels.ops` for the meaning of the arguments."""
     rows = x.reshape(-1, x.shape[-1])
-    t = rows.float() @ _float_matrix(vh, scales.shape[1]).T
+    full_u, full_vh = _float_factors(u, vh, out_features, scales.shape[1], x.shape[-1])
+    t = rows.float() @ full_vh.T
     scaled = t * _row_scales(scales, slots, rows.shape[0], component_scale)
-    y = scaled @ _float_matrix(u, out_features).T
+    y = scaled @ full_u.T
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features), t
 
 
+def factored_linear_group(
+    x: Tensor,
+    u: Sequence[Tensor],
+    vh: Sequence[Tensor],
+    component_scales: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    slots: Tensor,
+    biases: Sequence[Tensor],
+    out_features: Sequence[int],
+    bf16_products: bool,
+) -> list[Tensor]:
+    """Reference of `torch.ops.t2kernels.factored_linear_group`."""
+    parts = len(u) // len(scales)
+    ys = []
+    for i, features in enumerate(out_features):
+        own = slice(i * parts, (i + 1) * parts)
+        component = component_scales[i] if component_scales else None
+        bias = biases[i] if biases and biases[i].numel() else None
+        ys.append(factored_linear(x, u[own], vh[own], component, scales[i], slots, bias, features, bf16_products)[0])
+    return ys
+
+
 def factored_linear_backward(
     grad_y: Tensor,
     t: Tensor,
-    u: Tensor,
-    vh: Tensor,
+    u: Sequence[Tensor],
+    vh: Sequence[Tensor],
     component_scale: Tensor | None,
     scales: Tensor,
     slots: Tensor,
@@ -79,7 +121,8 @@ def factored_linear_backward(
     """Reference of `torch.ops.t2kernels.factored_linear_backward`."""
     g = grad_y.reshape(-1, grad_y.shape[-1]).float()
     rank = scales.shape[1]
-    h = g @ _float_matrix(u, grad_y.shape[-1])
+    full_u, full_vh = _float_factors(u, vh, grad_y.shape[-1], rank, in_features)
+    h = g @ full_u
     dscales = scales.new_zeros(scales.shape[0] if need_dscales else 0, rank)
     if need_dscales:
         th = t * h if component_scale is None else t * h * component_scale
@@ -87,13 +130,20 @@ def factored_linear_backward(
     if not need_dx:
         return grad_y.new_empty(0), dscales
     dt = h * _row_scales(scales, slots, g.shape[0], component_scale)
-    dx = dt @ _float_matrix(vh, rank)
+    dx = dt @ full_vh
     return dx.to(grad_y.dtype).reshape(*grad_y.shape[:-1], in_features), dscales
 
 
-def dense_linear(x: Tensor, weight: Tensor, row_scale: Tensor | None, bias: Tensor | None, out_features: int) -> Tensor:
+def dense_linear(
+    x: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    bf16_products: bool,
+) -> Tensor:
     """Reference of `torch.ops.t2kernels.dense_linear`."""
-    y = x.float() @ _float_matrix(weight, out_features).T
+    y = x.float() @ _float_matrix(weight, out_features, x.shape[-1]).T
     if row_scale is not None:
         y = y * row_scale
     if bias is not None:
@@ -106,4 +156,4 @@ def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | No
     g = grad_y.float()
     if row_scale is not None:
         g = g * row_scale
-    return (g @ _float_matrix(weight, grad_y.shape[-1])).to(grad_y.dtype)
+    return (g @ _float_matrix(weight, grad_y.shape[-1], in_features)).to(grad_y.dtype)

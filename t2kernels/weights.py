@@ -6,14 +6,14 @@ another dtype leaves them as they are: their storage format was chosen when they
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from t2kernels import checks, ops
-from t2kernels.packing import STORAGE_DTYPES, pack_panels, quantize_int8, unpack_panels
+from t2kernels.packing import PANEL, STORAGE_DTYPES, pack_panels, quantize_int8, unpack_panels
 
 
 class _FrozenWeight(nn.Module):
@@ -47,38 +47,75 @@ def _check_storage(dtype: torch.dtype) -> None:
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or int8, got {dtype}")
 
 
+def _cast(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = matrix.to(dtype)
+    if dtype == torch.float16 and bool(cast.isinf().any()):
+        raise ValueError(f"{name}: expected values that float16 can hold (up to 65504), got {matrix.abs().max():.4g}")
+    return cast
+
+
+def int8_head(rank: int) -> int:
+    """Leading components that int8 storage keeps in float16: about 1/32 of them, whole panels; none below rank 64."""
+    return PANEL * -(-rank // (32 * PANEL)) if rank >= 64 else 0
+
+
 class FactoredWeight(_FrozenWeight):
     """The frozen factors of W = U diag(s) Vh, packed. Make one with `FactoredWeight.pack`.
 
     `s` [r] float32 is the base scale: the row to use for the base model, and what an expert's z multiplies.
     """
 
-    u: Tensor
-    vh: Tensor
     s: Tensor
     component_scale: Tensor | None
 
-    def __init__(self, u: Tensor, s: Tensor, vh: Tensor, component_scale: Tensor | None, out_features: int) -> None:
+    def __init__(
+        self,
+        u: Sequence[Tensor],
+        s: Tensor,
+        vh: Sequence[Tensor],
+        component_scale: Tensor | None,
+        out_features: int,
+        in_features: int,
+        bf16_products: bool = False,
+    ) -> None:
         super().__init__()
         self.out_features = out_features
-        self.in_features = vh.shape[1]
+        self.in_features = in_features
         self.rank = s.shape[0]
-        self.register_buffer("u", u)
+        self.bf16_products = bf16_products
+        self.parts = len(u)
+        for part, (u_part, vh_part) in enumerate(zip(u, vh, strict=True)):
+            self.register_buffer(f"u{part}", u_part)
+            self.register_buffer(f"vh{part}", vh_part)
         self.register_buffer("s", s)
-        self.register_buffer("vh", vh)
         self.register_buffer("component_scale", component_scale)
 
+    @property
+    def u(self) -> list[Tensor]:
+        """Panels of the parts of U: leading components first."""
+        return [self._buffers[f"u{part}"] for part in range(self.parts)]  # type: ignore[misc]
+
+    @property
+    def vh(self) -> list[Tensor]:
+        """Panels of the parts of Vh: leading components first."""
+        return [self._buffers[f"vh{part}"] for part in range(self.parts)]  # type: ignore[misc]
+
     @classmethod
-    def pack(cls, u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype = torch.float32) -> FactoredWeight:
+    def pack(
+        cls, u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype = torch.float32, *, bf16_products: bool = False
+    ) -> FactoredWeight:
         """Packs factors for this machine's kernels.
 
         int8 keeps one float32 scale per component and factor: a component's column of U and row of Vh have unit
         norm, so each is quantised against its own largest entry, and both scales fold into the per-component scale
-        that the product applies anyway.
+        that the product applies anyway. The first `int8_head(r)` components, which decompositions order by singular
+        value, stay in float16: 3% of the bytes, and most of the error (`benchmarks/fidelity.py`).
 
         Args:
             u: [out, r], s: [r], vh: [r, in]: float tensors with finite values.
             dtype: storage of u and vh: float32, bfloat16, float16 or int8.
+            bf16_products: lets float32 and float16 activations be rounded to bfloat16 before they meet bfloat16
+                factors, where the processor has that dot product (twice the multiply-adds of float32).
         """
         _check_storage(dtype)
         u = _check_matrix("u", u, "[out, r]")
@@ -93,32 +130,45 @@ class FactoredWeight(_FrozenWeight):
             )
         for name, value in (("s", s), ("vh", vh)):
             checks.check_device(name, value, u, "u")
-        component_scale = None
+        u_parts, vh_parts, component_scale = [u], [vh], None
         if dtype == torch.int8:
-            u, u_scale = quantize_int8(u, dim=1)
-            vh, vh_scale = quantize_int8(vh, dim=0)
-            component_scale = u_scale * vh_scale
+            head = int8_head(len(s))
+            u_tail, u_scale = quantize_int8(u[:, head:], dim=1)
+            vh_tail, vh_scale = quantize_int8(vh[head:], dim=0)
+            component_scale = torch.cat([u_scale.new_ones(head), u_scale * vh_scale])
+            u_parts, vh_parts = [u_tail], [vh_tail]
+            if head:
+                u_parts.insert(0, _cast("u", u[:, :head], torch.float16))
+                vh_parts.insert(0, _cast("vh", vh[:head], torch.float16))
+        else:
+            u_parts, vh_parts = [_cast("u", u, dtype)], [_cast("vh", vh, dtype)]
         return cls(
-            pack_panels(u.to(dtype)),
+            [pack_panels(part) for part in u_parts],
             s.float().clone(),
-            pack_panels(vh.to(dtype)),
+            [pack_panels(part) for part in vh_parts],
             component_scale,
             u.shape[0],
+            vh.shape[1],
+            bf16_products,
         )
 
     @property
     def dtype(self) -> torch.dtype:
-        """Storage of the factors."""
-        return self.u.dtype
+        """Storage of the factors; of int8, that of all but the leading components."""
+        return self.u[-1].dtype
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """(u [out, r], s [r], vh [r, in]) in float32, as stored: u and vh with their rounding.
 
         An int8 scale belongs to a component; it is returned with u."""
-        u = unpack_panels(self.u, self.out_features).float()
+        head = self.vh[0].shape[0] * PANEL if self.parts == 2 else 0
+        ranks = [head, self.rank - head][-self.parts :]
+        parts = list(zip(self.u, self.vh, ranks, strict=True))
+        u = torch.cat([unpack_panels(u, self.out_features, rank).float() for u, _, rank in parts], 1)
+        vh = torch.cat([unpack_panels(vh, rank, self.in_features).float() for _, vh, rank in parts], 0)
         if self.component_scale is not None:
             u = u * self.component_scale
-        return u, self.s.clone(), unpack_panels(self.vh, self.rank).float()
+        return u, self.s.clone(), vh
 
     def linear(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
         """y[b] = (x[b] Vh^T * scales[slots[b]]) U^T + bias, one row of scales per leading row of x.
@@ -132,8 +182,13 @@ class FactoredWeight(_FrozenWeight):
         Returns:
             [B, ..., out], the dtype of x. A row's bits do not depend on the rest of the batch.
         """
+        self.check(x, scales, slots, bias)
+        return self.linear_unchecked(x, scales, slots, bias)
+
+    def check(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None) -> None:
+        """Raises unless these are arguments of `linear`."""
         x = checks.check_activations(x, self.in_features)
-        checks.check_device("x", x, self.u, "the packed weight")
+        checks.check_device("x", x, self.s, "the packed weight")
         scales = checks.check_tensor("scales", scales, f"[slots, {self.rank}]")
         checks.check_dtype("scales", scales, (torch.float32,))
         if scales.dim() != 2 or scales.shape[1] != self.rank:
@@ -141,14 +196,81 @@ class FactoredWeight(_FrozenWeight):
         checks.check_device("scales", scales, x, "x")
         checks.check_ids("slots", slots, x, scales.shape[0])
         checks.check_bias(bias, x, self.out_features)
-        return self.linear_unchecked(x, scales, slots, bias)
 
     def linear_unchecked(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
         """`linear` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
-        return ops.factored_linear(x, self.u, self.vh, self.component_scale, scales, slots, bias, self.out_features)[0]
+        return ops.factored_linear(
+            x,
+            self.u,
+            self.vh,
+            self.component_scale,
+            scales,
+            slots,
+            bias,
+            self.out_features,
+            self.bf16_products,
+        )[0]
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, rank={self.rank}, out={self.out_features}, dtype={self.dtype}"
+
+
+def linear_group(
+    weights: Sequence[FactoredWeight],
+    x: Tensor,
+    scales: Sequence[Tensor],
+    slots: Tensor,
+    biases: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """`[w.linear(x, s, slots, b) for w, s, b in zip(weights, scales, biases)]`, the same bits, in one call.
+
+    For layers that share their input, as q, k and v do: x is packed once, and threads meet twice instead of once per
+    product. Not differentiable; a ValueError says so where a gradient would be asked for.
+
+    Args:
+        weights: layers of one storage format and one in_features.
+        x: [B, ..., in], float32, bfloat16 or float16.
+        scales: for each layer [slots, r] float32.
+        slots: int64 [B].
+        biases: for each layer [out] or None; None is no biases.
+    """
+    biases = [None] * len(weights) if biases is None else biases
+    if not weights or len(scales) != len(weights) or len(biases) != len(weights):
+        raise ValueError(
+            f"weights: expected at least one and as many scales and biases, got {len(weights)} weights, "
+            f"{len(scales)} scales, {len(biases)} biases"
+        )
+    first = weights[0]
+    for weight, scale, bias in zip(weights, scales, biases, strict=True):
+        kind = (weight.in_features, weight.dtype, weight.parts, weight.bf16_products)
+        if kind != (first.in_features, first.dtype, first.parts, first.bf16_products):
+            raise ValueError(f"weights: expected layers of one kind and input, got {first} and {weight}")
+        weight.check(x, scale, slots, bias)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, bias)):
+            raise ValueError("x, scales, biases: expected tensors that need no gradient; call the layers one by one")
+    return linear_group_unchecked(weights, x, scales, slots, biases)
+
+
+def linear_group_unchecked(
+    weights: Sequence[FactoredWeight],
+    x: Tensor,
+    scales: Sequence[Tensor],
+    slots: Tensor,
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """`linear_group` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
+    none = x.new_empty(0)
+    return ops.factored_linear_group(
+        x,
+        [part for weight in weights for part in weight.u],
+        [part for weight in weights for part in weight.vh],
+        [weight.component_scale for weight in weights if weight.component_scale is not None],
+        scales,
+        slots,
+        [] if all(bias is None for bias in biases) else [none if bias is None else bias for bias in biases],
+        [weight.out_features for weight in weights],
+        weights[0].bf16_products,
+    )
 
 
 class DenseWeight(_FrozenWeight):
@@ -157,22 +279,33 @@ class DenseWeight(_FrozenWeight):
     weight: Tensor
     row_scale: Tensor | None
 
-    def __init__(self, weight: Tensor, row_scale: Tensor | None, out_features: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        row_scale: Tensor | None,
+        out_features: int,
+        in_features: int,
+        bf16_products: bool = False,
+    ) -> None:
         super().__init__()
         self.out_features = out_features
-        self.in_features = weight.shape[1]
+        self.in_features = in_features
+        self.bf16_products = bf16_products
         self.register_buffer("weight", weight)
         self.register_buffer("row_scale", row_scale)
 
     @classmethod
-    def pack(cls, weight: Tensor, dtype: torch.dtype = torch.float32) -> DenseWeight:
-        """Packs a matrix [out, in] as float32, bfloat16, float16, or int8 with one float32 scale per output row."""
+    def pack(cls, weight: Tensor, dtype: torch.dtype = torch.float32, *, bf16_products: bool = False) -> DenseWeight:
+        """Packs a matrix [out, in] as float32, bfloat16, float16, or int8 with one float32 scale per output row.
+
+        `bf16_products` as in `FactoredWeight.pack`.
+        """
         _check_storage(dtype)
         weight = _check_matrix("weight", weight, "[out, in]")
         row_scale = None
         if dtype == torch.int8:
             weight, row_scale = quantize_int8(weight, dim=0)
-        return cls(pack_panels(weight.to(dtype)), row_scale, weight.shape[0])
+        return cls(pack_panels(_cast("weight", weight, dtype)), row_scale, *weight.shape, bf16_products)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,7 +314,7 @@ class DenseWeight(_FrozenWeight):
 
     def matrix(self) -> Tensor:
         """W [out, in] in float32, as stored."""
-        matrix = unpack_panels(self.weight, self.out_features).float()
+        matrix = unpack_panels(self.weight, self.out_features, self.in_features).float()
         return matrix if self.row_scale is None else matrix * self.row_scale.unsqueeze(1)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -189,7 +322,11 @@ class DenseWeight(_FrozenWeight):
         x = checks.check_activations(x, self.in_features)
         checks.check_device("x", x, self.weight, "the packed weight")
         checks.check_bias(bias, x, self.out_features)
-        return ops.dense_linear(x, self.weight, self.row_scale, bias, self.out_features)
+        return self.linear_unchecked(x, bias)
+
+    def linear_unchecked(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` for callers that have made their arguments themselves."""
+        return ops.dense_linear(x, self.weight, self.row_scale, bias, self.out_features, self.bf16_products)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, dtype={self.dtype}"

@@ -40,27 +40,70 @@ struct Lane16 {
     lo = _mm256_cvtph_ps(_mm_loadu_si128(q));
     hi = _mm256_cvtph_ps(_mm_loadu_si128(q + 1));
   }
-  void load(const int8_t* p) {
-    const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    lo = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
-    hi = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(q, 8)));
+  void load_even(const bf16* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    lo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q), 16));
+    hi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q + 1), 16));
+  }
+  // Two shifts: a mask would take the register that the last accumulator needs.
+  void load_odd(const bf16* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    lo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(_mm256_loadu_si256(q), 16), 16));
+    hi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(_mm256_loadu_si256(q + 1), 16), 16));
   }
   void store(float* p) const {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
   }
-  void fma(const Lane16& w, const Broadcast& b) {
+  void step(const Lane16& w, const Broadcast& b) {
     lo = _mm256_fmadd_ps(w.lo, b.v, lo);
     hi = _mm256_fmadd_ps(w.hi, b.v, hi);
   }
 };
 
+struct PairBroadcast {
+  __m256i v;
+  explicit PairBroadcast(const uint32_t* p) : v(_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)))) {}
+};
+
+struct Pairs16 {
+  __m256i lo, hi;
+  void load(const int8_t* p) {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    lo = _mm256_cvtepi8_epi16(_mm_loadu_si128(q));
+    hi = _mm256_cvtepi8_epi16(_mm_loadu_si128(q + 1));
+  }
+};
+
+struct DotI16 {
+  __m256i lo, hi;
+  void zero() { lo = hi = _mm256_setzero_si256(); }
+  void step(const Pairs16& w, const PairBroadcast& b) {
+    // gcc 12 keeps the sums of the intrinsic in memory.
+    asm("vpaddd %1, %0, %0" : "+x"(lo) : "x"(_mm256_madd_epi16(w.lo, b.v)));
+    asm("vpaddd %1, %0, %0" : "+x"(hi) : "x"(_mm256_madd_epi16(w.hi, b.v)));
+  }
+  void add_to(float* acc, float scale, bool first) const {
+    const __m256 s = _mm256_set1_ps(scale);
+    const __m256 a = first ? _mm256_setzero_ps() : _mm256_loadu_ps(acc);
+    const __m256 b = first ? _mm256_setzero_ps() : _mm256_loadu_ps(acc + 8);
+    _mm256_storeu_ps(acc, _mm256_fmadd_ps(_mm256_cvtepi32_ps(lo), s, a));
+    _mm256_storeu_ps(acc + 8, _mm256_fmadd_ps(_mm256_cvtepi32_ps(hi), s, b));
+  }
+};
+
+
+inline void keep(Lane16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
+inline void keep(Pairs16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
+inline void keep(DotI16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
+
 }  // namespace
 
+#include "no_bf16_products.h"
 #include "matmul_impl.h"
 
 namespace t2 {
-const Kernels kAvx2{"avx2", &matmul, &reduce_scales};
+const Kernels kAvx2{"avx2", kBf16Products, &matmul, &reduce_scales, &multiply_adds, &read};
 }
 T2_TARGET_END
 #endif

@@ -9,6 +9,7 @@ namespace {
 
 const Kernels* compiled[] = {
 #if defined(__x86_64__)
+    &kAvx512Bf16,
     &kAvx512,
     &kAvx2,
 #endif
@@ -20,9 +21,11 @@ bool runs_here(const Kernels& set) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (&set == &kAvx2) return avx2;
-  if (&set == &kAvx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (&set == &kAvx512) return avx512;
+  if (&set == &kAvx512Bf16)
+    return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 #endif
   return true;
 }

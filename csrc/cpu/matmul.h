@@ -2,8 +2,12 @@
 //
 //   y[b, n] = column_scale[n] * sum_k x[b, k] * scale[slot(b), k] * component_scale[k] * M[n, k]  +  bias[n]
 //
-// The sum over k runs in ascending order with one fp32 fused multiply-add per term, whatever the batch size, the row's
-// position, the tile that computes it or the thread it lands on: a row's bits depend on that row and on M alone.
+// A row's bits depend on that row and on M alone, whatever the batch size, the row's position, the tile that computes it
+// or the thread it lands on, because the sum over k always runs in the same order:
+//   float32 products   one fused multiply-add per term, k ascending
+//   bfloat16 products  one hardware dot of two terms after the other, k ascending (instruction sets that have it)
+//   int8 matrices      activations become 16-bit integers per block of kBlock terms; a block's sum is exact, and blocks
+//                      are added in float32, k ascending
 #pragma once
 
 #include <cstdint>
@@ -12,8 +16,13 @@ namespace t2 {
 
 enum class DType : int { f32, bf16, f16, i8 };
 
-// Output columns are packed 16 to a panel: [ceil(N / 16)][K][16], columns past N hold zeros.
+// Output columns are packed 16 to a panel; columns past N hold zeros. float32 and float16 panels are [K][16]; bfloat16
+// and int8 ones [ceil(K / 2)][16][2], two terms of a column side by side, an odd last term beside a zero.
 constexpr int64_t kPanel = 16;
+constexpr bool paired(DType dtype) { return dtype == DType::bf16 || dtype == DType::i8; }
+
+// Terms that share one activation scale in int8 products: the most whose sum of 127 * 32767 fits 32 bits.
+constexpr int64_t kBlock = 512;
 
 enum class Storage : int {
   strided,            // M[n, k] at data[n * stride_n + k * stride_k]
@@ -38,34 +47,55 @@ struct RowInput {
   const int64_t* slots;  // one per rows_per_slot rows
   int64_t rows_per_slot;
   const float* component_scale;  // [k] or null
+  bool round_to_bf16;  // bfloat16 matrices may be multiplied by activations rounded to bfloat16
 };
 
 struct RowOutput {
-  void* data;   // [rows, n] contiguous
+  void* data;   // [rows, n], n contiguous
   DType dtype;  // f32, bf16 or f16
+  int64_t stride;
   const float* column_scale;  // [n] or null
   const void* bias;           // [n] or null
   DType bias_dtype;
 };
 
+// M = [parts[0] | parts[1]] along k: factors whose leading components are stored with more bits.
+constexpr int kMaxParts = 2;
+struct Product {
+  RowInput in;
+  Matrix parts[kMaxParts];
+  int part_count;
+  RowOutput out;
+};
+constexpr int kMaxProducts = 8;
+
 using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* context);
 
+enum class Arithmetic : int { f32, bf16, i16 };
+
 struct Kernels {
   const char* isa;
-  void (*matmul)(const RowInput&, const Matrix&, const RowOutput&, int64_t rows, ParallelFor);
+  bool bf16_products;
+  // Up to kMaxProducts products over the same number of rows, side by side.
+  void (*matmul)(const Product* products, int count, int64_t rows, ParallelFor);
   // dscales[slot(b), k] += t[b, k] * h[b, k] * component_scale[k], rows in ascending order.
   void (*reduce_scales)(const float* t, const float* h, const float* component_scale, const int64_t* slots,
                         int64_t rows_per_slot, int64_t rows, int64_t k, float* dscales, ParallelFor);
+  // Machine limits: `steps` times as many multiply-adds as returned, from registers only, on the calling thread.
+  int64_t (*multiply_adds)(Arithmetic, int64_t steps);
+  // Reads every byte once.
+  uint64_t (*read)(const void* data, int64_t bytes);
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 #endif
 
-// The best set this processor runs. T2KERNELS_CPU=portable|avx2|avx512 asks for one by name.
+// The best set this processor runs. T2KERNELS_CPU=portable|avx2|avx512|avx512_bf16 asks for one by name.
 const Kernels& kernels();
 // Switches to a set by name; returns false when it is not compiled in or not supported here.
 bool select_kernels(const char* isa);

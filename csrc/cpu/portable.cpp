@@ -64,16 +64,53 @@ struct Lane16 {
   void load(const T* p) {
     for (int i = 0; i < 16; ++i) v[i] = to_float(p[i]);
   }
+  template <class T>
+  void load_even(const T* p) {
+    for (int i = 0; i < 16; ++i) v[i] = to_float(p[2 * i]);
+  }
+  template <class T>
+  void load_odd(const T* p) {
+    for (int i = 0; i < 16; ++i) v[i] = to_float(p[2 * i + 1]);
+  }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
-  void fma(const Lane16& w, const Broadcast& b) {
+  void step(const Lane16& w, const Broadcast& b) {
     for (int i = 0; i < 16; ++i) v[i] += w.v[i] * b.v;
   }
 };
 
+struct PairBroadcast {
+  int16_t v[2];
+  explicit PairBroadcast(const uint32_t* p) { std::memcpy(v, p, 4); }
+};
+
+struct Pairs16 {
+  int16_t v[32];
+  void load(const int8_t* p) {
+    for (int i = 0; i < 32; ++i) v[i] = p[i];
+  }
+};
+
+struct DotI16 {
+  int32_t v[16];
+  void zero() { std::memset(v, 0, sizeof v); }
+  void step(const Pairs16& w, const PairBroadcast& b) {
+    for (int i = 0; i < 16; ++i) v[i] += w.v[2 * i] * b.v[0] + w.v[2 * i + 1] * b.v[1];
+  }
+  void add_to(float* acc, float scale, bool first) const {
+    for (int i = 0; i < 16; ++i) acc[i] = static_cast<float>(v[i]) * scale + (first ? 0.0f : acc[i]);
+  }
+};
+
+template <class Lane>
+void keep(Lane& lane) {
+  asm volatile("" : : "r"(&lane) : "memory");
+}
+
 }  // namespace
 
+#include "no_bf16_products.h"
 #include "matmul_impl.h"
 
 namespace t2 {
-const Kernels kPortable{"portable", &matmul, &reduce_scales};
+const Kernels kPortable{"portable", kBf16Products, &matmul, &reduce_scales, &multiply_adds, &read};
 }

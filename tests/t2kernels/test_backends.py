@@ -57,7 +57,7 @@ def test_environment_chooses_the_instruction_set():
 @needs_extension
 def test_the_widest_supported_set_is_the_default():
     if "T2KERNELS_CPU" not in os.environ:
-        order = ["portable", "avx2", "avx512"]
+        order = ["portable", "avx2", "avx512", "avx512_bf16"]
         assert t2kernels.build_info()["chosen"] == max(
             (isa for isa in order if extension.supported(isa)), key=order.index
         )
@@ -83,7 +83,7 @@ def test_without_the_extension_the_reference_runs_and_says_so_once():
         r.square().sum().backward()
         assert torch.allclose(y, r, atol=1e-5) and torch.allclose(layer.z.grad, z.grad, atol=1e-4)
         try:
-            t2kernels.ops.factored_linear(x, u, vh, None, s[None], ids, None, 5)
+            t2kernels.ops.factored_linear(x, [u], [vh], None, s[None], ids, None, 5, False)
         except RuntimeError as error:
             assert "slots: expected 0 <= id < 1" in str(error)
         else:

@@ -13,10 +13,13 @@ from tests.t2kernels.problems import STORAGE, problem
 SHAPE = (577, 300, 1031)
 
 
+@pytest.mark.parametrize("bf16_products", [False, True])
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
-def test_batch_size_position_neighbours_and_threads(instruction_set, threads, storage):
+def test_batch_size_position_neighbours_and_threads(instruction_set, threads, storage, bf16_products):
+    if bf16_products and (instruction_set != "avx512_bf16" or storage != torch.bfloat16):
+        pytest.skip("nothing that this changes")
     p = problem(SHAPE, 257, experts=11)
-    w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage)
+    w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage, bf16_products=bf16_products)
     threads(1)
     alone = torch.cat([w.linear(p.x[i : i + 1], p.scales, p.ids[i : i + 1], p.bias) for i in range(257)])
     sizes = range(1, 258) if instruction_set != "portable" else (1, 2, 3, 4, 5, 8, 9, 64, 257)
@@ -69,12 +72,13 @@ def test_gradients_do_not_depend_on_threads(instruction_set, threads):
     reason="needs a processor with AVX-512 to compare both sets",
 )
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
-def test_avx2_and_avx512_agree_to_the_bit(storage):
+def test_x86_sets_agree_to_the_bit(storage):
     p = problem(SHAPE, 65)
     w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage)
+    sets = ["avx2", "avx512", *(["avx512_bf16"] if extension.supported("avx512_bf16") else [])]
     before, results = t2kernels.build_info()["chosen"], {}
-    for isa in ("avx2", "avx512"):
+    for isa in sets:
         t2kernels.select_instruction_set(isa)
         results[isa] = w.linear(p.x, p.scales, p.ids, p.bias)
     t2kernels.select_instruction_set(before)
-    assert torch.equal(results["avx2"], results["avx512"])
+    assert all(torch.equal(results["avx2"], result) for result in results.values())

@@ -58,7 +58,7 @@ def test_state_dict_copy_and_casts_keep_the_storage():
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x)) and torch.equal(copy.deepcopy(layer)(x), layer(x))
     half = copy.deepcopy(layer).to(torch.bfloat16)
-    assert half.weight.u.dtype == torch.int8 and half.weight.s.dtype == torch.float32
+    assert half.weight.dtype == torch.int8 and half.weight.s.dtype == torch.float32
     assert half(x.bfloat16()).dtype == torch.bfloat16
 
 

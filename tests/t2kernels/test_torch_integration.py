@@ -13,7 +13,7 @@ from tests.t2kernels.problems import STORAGE, problem
 def factored_args(storage, batch=4):
     p = problem((20, 18, 30), batch)
     w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage)
-    return p, (p.x, w.u, w.vh, w.component_scale, p.scales, p.ids, p.bias, 20)
+    return p, (p.x, w.u, w.vh, w.component_scale, p.scales, p.ids, p.bias, 20, False)
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -29,14 +29,34 @@ def test_opcheck(storage):
     torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, True, True))
     torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, False, True))
     d = DenseWeight.pack(torch.randn(20, 30), dtype=storage)
-    torch.library.opcheck(ops.dense_linear, (p.x.clone().requires_grad_(), d.weight, d.row_scale, p.bias, 20))
+    torch.library.opcheck(ops.dense_linear, (p.x.clone().requires_grad_(), d.weight, d.row_scale, p.bias, 20, False))
     torch.library.opcheck(ops.dense_linear_backward, (y, d.weight, d.row_scale, 30))
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_opcheck_group(storage):
+    p, q = problem((20, 70, 30), 6), problem((9, 70, 30), 6)
+    weights = [FactoredWeight.pack(each.u, each.s, each.vh, dtype=storage) for each in (p, q)]
+    args = (
+        p.x,
+        [part for w in weights for part in w.u],
+        [part for w in weights for part in w.vh],
+        [w.component_scale for w in weights if w.component_scale is not None],
+        [p.scales, q.scales],
+        p.ids,
+        [p.bias, p.bias.new_empty(0)],
+        [20, 9],
+        False,
+    )
+    torch.library.opcheck(ops.factored_linear_group, args)
+    for kernel, expected in zip(ops.factored_linear_group(*args), reference.factored_linear_group(*args), strict=True):
+        torch.testing.assert_close(kernel, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_opcheck_plain_factors():
     p = problem((20, 18, 30), 4)
     z = p.scales.clone().requires_grad_()
-    torch.library.opcheck(ops.factored_linear, (p.x, p.u, p.vh, None, z, p.ids, None, 20))
+    torch.library.opcheck(ops.factored_linear, (p.x, [p.u], [p.vh], None, z, p.ids, None, 20, False))
 
 
 def test_gradcheck_of_the_reference():
@@ -56,9 +76,10 @@ def test_reference_operators_equal_the_kernels(kernel, storage):
     p, args = factored_args(storage, batch=13)
     if kernel == "dense_linear":
         d = DenseWeight.pack(torch.randn(20, 30), dtype=storage)
-        args = (p.x, d.weight, d.row_scale, p.bias, 20)
+        args = (p.x, d.weight, d.row_scale, p.bias, 20, False)
     expected, actual = getattr(reference, kernel)(*args), getattr(ops, kernel)(*args)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    for mine, theirs in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4 * max(1, float(theirs.abs().max())), rtol=1e-4)
     y = actual[0] if kernel == "factored_linear" else actual
     tail = (30, True, True) if kernel == "factored_linear" else (30,)
     inner = (y, actual[1], *args[1:6]) if kernel == "factored_linear" else (y, *args[1:3])

@@ -1,0 +1,76 @@
+// 16 lanes of AVX-512 F/BW/DQ/VL, and the register tile they fill: 12 x 32 and narrower. The order of fp32 operations is
+// that of the AVX2 set, and so are the bits.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr int kMaxRows = 24;
+constexpr int panels_per_tile(int rows) { return rows == 1 ? 8 : rows <= 6 ? 4 : rows <= 12 ? 2 : 1; }
+
+inline float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+inline uint16_t float_to_half(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
+
+struct bf16;
+struct f16;
+
+struct Broadcast {
+  __m512 v;
+  explicit Broadcast(const float* p) : v(_mm512_set1_ps(*p)) {}
+};
+
+struct Lane16 {
+  __m512 v;
+  void zero() { v = _mm512_setzero_ps(); }
+  void load(const float* p) { v = _mm512_loadu_ps(p); }
+  void load(const bf16* p) {
+    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(q), 16));
+  }
+  void load(const f16* p) { v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  void load_even(const bf16* p) { v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+  void load_odd(const bf16* p) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), upper));
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void step(const Lane16& w, const Broadcast& b) { v = _mm512_fmadd_ps(w.v, b.v, v); }
+};
+
+struct PairBroadcast {
+  __m512i v;
+  explicit PairBroadcast(const uint32_t* p) : v(_mm512_set1_epi32(static_cast<int>(*p))) {}
+};
+
+struct Pairs16 {
+  __m512i v;
+  void load(const bf16* p) { v = _mm512_loadu_si512(p); }
+  void load(const int8_t* p) {
+    v = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+};
+
+struct DotI16 {
+  __m512i v;
+  void zero() { v = _mm512_setzero_si512(); }
+  void step(const Pairs16& w, const PairBroadcast& b) {
+    // gcc 12 spills the accumulators of the intrinsics.
+#if defined(T2_VNNI)
+    asm("vpdpwssd %2, %1, %0" : "+v"(v) : "v"(w.v), "v"(b.v));
+#else
+    asm("vpaddd %1, %0, %0" : "+v"(v) : "v"(_mm512_madd_epi16(w.v, b.v)));
+#endif
+  }
+  void add_to(float* acc, float scale, bool first) const {
+    const __m512 a = first ? _mm512_setzero_ps() : _mm512_loadu_ps(acc);
+    _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(scale), a));
+  }
+};
+
+inline void keep(Lane16& lane) { asm volatile("" : "+v"(lane.v)); }
+inline void keep(Pairs16& lane) { asm volatile("" : "+v"(lane.v)); }
+inline void keep(DotI16& lane) { asm volatile("" : "+v"(lane.v)); }
+
+}  // namespace
