@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from t2.experts import Expert, ExpertBank, check_z
+from t2.layers import PackedLinear, RoutedLinear, SharedInput
 from t2.layout import Layout, fingerprint
 from t2.routing import Route, Router, SlotTable
 from t2.svd import FactorCache, decompose_weights, weight_key
-from t2.targets import Linear, select_targets, weight_matrix
-from t2kernels import FactoredWeight, Factors, decompose
+from t2.targets import Linear, groups_of_one_input, other_linears, select_targets, weight_matrix
+from t2kernels import DenseWeight, FactoredWeight, Factors, decompose
 from t2kernels.packing import STORAGE_DTYPES
 
 ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
@@ -32,6 +33,10 @@ class SVFConfig:
     target_modules: "all-linear" (all but the output embedding), "attention" or "mlp" (layers below a module so
         named), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"].
     dtype: storage of the factors: float32, bfloat16, float16 or int8; None keeps each weight's own.
+    bf16_products: lets activations be rounded to bfloat16 before they meet bfloat16 factors, where the processor has
+        that dot product: twice the arithmetic, for a drift that `benchmarks/fidelity.py` measures.
+    pack_others: whether linear layers beside the targets, the output embedding first of all, run on the same kernels
+        too, stored as `dtype` (as float16 where that is int8: logits come straight out of them).
     cache: True keeps factors (and the base weights, which `merge` and `detach` need) in `cache_dir` instead of
         computing them at every start; False holds the base weights in memory beside the factors.
     cache_dir: folder of the cache; None is `t2.storage.cache_root() / "factors"`.
@@ -40,26 +45,11 @@ class SVFConfig:
 
     target_modules: str | Sequence[str] = "all-linear"
     dtype: torch.dtype | None = None
+    bf16_products: bool = False
+    pack_others: bool = True
     cache: bool = True
     cache_dir: Path | str | None = None
     progress: bool = True
-
-
-class RoutedLinear(nn.Module):
-    """A decomposed linear layer inside an `SVFModel`: each row runs with the scales its route gives it."""
-
-    def __init__(self, index: int, weight: FactoredWeight, bias: Tensor | None, router: Router) -> None:
-        super().__init__()
-        self.index = index
-        self.weight = weight
-        self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.bias = bias
-        self.router = router
-
-    def forward(self, x: Tensor) -> Tensor:
-        route = self.router.route
-        route.check(x.shape[0])
-        return self.weight.linear_unchecked(x, route.windows[self.index], route.slots, self.bias)
 
 
 @dataclass
@@ -113,10 +103,14 @@ class SVFModel(nn.Module):
         self._slots: dict[str, int] = {}
         self._lock = threading.RLock()
         self._targets: dict[str, _Target] = {}
+        self._packed: dict[str, tuple[PackedLinear, Linear]] = {}
         self.model = model
         try:
             for index, (name, layer) in enumerate(targets.items()):
                 self._replace(index, name, layer, keys[name])
+            self._share_inputs()
+            if config.pack_others:
+                self._pack_others()
         except BaseException:
             self._restore()
             raise
@@ -125,12 +119,33 @@ class SVFModel(nn.Module):
     def _replace(self, index: int, name: str, layer: Linear, key: str) -> None:
         weight = weight_matrix(layer)
         factors = self._cache.load(key) if self._cache else decompose(weight)
-        packed = FactoredWeight.pack(*factors, dtype=self.svf_config.dtype or weight.dtype).to(weight.device)
+        dtype = self.svf_config.dtype or weight.dtype
+        packed = FactoredWeight.pack(*factors, dtype=dtype, bf16_products=self.svf_config.bf16_products)
+        packed = packed.to(weight.device)
         self._table.sigma[self.layout.window(name)] = packed.s
         routed = RoutedLinear(index, packed, layer.bias, self.router).train(layer.training)
         self._targets[name] = _Target(routed, layer, key, None if self._cache else weight.clone())
         layer.weight.data = weight.new_empty(0)
         self.model.set_submodule(name, routed)
+
+    def _share_inputs(self) -> None:
+        for names in groups_of_one_input(self._targets):
+            members = [self._targets[name].layer for name in names]
+            if len({(m.in_features, m.weight.dtype, m.weight.parts) for m in members}) == 1:
+                shared = SharedInput(members)
+                for member in members:
+                    member.shared_input = shared
+
+    def _pack_others(self) -> None:
+        """The original modules stay in memory, for `merge` and `detach`; a tied output embedding is no extra copy."""
+        for name, layer in other_linears(self.model).items():
+            weight = weight_matrix(layer)
+            dtype = self.svf_config.dtype or weight.dtype
+            dtype = torch.float16 if dtype == torch.int8 else dtype
+            packed = DenseWeight.pack(weight, dtype=dtype, bf16_products=self.svf_config.bf16_products)
+            routed = PackedLinear(packed.to(weight.device), layer.bias).train(layer.training)
+            self._packed[name] = routed, layer
+            self.model.set_submodule(name, routed)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SVFModel:
         super()._apply(fn, recurse)
@@ -297,6 +312,8 @@ class SVFModel(nn.Module):
             if scale.any():  # adding zeros would turn -0.0 into 0.0
                 merged = (weight.float() + (u * scale) @ vh).to(weight.dtype)
             memo[id(target.layer)] = _plain(target.module, merged)
+        for packed, module in self._packed.values():
+            memo[id(packed)] = copy.deepcopy(module, memo)
         return copy.deepcopy(self.model, memo)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -332,7 +349,9 @@ class SVFModel(nn.Module):
         for name, target in self._targets.items():
             target.module.weight.data = weights[name]
             self.model.set_submodule(name, target.module.train(target.layer.training))
-        self._targets = {}
+        for name, (packed, module) in self._packed.items():
+            self.model.set_submodule(name, module.to(packed.weight.weight.device).train(packed.training))
+        self._targets, self._packed = {}, {}
 
     def _check_attached(self) -> None:
         if not self._targets:

@@ -16,6 +16,7 @@ class Route:
 
     def __init__(self, table: Tensor, slots: Tensor, layout: Layout) -> None:
         self.slots = slots
+        self.requires_grad = table.requires_grad
         self.windows = [
             table.narrow(1, offset, rank) for offset, rank in zip(layout.offsets, layout.ranks, strict=True)
         ]

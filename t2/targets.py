@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,3 +96,39 @@ def _match(layers: dict[str, Linear], target_modules: str | Sequence[str]) -> di
             f"got {target_modules!r}, which matches none"
         )
     return chosen
+
+
+ONE_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+"""Names of sibling layers that models call one after the other with the same tensor, in that order."""
+
+
+def groups_of_one_input(names: Iterable[str]) -> list[list[str]]:
+    """Full names of sibling layers that likely share their input, in the order of their calls."""
+    present = set(names)
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    groups = []
+    for parent in parents:
+        for leaves in ONE_INPUT:
+            group = [name for leaf in leaves if (name := f"{parent}.{leaf}".lstrip(".")) in present]
+            if len(group) > 1:
+                groups.append(group)
+    return groups
+
+
+def other_linears(model: nn.Module) -> dict[str, Linear]:
+    """The nn.Linear and Conv1D layers that are still in the model, the output embedding among them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and type(module) in (nn.Linear, Conv1D)
+        and not module.weight.is_meta
+        and module.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }

@@ -46,8 +46,8 @@ _library.define(
     "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products) -> Tensor[]"
 )
 _library.define(
-    "factored_linear_backward(Tensor grad_y, Tensor t, Tensor[] u, Tensor[] vh, Tensor? component_scale, Tensor scales, "
-    "Tensor slots, SymInt in_features, bool need_dx, bool need_dscales) -> (Tensor, Tensor)"
+    "factored_linear_backward(Tensor grad_y, Tensor t, Tensor[] u, Tensor[] vh, Tensor? component_scale, "
+    "Tensor scales, Tensor slots, SymInt in_features, bool need_dx, bool need_dscales) -> (Tensor, Tensor)"
 )
 _library.define(
     "dense_linear(Tensor x, Tensor weight, Tensor? row_scale, Tensor? bias, SymInt out_features, "
@@ -114,7 +114,7 @@ def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _factored_backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _factored_backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
     dx = dscales = dbias = None
     if grad_y is not None:
         t, component_scale, scales, slots, *parts = ctx.saved_tensors

@@ -1,7 +1,7 @@
 """Eager torch definitions of every operator: what the kernels are checked against, and what runs where none is built.
 
-The functions accept float64 and are differentiable by plain autograd unless they say otherwise. They round nothing between the storage of the factors and
-the output: `bf16_products` only allows rounding.
+The functions accept float64 and are differentiable by plain autograd unless they say otherwise. They round nothing
+between the storage of the factors and the output: `bf16_products` only allows rounding.
 """
 
 from __future__ import annotations

@@ -305,7 +305,9 @@ class DenseWeight(_FrozenWeight):
         row_scale = None
         if dtype == torch.int8:
             weight, row_scale = quantize_int8(weight, dim=0)
-        return cls(pack_panels(_cast("weight", weight, dtype)), row_scale, *weight.shape, bf16_products)
+        return cls(
+            pack_panels(_cast("weight", weight, dtype)), row_scale, weight.shape[0], weight.shape[1], bf16_products
+        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,9 +6,11 @@ import threading
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import t2
-from t2.model import RoutedLinear
+from t2 import layers
+from t2.layers import PackedLinear, RoutedLinear
 from t2.svd import FactorCache
 from tests.t2.conftest import CONFIGS
 
@@ -60,7 +62,7 @@ def test_mixed_batch_is_the_merged_models(tiny_model, cache_dir, family):
 def test_every_linear_but_the_head_is_a_target(tiny_model, cache_dir, family):
     svf = wrap(tiny_model(family), cache_dir)
     left = [name for name, m in svf.model.named_modules() if type(m) is nn.Linear]
-    assert left == ["lm_head"]
+    assert left == [] and type(svf.model.lm_head) is PackedLinear
     per_layer = {"phi3": 4, "gpt2": 4}.get(family, 7)
     assert len(svf.layout.names) == 2 * per_layer
     assert sum(svf.layout.ranks) == svf.layout.R == svf.layout.offsets[-1] + svf.layout.ranks[-1]
@@ -443,7 +445,6 @@ def test_autocast_and_inference_mode(tiny_model, cache_dir):
         exact = svf(input_ids=prompts(2), experts=names).logits
         with torch.autocast("cpu", torch.bfloat16):
             rough = svf(input_ids=prompts(2), experts=names).logits
-    assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
 
@@ -464,3 +465,58 @@ def test_wrapped_model_can_be_cast(tiny_model, cache_dir):
     assert svf._table.table.dtype == torch.float32
     logits = svf(input_ids=prompts(2), experts=names).logits
     assert logits.dtype == torch.bfloat16 and bool(torch.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_layers_beside_the_targets_are_packed_and_given_back(tiny_model, cache_dir, family):
+    model = tiny_model(family)
+    before = copy.deepcopy(model)
+    logits = before(input_ids=prompts(3)).logits
+    svf = wrap(model, cache_dir, target_modules="mlp")
+    assert not any(type(m) in (nn.Linear, Conv1D) for m in svf.model.modules())
+    torch.testing.assert_close(svf(input_ids=prompts(3)).logits, logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(svf.merge(None)(input_ids=prompts(3)).logits, logits)
+    base = svf.detach()
+    assert {k: v.data_ptr() for k, v in base.named_parameters()}.keys() == dict(before.named_parameters()).keys()
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), before.parameters(), strict=True))
+    assert torch.equal(base(input_ids=prompts(3)).logits, logits)
+
+
+def test_packing_can_be_left_off(tiny_model, cache_dir):
+    svf = wrap(tiny_model(), cache_dir, target_modules="mlp", pack_others=False)
+    assert type(svf.model.lm_head) is nn.Linear and type(svf.model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_a_merged_model_keeps_its_tied_embedding(tiny_model, cache_dir):
+    svf = wrap(tiny_model("gpt2"), cache_dir)
+    merged = svf.merge(t2.Expert.random(svf.layout, seed=1))
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert merged.lm_head.weight is not svf.model.transformer.wte.weight
+
+
+def test_layers_that_share_an_input_run_as_one_call_with_the_same_bits(tiny_model, cache_dir, monkeypatch):
+    svf = wrap(tiny_model(), cache_dir)
+    names = add_random_experts(svf, 3)
+    calls = []
+    group = layers.linear_group_unchecked
+    monkeypatch.setattr(layers, "linear_group_unchecked", lambda w, *a: calls.append(len(w)) or group(w, *a))
+    with torch.no_grad():
+        together = svf(input_ids=prompts(3), experts=names).logits
+    assert calls == [3, 2] * 2
+    trained = svf(input_ids=prompts(3), experts=[svf.bank[name].z.clone().requires_grad_() for name in names]).logits
+    assert len(calls) == 4 and trained.requires_grad
+    assert torch.equal(together, trained.detach())
+
+
+def test_a_wrong_guess_about_shared_inputs_costs_one_call(tiny_model, cache_dir):
+    svf = wrap(tiny_model(), cache_dir)
+    attention = svf.model.model.layers[0].self_attn
+    q, k = attention.q_proj, attention.k_proj
+    x, other = (torch.randn(2, 5, q.in_features, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    with torch.no_grad():
+        of_other, of_x = k(other), k(x)
+        q(x)
+        assert torch.equal(k(other), of_other)  # not what q's call prepared
+        x.zero_()
+        assert not torch.equal(k(x), of_x)  # nor for a tensor that was written to
+        assert torch.equal(q(other), q(other.clone())) and q.shared_input.linear(q, x, svf.router.route) is None

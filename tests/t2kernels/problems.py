@@ -50,6 +50,5 @@ def problem(shape, batch, experts=5, seed=0, dtype=torch.float32) -> Problem:
 # Rounding of the result to the activations' dtype, plus fp32 accumulation over at most ~2,000 terms; int8 factors meet
 # activations of 16 bits, relative to the largest of 512.
 def tolerance(dtype, storage=None):
-    return max(
-        {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype], 1e-4 * (storage == torch.int8)
-    )
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
+    return max(rounding, 1e-4) if storage == torch.int8 else rounding
