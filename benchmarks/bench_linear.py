@@ -1,67 +1,239 @@
-"""One factored layer with a different expert per row, against torch on the same products (pytest-benchmark).
+"""One factored layer with many experts, against torch on the same products and the other ways to serve experts.
 
     python -m pytest benchmarks/bench_linear.py --benchmark-json=benchmarks/results/cpu-linear.json
 
-Groups are shape x batch; within a group: our kernels per storage format, torch eager on the factored form, and torch
-on the dense W (which has no experts at all).
+Every test times all its paths in turns, with the machine's limits beside them (`benchmarks/interleave.py`). Weights of
+consecutive calls are too large for the caches together. T2KERNELS_CPU=avx2 with ATEN_CPU_CAPABILITY=avx2,
+MKL_ENABLE_INSTRUCTIONS=AVX2 and ONEDNN_MAX_CPU_ISA=AVX2 keeps everybody to AVX2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from benchmarks.interleave import cold, in_turns
 from t2kernels import FactoredWeight
 
 SHAPES = {  # out, in
-    "SmolLM2 q/o": (576, 576),
-    "SmolLM2 k/v": (192, 576),
-    "SmolLM2 gate/up": (1536, 576),
+    "Llama-3-8B q, o": (4096, 4096),
+    "Llama-3-8B k, v": (1024, 4096),
+    "Llama-3-8B gate, up": (14336, 4096),
+    "Llama-3-8B down": (4096, 14336),
+    "SmolLM2 q, o": (576, 576),
+    "SmolLM2 k, v": (192, 576),
+    "SmolLM2 gate, up": (1536, 576),
     "SmolLM2 down": (576, 1536),
-    "Llama-3-8B q/o": (4096, 4096),
-    "Llama-3-8B k/v": (1024, 4096),
+    "ragged 577 x 1031": (577, 1031),
+    "ragged 1000 x 7": (1000, 7),
 }
-BATCHES = (1, 4, 8, 16, 32, 64, 256)
-PATHS = (
-    "ours float32",
-    "ours bfloat16",
-    "ours float16",
-    "ours int8",
-    "ours bfloat16, one expert",
-    "torch factored",
-    "torch dense",
-)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+SQUARE = "Llama-3-8B q, o"
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Layer:
+    """The factors of one random matrix in every format."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.out_features, self.in_features = SHAPES[name]
+        self.rank = min(SHAPES[name])
+        g = torch.Generator().manual_seed(0)
+        self.u = torch.randn(self.out_features, self.rank, generator=g) / self.rank**0.5
+        self.vh = torch.randn(self.rank, self.in_features, generator=g) / self.in_features**0.5
+        self.s = torch.rand(self.rank, generator=g) + 0.5
+        self.factor_entries = self.u.numel() + self.vh.numel()
+
+    def ours(self, storage: torch.dtype, x: Tensor, scales: Tensor, ids: Tensor) -> Callable[[], Any]:
+        first = FactoredWeight.pack(self.u, self.s, self.vh, dtype=storage)
+
+        def copy(i: int) -> FactoredWeight:
+            return first if i == 0 else FactoredWeight.pack(self.u, self.s, self.vh, dtype=storage)
+
+        return cold(copy, first.nbytes, lambda w: w.linear_unchecked(x, scales, ids))
+
+    def torch_factored(self, x: Tensor, scales: Tensor, ids: Tensor) -> Callable[[], Any]:
+        u, vh, scales = (t.to(x.dtype) for t in (self.u, self.vh, scales))
+        return cold(
+            lambda i: (u.clone(), vh.clone()),
+            self.factor_entries * x.element_size(),
+            lambda f: ((x @ f[1].T) * scales[ids]) @ f[0].T,
+        )
+
+    def torch_dense(self, x: Tensor) -> Callable[[], Any]:
+        weight = ((self.u * self.s) @ self.vh).to(x.dtype)
+        return cold(lambda i: weight.clone(), weight.numel() * weight.element_size(), lambda w: F.linear(x, w))
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def layer(request):
-    out, inputs = SHAPES[request.param]
-    rank = min(out, inputs)
-    g = torch.Generator().manual_seed(0)
-    u, vh = torch.randn(out, rank, generator=g) / rank**0.5, torch.randn(rank, inputs, generator=g) / inputs**0.5
-    s = torch.rand(rank, generator=g) + 0.5
-    packed = {
-        f"ours {name}": FactoredWeight.pack(u, s, vh, dtype=getattr(torch, name))
-        for name in ("float32", "bfloat16", "float16", "int8")
-    }
-    return request.param, u, s, vh, packed
+def layer(request: pytest.FixtureRequest) -> Layer:
+    return Layer(request.param)
 
 
-@pytest.mark.parametrize("path", PATHS)
+def requests(layer: Layer, batch: int, experts: int) -> tuple[Tensor, Tensor]:
+    """x [batch, in] and a scale row for each of so many experts."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, layer.in_features, generator=g)
+    return x, layer.s * (1 + 0.1 * torch.randn(experts, layer.rank, generator=g))
+
+
 @pytest.mark.parametrize("batch", BATCHES)
-def test_linear(benchmark, layer, batch, path):
-    name, u, s, vh, packed = layer
-    benchmark.group = f"{name}, batch {batch}"
-    x, scales, ids = torch.randn(batch, vh.shape[1]), s * (1 + 0.1 * torch.randn(batch, len(s))), torch.arange(batch)
-    if path == "torch factored":
-        run = lambda: ((x @ vh.T) * scales[ids]) @ u.T  # noqa: E731
-    elif path == "torch dense":
-        weight = (u * s) @ vh
-        run = lambda: F.linear(x, weight)  # noqa: E731
-    else:
-        path, _, same = path.partition(", ")
-        ids = torch.zeros_like(ids) if same else ids
-        weight = packed[path]
-        run = lambda: weight.linear(x, scales, ids)  # noqa: E731
-    benchmark.pedantic(run, rounds=15, warmup_rounds=3)
+def test_linear(benchmark: Any, layer: Layer, batch: int) -> None:
+    """A different expert in every row. Activations are float32 unless the path says otherwise."""
+    x, scales = requests(layer, batch, batch)
+    ids = torch.arange(batch)
+    paths = {
+        "ours bfloat16, bfloat16 x": layer.ours(torch.bfloat16, x.bfloat16(), scales, ids),
+        **{f"ours {short(d)}": layer.ours(d, x, scales, ids) for d in (torch.float32, *HALVES, torch.int8)},
+        **{f"torch factored {short(d)}": layer.torch_factored(x.to(d), scales, ids) for d in (torch.float32, *HALVES)},
+        "torch dense float32": layer.torch_dense(x),
+        "torch dense bfloat16": layer.torch_dense(x.bfloat16()),
+    }
+    in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name])
+
+
+class TorchModule(nn.Module):
+    """The factored form as a module whose weights `torch.compile` may freeze and pack."""
+
+    def __init__(self, u: Tensor, vh: Tensor) -> None:
+        super().__init__()
+        self.u, self.vh = nn.Parameter(u, requires_grad=False), nn.Parameter(vh, requires_grad=False)
+
+    def forward(self, x: Tensor, scales: Tensor, ids: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.vh) * scales[ids], self.u)
+
+
+@pytest.mark.parametrize("batch", (1, 4, 8, 16, 64))
+def test_compile(benchmark: Any, batch: int) -> None:
+    """torch.compile at its best: max-autotune, weights frozen."""
+    from torch._inductor import config
+
+    layer = Layer(SQUARE)
+    x, scales = requests(layer, batch, batch)
+    ids = torch.arange(batch)
+    paths = {"ours bfloat16, bfloat16 x": layer.ours(torch.bfloat16, x.bfloat16(), scales, ids)}
+    paths["ours bfloat16"] = layer.ours(torch.bfloat16, x, scales, ids)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch._dynamo.reset()
+        module = TorchModule(layer.u.to(dtype), layer.vh.to(dtype))
+        args = (x.to(dtype), scales.to(dtype), ids)
+        with torch.no_grad(), config.patch(freezing=True):
+            compiled = torch.compile(module, mode="max-autotune")
+            compiled(*args)
+
+        def run(compiled: Any = compiled, args: Any = args) -> None:
+            with torch.inference_mode(False), torch.no_grad():
+                compiled(*args)
+
+        paths[f"torch.compile {short(dtype)}"] = run
+    in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name])
+
+
+def popular(kind: str, batch: int) -> Tensor:
+    """Expert of each request, as Punica draws them: identical, uniform, zipf (1.5) or distinct."""
+    rng = numpy.random.default_rng(0)
+    if kind == "identical":
+        return torch.zeros(batch, dtype=torch.int64)
+    if kind == "distinct":
+        return torch.arange(batch)
+    if kind == "uniform":  # as many experts as the square root of the batch
+        return torch.from_numpy(rng.integers(0, round(batch**0.5), batch))
+    return torch.from_numpy((rng.zipf(1.5, batch) - 1) % batch)
+
+
+@pytest.mark.parametrize("batch", (32, 64))
+def test_popularity(benchmark: Any, batch: int) -> None:
+    """The same batch with its experts drawn in four ways."""
+    layer = Layer(SQUARE)
+    x, scales = requests(layer, batch, batch)
+    paths = {}
+    weight = FactoredWeight.pack(layer.u, layer.s, layer.vh, dtype=torch.bfloat16)
+    for kind in ("distinct", "zipf", "uniform", "identical"):
+        ids = popular(kind, batch)
+        paths[f"ours bfloat16, {kind}"] = lambda ids=ids: weight.linear_unchecked(x, scales, ids)
+    in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name])
+
+
+@pytest.mark.parametrize("kind", ("distinct", "zipf", "uniform", "identical"))
+def test_multi_expert(benchmark: Any, kind: str) -> None:
+    """32 requests: PEFT's mixed batch, W' rebuilt for each expert of the batch, eigentune where one expert is all."""
+    batch = 32
+    layer = Layer(SQUARE)
+    x, scales = requests(layer, batch, batch)
+    ids = popular(kind, batch)
+    paths = {f"ours {short(d)}": layer.ours(d, x, scales, ids) for d in (torch.bfloat16, torch.float32, torch.int8)}
+    paths["PEFT LoRA r=16, mixed"] = peft_lora(layer, x, ids)
+    paths["W' rebuilt per expert"] = rebuilt(layer, x, scales, ids)
+    if kind == "identical":
+        paths["eigentune, full rank"] = eigentune(layer, x, scales)
+    in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name], popularity=kind)
+
+
+def peft_lora(layer: Layer, x: Tensor, ids: Tensor) -> Callable[[], Any]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, target_modules=["0"], init_lora_weights=False)
+    weight = (layer.u * layer.s) @ layer.vh
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    linear.weight.data = weight
+    model = get_peft_model(nn.Sequential(linear), config, adapter_name="expert0")
+    for i in range(1, int(ids.max()) + 1):
+        model.add_adapter(f"expert{i}", config)
+    lora = model.base_model.model[0]
+    names = [f"expert{int(i)}" for i in ids]
+    return lambda: lora(x, adapter_names=names)
+
+
+def rebuilt(layer: Layer, x: Tensor, scales: Tensor, ids: Tensor) -> Callable[[], Any]:
+    """As published: the expert's matrix is built, then its requests are answered."""
+
+    def run() -> Tensor:
+        y = x.new_empty(x.shape[0], layer.out_features)
+        for expert in ids.unique():
+            rows = ids == expert
+            y[rows] = x[rows] @ ((layer.u * scales[expert]) @ layer.vh).T
+        return y
+
+    return run
+
+
+def eigentune(layer: Layer, x: Tensor, scales: Tensor) -> Callable[[], Any]:
+    from eigentune.config import EigenTuneConfig
+    from eigentune.layers import EigenTuneLinear
+    from eigentune.svd import Bases
+
+    base = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    base.weight.data = (layer.u * layer.s) @ layer.vh
+    bases = Bases(layer.u, layer.s, layer.vh, tuple(range(layer.rank)), "")
+    adapted = EigenTuneLinear(base, bases, EigenTuneConfig(rank=layer.rank))
+    adapted.delta.data = scales[0] - layer.s
+    return lambda: adapted(x)
+
+
+def test_paths_agree() -> None:
+    """What is timed computes the same thing."""
+    layer = Layer("SmolLM2 down")
+    x, scales = requests(layer, 4, 4)
+    ids = torch.tensor([0, 3, 1, 1])
+    expected = ((x @ layer.vh.T) * scales[ids]) @ layer.u.T
+    for run in (
+        layer.ours(torch.float32, x, scales, ids),
+        layer.torch_factored(x, scales, ids),
+        lambda: TorchModule(layer.u, layer.vh)(x, scales, ids),
+        rebuilt(layer, x, scales, ids),
+    ):
+        torch.testing.assert_close(run(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        eigentune(layer, x, scales)().detach(), ((x @ layer.vh.T) * scales[0]) @ layer.u.T, atol=1e-4, rtol=1e-4
+    )

@@ -7,13 +7,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Keeps what a comparison needs: seconds per call, by group and path."""
+    """Keeps what a comparison needs: every round of every path, and the machine's limits in that round."""
     output_json.pop("commit_info", None)
     output_json["benchmarks"] = [
-        {
-            "group": benchmark["group"],
-            "path": benchmark["params"]["path"],
-            **{name: float(f"{benchmark['stats'][name]:.4g}") for name in ("median", "min", "iqr")},
-        }
+        {"test": benchmark["name"].partition("[")[0], **benchmark["extra_info"]}
         for benchmark in output_json["benchmarks"]
     ]

@@ -7,8 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <chrono>
-#include <functional>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -361,40 +359,23 @@ Tensor dense_linear_backward(const Tensor& grad_y, const Tensor& weight, const O
   return dx;
 }
 
-double seconds_of(const std::function<void()>& work) {
-  const auto start = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
+// Machine limits, for benchmarks and the planner's cost model; the caller holds the clock.
 
-// Multiply-adds per second that `threads` threads reach from registers.
-double multiply_add_rate(t2::Arithmetic kind, int64_t threads, int64_t steps) {
+int64_t multiply_adds(t2::Arithmetic kind, int64_t threads, int64_t steps) {
   const auto work = t2::kernels().multiply_adds;
-  int64_t per_step = 0;
-  const double seconds = seconds_of([&] {
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = work(kind, steps);
-        if (i == 0) per_step = n;
-      }
-    });
+  std::vector<int64_t> per_step(static_cast<size_t>(threads));
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) per_step[static_cast<size_t>(i)] = work(kind, steps);
   });
-  return static_cast<double>(per_step) * static_cast<double>(steps * threads) / seconds;
+  return per_step[0] * steps * threads;
 }
 
-// Bytes per second at which all threads read a buffer.
-double read_rate(const std::vector<char>& buffer, int64_t threads) {
-  const int64_t share = static_cast<int64_t>(buffer.size()) / threads;
-  std::vector<uint64_t> sums(static_cast<size_t>(threads));
-  const double seconds = seconds_of([&] {
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        sums[static_cast<size_t>(i)] = t2::kernels().read(buffer.data() + i * share, share);
-    });
+void read_bytes(uint64_t address, int64_t bytes, int64_t threads) {
+  const char* data = reinterpret_cast<const char*>(address);
+  const int64_t share = bytes / threads;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) t2::kernels().read(data + i * share, share);
   });
-  volatile uint64_t sink = sums[0];
-  (void)sink;
-  return static_cast<double>(share * threads) / seconds;
 }
 
 }  // namespace
@@ -428,22 +409,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", [](const std::string& isa) { return t2::select_kernels(isa.c_str()); }, pybind11::arg("isa"));
   m.def("bf16_products", [] { return t2::kernels().bf16_products; });
   m.def(
-      "multiply_add_rate",
+      "multiply_adds",
       [](const std::string& arithmetic, int64_t threads, int64_t steps) {
         const auto kind = arithmetic == "bfloat16" ? t2::Arithmetic::bf16
                           : arithmetic == "int16"  ? t2::Arithmetic::i16
                                                    : t2::Arithmetic::f32;
-        return multiply_add_rate(kind, threads, steps);
+        return multiply_adds(kind, threads, steps);
       },
       pybind11::arg("arithmetic"), pybind11::arg("threads"), pybind11::arg("steps"));
-  m.def(
-      "read_rates",
-      [](int64_t bytes, int64_t threads, int64_t rounds) {
-        const std::vector<char> buffer(static_cast<size_t>(bytes), 1);
-        std::vector<double> rates;
-        for (int64_t i = 0; i < rounds; ++i) rates.push_back(read_rate(buffer, threads));
-        return rates;
-      },
-      pybind11::arg("bytes"), pybind11::arg("threads"), pybind11::arg("rounds"));
+  m.def("read_bytes", &read_bytes, pybind11::arg("address"), pybind11::arg("bytes"), pybind11::arg("threads"));
   m.def("has_cuda", [] { return false; });
 }

@@ -84,21 +84,33 @@ class FactoredWeight(_FrozenWeight):
         self.rank = s.shape[0]
         self.bf16_products = bf16_products
         self.parts = len(u)
+        self._lists: tuple[list[Tensor], list[Tensor]] | None = None
         for part, (u_part, vh_part) in enumerate(zip(u, vh, strict=True)):
             self.register_buffer(f"u{part}", u_part)
             self.register_buffer(f"vh{part}", vh_part)
         self.register_buffer("s", s)
         self.register_buffer("component_scale", component_scale)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._lists = None
+        return super()._apply(fn, recurse)
+
+    def _part_lists(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Kept between calls: looking buffers up by name takes a microsecond."""
+        if self._lists is None:
+            u, vh = ([getattr(self, f"{name}{part}") for part in range(self.parts)] for name in ("u", "vh"))
+            self._lists = u, vh
+        return self._lists
+
     @property
     def u(self) -> list[Tensor]:
         """Panels of the parts of U: leading components first."""
-        return [self._buffers[f"u{part}"] for part in range(self.parts)]  # type: ignore[misc]
+        return self._part_lists()[0]
 
     @property
     def vh(self) -> list[Tensor]:
         """Panels of the parts of Vh: leading components first."""
-        return [self._buffers[f"vh{part}"] for part in range(self.parts)]  # type: ignore[misc]
+        return self._part_lists()[1]
 
     @classmethod
     def pack(
@@ -199,10 +211,13 @@ class FactoredWeight(_FrozenWeight):
 
     def linear_unchecked(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
         """`linear` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return linear_group_unchecked((self,), x, (scales,), slots, (bias,))[0]
+        u, vh = self._part_lists()
         return ops.factored_linear(
             x,
-            self.u,
-            self.vh,
+            u,
+            vh,
             self.component_scale,
             scales,
             slots,
@@ -259,17 +274,24 @@ def linear_group_unchecked(
     biases: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """`linear_group` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
-    none = x.new_empty(0)
+    first = weights[0]
+    if len(weights) == 1:
+        u, vh = first._part_lists()
+    else:
+        u = [part for weight in weights for part in weight._part_lists()[0]]
+        vh = [part for weight in weights for part in weight._part_lists()[1]]
+    components = [weight.component_scale for weight in weights] if first.component_scale is not None else []
+    some = any(bias is not None for bias in biases)
     return ops.factored_linear_group(
         x,
-        [part for weight in weights for part in weight.u],
-        [part for weight in weights for part in weight.vh],
-        [weight.component_scale for weight in weights if weight.component_scale is not None],
+        u,
+        vh,
+        components,
         scales,
         slots,
-        [] if all(bias is None for bias in biases) else [none if bias is None else bias for bias in biases],
+        [x.new_empty(0) if bias is None else bias for bias in biases] if some else [],
         [weight.out_features for weight in weights],
-        weights[0].bf16_products,
+        first.bf16_products,
     )
 
 

@@ -55,6 +55,30 @@ struct Lane16 {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
   }
+  static __m256i round_to_bf16(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i lowest = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lowest);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+  }
+  void store(bf16* p) const {
+    const __m256i packed = _mm256_packus_epi32(round_to_bf16(lo), round_to_bf16(hi));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  void store(f16* p) const {
+    auto* q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, _mm256_cvtps_ph(lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(q + 1, _mm256_cvtps_ph(hi, _MM_FROUND_TO_NEAREST_INT));
+  }
+  void multiply(const float* p) {
+    lo = _mm256_mul_ps(lo, _mm256_loadu_ps(p));
+    hi = _mm256_mul_ps(hi, _mm256_loadu_ps(p + 8));
+  }
+  void scale_and_add(const float* scale, const float* bias) {
+    lo = _mm256_fmadd_ps(lo, _mm256_loadu_ps(scale), _mm256_loadu_ps(bias));
+    hi = _mm256_fmadd_ps(hi, _mm256_loadu_ps(scale + 8), _mm256_loadu_ps(bias + 8));
+  }
   void step(const Lane16& w, const Broadcast& b) {
     lo = _mm256_fmadd_ps(w.lo, b.v, lo);
     hi = _mm256_fmadd_ps(w.hi, b.v, hi);

@@ -36,6 +36,21 @@ struct Lane16 {
     v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), upper));
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(bf16* p) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lowest);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i out = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+  }
+  void store(f16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  void multiply(const float* p) { v = _mm512_mul_ps(v, _mm512_loadu_ps(p)); }
+  void scale_and_add(const float* scale, const float* bias) {
+    v = _mm512_fmadd_ps(v, _mm512_loadu_ps(scale), _mm512_loadu_ps(bias));
+  }
   void step(const Lane16& w, const Broadcast& b) { v = _mm512_fmadd_ps(w.v, b.v, v); }
 };
 

@@ -84,8 +84,8 @@ struct Kernels {
                         int64_t rows_per_slot, int64_t rows, int64_t k, float* dscales, ParallelFor);
   // Machine limits: `steps` times as many multiply-adds as returned, from registers only, on the calling thread.
   int64_t (*multiply_adds)(Arithmetic, int64_t steps);
-  // Reads every byte once.
-  uint64_t (*read)(const void* data, int64_t bytes);
+  // Reads every whole 512 bytes once.
+  void (*read)(const void* data, int64_t bytes);
 };
 
 extern const Kernels kPortable;

@@ -1,7 +1,7 @@
 // The driver and micro-kernels behind matmul.h, compiled once per instruction set. The including file defines, in an
 // anonymous namespace:
-//   Lane16                  16 fp32 lanes: zero, load (from float, bf16, f16), store, step with a Broadcast;
-//                           load_even, load_odd take every other one of 32 bfloat16
+//   Lane16                  16 fp32 lanes: zero, load and store (float, bf16, f16), step with a Broadcast, multiply,
+//                           scale_and_add; load_even, load_odd take every other one of 32 bfloat16
 //   Pairs16, PairBroadcast  16 pairs of 16-bit terms of M, one pair of terms of x
 //   DotI16                  16 int32 lanes: zero, step, add_to (accumulators += lanes * scale)
 //   DotBf16                 16 fp32 lanes: zero, load, store, step; only used if kBf16Products
@@ -325,6 +325,28 @@ void widen(const T* x, int64_t count, float* out) {
   for (; k < count; ++k) out[k] = to_float(x[k]);
 }
 
+void multiply(float* v, const float* factor, int64_t count) {
+  int64_t k = 0;
+  for (; k + kPanel <= count; k += kPanel) {
+    Lane16 lane;
+    lane.load(v + k);
+    lane.multiply(factor + k);
+    lane.store(v + k);
+  }
+  for (; k < count; ++k) v[k] *= factor[k];
+}
+
+template <class T>
+void narrow(const float* v, int64_t count, T* out) {
+  int64_t k = 0;
+  for (; k + kPanel <= count; k += kPanel) {
+    Lane16 lane;
+    lane.load(v + k);
+    lane.store(out + k);
+  }
+  for (; k < count; ++k) from_float(v[k], out + k);
+}
+
 // Row `row`, scaled, as fp32: out[even(k)].
 void scaled_row(const PackedRows& p, int64_t row, float* out) {
   const int64_t start = row * p.in.stride + p.k0;
@@ -335,11 +357,11 @@ void scaled_row(const PackedRows& p, int64_t row, float* out) {
   }
   if (p.in.scales) {
     const float* scale = p.in.scales + p.in.slots[row / p.in.rows_per_slot] * p.in.scales_stride + p.k0;
-    for (int64_t k = 0; k < p.k; ++k) out[k] *= scale[k];
+    multiply(out, scale, p.k);
   }
   if (p.in.component_scale) {
     const float* component = p.in.component_scale + p.k0;
-    for (int64_t k = 0; k < p.k; ++k) out[k] *= component[k];
+    multiply(out, component, p.k);
   }
   if (p.k & 1) out[p.k] = 0.0f;
 }
@@ -372,17 +394,16 @@ void pack_row(const PackedRows& p, int64_t row0, int64_t rows, const Tiles& tile
     for (int64_t j = 0; j < k; ++j) out[j * step] = v[j];
     return;
   }
-  char* narrow = reinterpret_cast<char*>(v + k);
+  char* pairs = reinterpret_cast<char*>(v + k);
   if (p.arithmetic == Arithmetic::bf16) {
-    bf16* out = reinterpret_cast<bf16*>(narrow);
-    for (int64_t j = 0; j < k; ++j) from_float(v[j], out + j);
+    narrow(v, k, reinterpret_cast<bf16*>(pairs));
   } else {
-    int16_t* out = reinterpret_cast<int16_t*>(narrow);
+    int16_t* out = reinterpret_cast<int16_t*>(pairs);
     for (int64_t j = 0; j < k; j += kBlock)
       p.scale[j / kBlock * rows + first_row + index] = quantize(v + j, smaller(kBlock, k - j), out + j);
   }
   uint32_t* out = reinterpret_cast<uint32_t*>(p.data) + first_row * k / 2 + index;
-  for (int64_t j = 0; j < k / 2; ++j) std::memcpy(out + j * step, narrow + j * 4, 4);
+  for (int64_t j = 0; j < k / 2; ++j) std::memcpy(out + j * step, pairs + j * 4, 4);
 }
 
 // Widens terms [k0, k0 + depth) of one panel to fp32: out[depth][16].
@@ -518,8 +539,8 @@ void multiply_i16(const Matrix& m, const PackedRows& x, const Tiles& tiles, int6
 template <class T>
 void store_panel(const RowOutput& out, const float* acc, int64_t rows, int64_t row0, int64_t n, int64_t n0) {
   const int64_t columns = smaller(kPanel, n - n0);
-  float bias[kPanel] = {};
-  float scale[kPanel];
+  alignas(64) float bias[kPanel] = {};
+  alignas(64) float scale[kPanel];
   for (int64_t j = 0; j < kPanel; ++j) scale[j] = out.column_scale && j < columns ? out.column_scale[n0 + j] : 1.0f;
   if (out.bias) {
     switch (out.bias_dtype) {
@@ -530,12 +551,15 @@ void store_panel(const RowOutput& out, const float* acc, int64_t rows, int64_t r
   }
   for (int64_t r = 0; r < rows; ++r) {
     T* y = static_cast<T*>(out.data) + (row0 + r) * out.stride + n0;
-    float v[kPanel];
-    for (int64_t j = 0; j < kPanel; ++j) v[j] = acc[r * kPanel + j] * scale[j] + bias[j];
+    Lane16 v;
+    v.load(acc + r * kPanel);
+    v.scale_and_add(scale, bias);
     if (columns == kPanel) {
-      for (int64_t j = 0; j < kPanel; ++j) from_float(v[j], y + j);
+      v.store(y);
     } else {
-      for (int64_t j = 0; j < columns; ++j) from_float(v[j], y + j);
+      T whole[kPanel];
+      v.store(whole);
+      std::memcpy(y, whole, static_cast<size_t>(columns) * sizeof(T));
     }
   }
 }
@@ -691,14 +715,28 @@ int64_t multiply_adds_of(Arithmetic kind, int64_t steps) {
 
 int64_t multiply_adds(Arithmetic kind, int64_t steps) { return multiply_adds_of<kBf16Products>(kind, steps); }
 
-uint64_t read(const void* data, int64_t bytes) {
-  constexpr int kWords = 64;
-  const uint64_t* words = static_cast<const uint64_t*>(data);
-  uint64_t sums[kWords] = {}, sum = 0;
-  for (int64_t i = 0; i + kWords <= bytes / 8; i += kWords)
-    for (int j = 0; j < kWords; ++j) sums[j] += words[i + j];
-  for (uint64_t s : sums) sum += s;
-  return sum;
+// Eight streams, as many as a one-row product has.
+void read(const void* data, int64_t bytes) {
+  constexpr int64_t kStreams = 8, kSums = 4;
+  const int64_t share = bytes / kStreams / 64 * 64;
+  const char* at = static_cast<const char*>(data);
+  const float one = 1.0f;
+  const Broadcast b(&one);
+  Lane16 sums[kSums];
+#pragma GCC unroll 4
+  for (Lane16& sum : sums) sum.zero();
+  for (int64_t i = 0; i < share; i += 64) {
+#pragma GCC unroll 8
+    for (int64_t s = 0; s < kStreams; ++s) {
+      const char* line = at + s * share + i;
+      __builtin_prefetch(line + 1024);
+      Lane16 v;
+      v.load(reinterpret_cast<const float*>(line));
+      sums[s % kSums].step(v, b);
+    }
+  }
+#pragma GCC unroll 4
+  for (Lane16& sum : sums) keep(sum);
 }
 
 }  // namespace

@@ -51,6 +51,8 @@ struct bf16;
 struct f16;
 inline float to_float(bf16 v);
 inline float to_float(f16 v);
+inline void from_float(float v, bf16* out);
+inline void from_float(float v, f16* out);
 
 struct Broadcast {
   float v;
@@ -73,6 +75,16 @@ struct Lane16 {
     for (int i = 0; i < 16; ++i) v[i] = to_float(p[2 * i + 1]);
   }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  template <class T>
+  void store(T* p) const {
+    for (int i = 0; i < 16; ++i) from_float(v[i], p + i);
+  }
+  void multiply(const float* p) {
+    for (int i = 0; i < 16; ++i) v[i] *= p[i];
+  }
+  void scale_and_add(const float* scale, const float* bias) {
+    for (int i = 0; i < 16; ++i) v[i] = v[i] * scale[i] + bias[i];
+  }
   void step(const Lane16& w, const Broadcast& b) {
     for (int i = 0; i < 16; ++i) v[i] += w.v[i] * b.v;
   }

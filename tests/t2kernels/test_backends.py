@@ -8,6 +8,7 @@ import textwrap
 import pytest
 
 import t2kernels
+from t2kernels import limits
 from t2kernels.backends import extension
 
 
@@ -93,3 +94,14 @@ def test_without_the_extension_the_reference_runs_and_says_so_once():
     assert run.returncode == 0, run.stderr
     assert "extension not built" in run.stdout
     assert run.stderr.count("t2kernels: no kernel for device 'cpu'") == 1
+
+
+def test_limits_of_the_machine():
+    found = limits.measure(rounds=2)
+    assert found.read > 1e8 and found.float32 > 1e8 and found.int16 > 1e8
+    assert (found.bfloat16 > 0) == extension.bf16_products()
+    assert limits.multiply_adds("float32", 10**6) >= 10**6 // 2
+    with pytest.raises(ValueError, match="arithmetic: expected one of"):
+        limits.multiply_adds("float64", 10)
+    with pytest.raises(ValueError, match="count: expected 0 to 4096 bytes, got 5000"):
+        limits.Reader(4096).read(5000)

@@ -1,0 +1,65 @@
+"""Several ways of doing one thing, timed in turns inside one pytest-benchmark test."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from t2kernels import limits
+
+CACHE_BYTES = 1 << 27  # what the weights of consecutive calls add up to at least, so that none is still in cache
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.0, 5, 25
+
+
+def cold(make: Callable[[int], Any], weight_bytes: int, run: Callable[[Any], Any]) -> Callable[[], Any]:
+    """A call that uses the next of as many copies of its weights as caches cannot hold. make(i) gives copy i."""
+    copies = itertools.cycle([make(i) for i in range(min(64, math.ceil(CACHE_BYTES / weight_bytes)))])
+    return lambda: run(next(copies))
+
+
+def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], **info: Any) -> None:
+    """Times every path once a round, in turns, and the machine's limits with them; the first path is the benchmark's.
+
+    `extra_info` gets `info`, each path's seconds, and by round the bytes and multiply-adds a second that the machine
+    managed just then.
+    """
+    reader = limits.Reader()
+    names = list(paths)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    rates: dict[str, list[float]] = {name: [] for name in ("read", *limits.ARITHMETIC)}
+
+    def timed(run: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def others() -> None:
+        rates["read"].append((1 << 27) / timed(lambda: reader.read(1 << 27)))
+        for kind in limits.ARITHMETIC:
+            count = limits.multiply_adds(kind, 1)
+            if count:
+                rates[kind].append((1 << 28) / timed(lambda kind=kind: limits.multiply_adds(kind, 1 << 28)))
+        for name in names[1:]:
+            seconds[name].append(timed(paths[name]))
+
+    def first() -> None:
+        seconds[names[0]].append(timed(paths[names[0]]))
+
+    with torch.inference_mode():
+        for run in paths.values():
+            run()
+        whole_round = sum(timed(run) for run in paths.values())
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / whole_round)))
+        if whole_round > 5:
+            rounds = 3
+        benchmark.pedantic(first, setup=others, rounds=rounds)
+    benchmark.extra_info.update(info, seconds=_rounded(seconds), rates=_rounded(rates))
+
+
+def _rounded(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {name: [float(f"{value:.4g}") for value in column] for name, column in values.items()}
