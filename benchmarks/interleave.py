@@ -13,7 +13,7 @@ import torch
 from t2kernels import limits
 
 CACHE_BYTES = 1 << 27  # what the weights of consecutive calls add up to at least, so that none is still in cache
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.0, 5, 25
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.0, 3, 25
 
 
 def cold(make: Callable[[int], Any], weight_bytes: int, run: Callable[[Any], Any]) -> Callable[[], Any]:
@@ -51,12 +51,8 @@ def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], **info: Any
         seconds[names[0]].append(timed(paths[names[0]]))
 
     with torch.inference_mode():
-        for run in paths.values():
-            run()
         whole_round = sum(timed(run) for run in paths.values())
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / whole_round)))
-        if whole_round > 5:
-            rounds = 3
         benchmark.pedantic(first, setup=others, rounds=rounds)
     benchmark.extra_info.update(info, seconds=_rounded(seconds), rates=_rounded(rates))
 

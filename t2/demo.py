@@ -64,7 +64,7 @@ QUESTIONS = (
 )
 
 
-def chat_batch(tokenizer: Any, questions: list[str]) -> dict[str, Tensor]:
+def chat_batch(tokenizer: Any, questions: list[str]) -> dict[str, Any]:
     """The questions as one left-padded batch of chat prompts, ready for `generate`."""
     prompts = [
         tokenizer.apply_chat_template(

@@ -32,6 +32,13 @@ class RoutedLinear(nn.Module):
             y = self.shared_input.linear(self, x, route)
             if y is not None:
                 return y
+        return self.alone(x, route)
+
+    def alone(self, x: Tensor, route: Route) -> Tensor:
+        """The layer's product under a route, in the form that the route's plan gives it."""
+        form = route.forms.get(self.index)
+        if form is not None:
+            return form(x, route.slots, self.bias)
         return self.weight.linear_unchecked(x, route.windows[self.index], route.slots, self.bias)
 
 
@@ -50,7 +57,7 @@ class SharedInput:
 
     def linear(self, member: RoutedLinear, x: Tensor, route: Route) -> Tensor | None:
         """The member's output, or None if it has to work alone."""
-        if not self._useful or (torch.is_grad_enabled() and (x.requires_grad or route.requires_grad)):
+        if not self._useful or route.forms or (torch.is_grad_enabled() and (x.requires_grad or route.requires_grad)):
             return None
         waiting = self._waiting.__dict__
         if member is not self.members[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from t2.experts import Expert, ExpertBank, check_z
 from t2.layers import PackedLinear, RoutedLinear, SharedInput
 from t2.layout import Layout, fingerprint
+from t2.planning import Delta, Merged, ServingPlan, cost_model
 from t2.routing import Route, Router, SlotTable
 from t2.svd import FactorCache, decompose_weights, weight_key
 from t2.targets import Linear, groups_of_one_input, other_linears, select_targets, weight_matrix
 from t2kernels import DenseWeight, FactoredWeight, Factors, decompose
 from t2kernels.packing import STORAGE_DTYPES
+from t2kernels.planner import CostModel, DeltaWeight, Phase, Plan, delta_components, plan_layer
 
 ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
 """What one request uses: a name, a mix of names with weights, an expert, a vector z [R], or None for the base."""
@@ -204,19 +207,24 @@ class SVFModel(nn.Module):
         )
 
     @contextmanager
-    def route(self, experts: ExpertChoice | Sequence[ExpertChoice]) -> Iterator[None]:
+    def route(self, experts: ExpertChoice | Sequence[ExpertChoice], plan: ServingPlan | None = None) -> Iterator[None]:
         """Within the block, request i of a batch runs with `experts[i]`.
 
         A batch of B entries also serves k * B rows (beams, return sequences), each entry repeated k times in place.
         A single choice that is not a list serves every row. Where an entry is a tensor that requires grad, the
         gradient reaches it; with activation checkpointing, which runs layers again in the backward pass, call
         backward inside the block. Routes belong to the thread or task that entered them, and may be nested.
+
+        With a `plan` (inference only) layers run in the form it chose; a ValueError says if it was made for others.
         """
         self._check_attached()
-        single = experts is None or isinstance(experts, str | Mapping | Expert | Tensor)
-        choices: list[ExpertChoice] = [experts] if single else list(experts)  # type: ignore[list-item,arg-type]
+        choices = _choices(experts)
         with ExitStack() as held:
             route = self._resolve(choices, held)
+            if plan is not None:
+                self._check_plan(plan, choices)
+                forms = {index: form.bind(route.table) for index, form in self._built(plan).items()}
+                route = Route(route.table, route.slots, self.layout, forms)
             token = self.router.enter(route)
             held.callback(self.router.exit, token)
             yield
@@ -249,6 +257,129 @@ class SVFModel(nn.Module):
             return tuple(sorted((str(name), weight) for name, weight in choice.items()))
         return choice if choice is None or isinstance(choice, str) else id(choice)
 
+    # Plans
+
+    def plan(
+        self,
+        experts: ExpertChoice | Sequence[ExpertChoice],
+        *,
+        prompt_tokens: int,
+        new_tokens: int,
+        batch: int | None = None,
+        max_weight_error: float | None = None,
+        cost: CostModel | None = None,
+    ) -> ServingPlan:
+        """Chooses each layer's form for a `generate` call: factored, merged or delta-k (`t2kernels.planner`).
+
+        The factored form is what runs without a plan: it alone keeps a row's bits free of the batch around it, and it
+        alone is trained through. A plan pays where one expert reads long prompts or answers for long.
+
+        Args:
+            experts: as in `generate`.
+            prompt_tokens: length of the padded prompts.
+            new_tokens: that will be generated for each request.
+            batch: rows of the batch, if `experts` is a single choice for all of them; default 1.
+            max_weight_error: allows delta-k, with ||W' - what is computed|| <= max_weight_error * ||W|| in every layer
+                (Frobenius norms) for every expert of the call.
+            cost: a cost model; default `t2.planning.cost_model()`, measured once per machine.
+        """
+        self._check_attached()
+        for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("batch", batch or 1)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        choices = _choices(experts)
+        rows = batch or len(choices)
+        distinct = {self._key(choice): self.z_of(choice).detach() for choice in choices}
+        z = torch.stack(list(distinct.values()))
+        passes: dict[int, int] = {rows * prompt_tokens: 1}
+        passes[rows] = passes.get(rows, 0) + new_tokens - 1
+        phase, cost, layers = Phase(passes, len(distinct)), cost or cost_model(), {}
+        for name, target in self._targets.items():
+            weight, components, error = target.layer.weight, None, 0.0
+            if max_weight_error is not None:
+                kept, error = delta_components(weight.s.cpu(), z[:, self.layout.window(name)], max_weight_error)
+                components = len(kept)
+            layers[name] = plan_layer(
+                cost,
+                phase,
+                (weight.out_features, weight.in_features),
+                weight.dtype,
+                bf16_products=weight.bf16_products,
+                components=components,
+                error=error,
+            )
+        return ServingPlan(Plan(phase, cost, layers, max_weight_error), distinct)
+
+    def _check_plan(self, plan: ServingPlan, choices: list[ExpertChoice]) -> None:
+        for choice in choices:
+            if isinstance(choice, Tensor) and choice.requires_grad:
+                raise ValueError("plan: expected None where a gradient has to reach an expert, got a plan")
+            planned = plan.experts.get(self._key(choice))
+            if planned is None or not torch.equal(planned, self.z_of(choice).detach()):
+                raise ValueError(f"plan: expected one made for this call's experts, got another for {choice!r:.80}")
+
+    def _built(self, plan: ServingPlan) -> dict[int, Merged | Delta]:
+        with self._lock:
+            if plan.forms is None:
+                watch = plan.plan.measured
+                built: dict[int, Merged | Delta] = {}
+                for name, layer in plan.plan.layers.items():
+                    if layer.form == "factored":
+                        continue
+                    start = time.perf_counter()
+                    target = self._targets[name]
+                    build = self._merged_form if layer.form == "merged" else self._delta_form
+                    built[target.layer.index] = build(name, target, plan)
+                    watch[layer.form] = watch.get(layer.form, 0.0) + time.perf_counter() - start
+                plan.forms = built
+            return plan.forms
+
+    def _merged_form(self, name: str, target: _Target, plan: ServingPlan) -> Merged:
+        (z,) = plan.experts.values()
+        return Merged(self._pack_dense(self._merged_weight(name, target, z), target))
+
+    def _delta_form(self, name: str, target: _Target, plan: ServingPlan) -> Delta:
+        weight, (u, s, vh) = self._dense(target)
+        window, bound = self.layout.window(name), plan.plan.max_weight_error
+        assert bound is not None
+        z = torch.stack(list(plan.experts.values()))[:, window]
+        kept, _ = delta_components(target.layer.weight.s.cpu(), z, bound)
+        change = None
+        if len(kept):
+            stored = target.layer.weight
+            change = FactoredWeight.pack(
+                u[:, kept], s[kept], vh[kept], dtype=stored.dtype, bf16_products=stored.bf16_products
+            )
+        base = self._table.sigma[window][kept]
+        return Delta(DeltaWeight(self._pack_dense(weight, target), change), base, kept + window.start)
+
+    @staticmethod
+    def _pack_dense(weight: Tensor, target: _Target) -> DenseWeight:
+        stored = target.layer.weight
+        return DenseWeight.pack(weight, dtype=stored.dtype, bf16_products=stored.bf16_products).to(stored.s.device)
+
+    @torch.no_grad()
+    def measure_plan(self, plan: ServingPlan) -> None:
+        """Runs each layer in its planned form on random activations, once for every kind of pass, and notes the times.
+
+        They appear in `plan.explain()` beside the predicted ones: whole phases, building included.
+        """
+        (choice, *_) = plan.experts
+        z = plan.experts[choice]
+        measured = plan.plan.measured
+        measured.clear()
+        plan.forms = None
+        forms = {index: form.bind(self._table.sigma.unsqueeze(0) * z) for index, form in self._built(plan).items()}
+        zeros = torch.zeros(1, dtype=torch.int64, device=self._table.sigma.device)
+        route = Route((self._table.sigma * z).unsqueeze(0), zeros, self.layout, forms)
+        for rows, count in plan.plan.phase.passes.items():
+            for name, layer in plan.plan.layers.items():
+                module = self._targets[name].layer
+                x = torch.randn(rows, module.in_features, device=zeros.device)
+                start = time.perf_counter()
+                module.alone(x, route)
+                measured[layer.form] = measured.get(layer.form, 0.0) + count * (time.perf_counter() - start)
+
     # Running
 
     def forward(self, *args: Any, experts: ExpertChoice | Sequence[ExpertChoice] = None, **kwargs: Any) -> Any:
@@ -263,16 +394,25 @@ class SVFModel(nn.Module):
         with self.route(experts):
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, experts: ExpertChoice | Sequence[ExpertChoice] = None, **kwargs: Any) -> Any:
-        """The model's `generate`, each request with its own expert; `experts` as in `route`, one entry per prompt."""
+    def generate(
+        self,
+        *args: Any,
+        experts: ExpertChoice | Sequence[ExpertChoice] = None,
+        plan: ServingPlan | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's `generate`, each request with its own expert; `experts` as in `route`, one entry per prompt.
+
+        `plan`: one that `plan()` made for these experts.
+        """
         self._check_attached()
         generate = getattr(self.model, "generate", None)
         if generate is None:
             raise TypeError(f"model: expected one with a generate method, got {type(self.model).__name__}")
-        if experts is None:
+        if experts is None and plan is None:
             return generate(*args, **kwargs)
         self._check_count(experts, args, kwargs)
-        with self.route(experts):
+        with self.route(experts, plan):
             return generate(*args, **kwargs)
 
     @staticmethod
@@ -306,15 +446,17 @@ class SVFModel(nn.Module):
         z = self.z_of(expert).detach()
         memo: dict[int, Any] = {}
         for name, target in self._targets.items():
-            weight, (u, s, vh) = self._dense(target)
-            scale = s * (z[self.layout.window(name)].to(weight.device) - 1.0)
-            merged = weight.clone()
-            if scale.any():  # adding zeros would turn -0.0 into 0.0
-                merged = (weight.float() + (u * scale) @ vh).to(weight.dtype)
-            memo[id(target.layer)] = _plain(target.module, merged)
+            memo[id(target.layer)] = _plain(target.module, self._merged_weight(name, target, z))
         for packed, module in self._packed.values():
             memo[id(packed)] = copy.deepcopy(module, memo)
         return copy.deepcopy(self.model, memo)
+
+    def _merged_weight(self, name: str, target: _Target, z: Tensor) -> Tensor:
+        weight, (u, s, vh) = self._dense(target)
+        scale = s * (z[self.layout.window(name)].to(weight.device) - 1.0)
+        if not scale.any():  # adding zeros would turn -0.0 into 0.0
+            return weight.clone()
+        return (weight.float() + (u * scale) @ vh).to(weight.dtype)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Always a TypeError: a model on disk is a plain one, an expert a file of its own."""
@@ -359,6 +501,11 @@ class SVFModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"matrices={len(self.layout.names)}, R={self.layout.R}, experts={len(self.bank)}"
+
+
+def _choices(experts: ExpertChoice | Sequence[ExpertChoice]) -> list[ExpertChoice]:
+    single = experts is None or isinstance(experts, str | Mapping | Expert | Tensor)
+    return [experts] if single else list(experts)  # type: ignore[list-item,arg-type]
 
 
 def _plain(module: Linear, weight: Tensor) -> nn.Module:

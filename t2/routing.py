@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 
 import torch
@@ -10,11 +11,21 @@ from torch import Tensor
 
 from t2.layout import Layout
 
+LayerForm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A layer's product in another form than factored: (x, slots, bias) -> y."""
+
 
 class Route:
-    """The scales in use and one slot per request. Layer i sees its own column window of the table."""
+    """The scales in use and one slot per request. Layer i sees its own column window of the table.
 
-    def __init__(self, table: Tensor, slots: Tensor, layout: Layout) -> None:
+    `forms` are the products of the layers that a plan gave another form than factored, by index.
+    """
+
+    def __init__(
+        self, table: Tensor, slots: Tensor, layout: Layout, forms: Mapping[int, LayerForm] | None = None
+    ) -> None:
+        self.forms = forms or {}
+        self.table = table
         self.slots = slots
         self.requires_grad = table.requires_grad
         self.windows = [

@@ -50,12 +50,25 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
             raise ValueError(
                 f"tensors[{name!r}] is {tensor.layout} on {tensor.device}; expected a dense tensor with data"
             )
+    with _replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all, as `write_safetensors` does."""
+    with _replacing(Path(path)) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to, which takes its place when the block is left without an error."""
     temporary = _temporary_sibling(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()  # with the permissions of a new file, which the library narrows to the owner's
         mode = temporary.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        yield temporary
         temporary.chmod(mode)
         _sync(temporary)
         os.replace(temporary, path)

@@ -1,0 +1,295 @@
+"""Which form of a layer is fastest for a phase of work: factored, merged or delta-k (DESIGN section 3).
+
+| form     | a row's product                                              | once per phase          |
+|----------|--------------------------------------------------------------|-------------------------|
+| factored | U diag(s z) Vh x                                             |                         |
+| merged   | W' x, W' = W + U diag(s (z - 1)) Vh; one expert only         | build and pack W'       |
+| delta-k  | W x + U_k diag(s_k (z_k - 1)) Vh_k x, k leading components   | pack W, U_k and Vh_k    |
+
+The cost model is measured, once per machine: one product of a [rows, k] with a [n, k] matrix takes the longer of
+reading the matrix from memory and doing its multiply-adds at the rate that so many rows reach; a call costs a constant.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from t2kernels import limits
+from t2kernels.backends import build_info, extension
+from t2kernels.packing import STORAGE_DTYPES
+from t2kernels.weights import DenseWeight, FactoredWeight
+
+FORMS = ("factored", "merged", "delta")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
+SIDE = 1024  # of the square matrices that are measured: in cache, so that arithmetic is what is timed
+BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
+
+
+BF16_PRODUCTS = "bfloat16 products"
+
+
+def storage_kind(dtype: torch.dtype, bf16_products: bool = False) -> str:
+    """How `CostModel.rates` calls a storage format and the arithmetic that it meets."""
+    if dtype == torch.bfloat16 and bf16_products and extension is not None and extension.bf16_products():
+        return BF16_PRODUCTS
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What products cost on one machine, with one instruction set and number of threads.
+
+    read: bytes a second from memory. rates: multiply-adds a second by storage format and number of rows (ROWS).
+    call: seconds of a call with nothing to do. build: multiply-adds a second of building W'. pack: entries a second of
+    packing a matrix.
+    """
+
+    machine: str
+    read: float
+    rates: Mapping[str, tuple[float, ...]]
+    call: float
+    build: float
+    pack: float
+
+    @staticmethod
+    def machine_key() -> str:
+        """What a measurement holds for."""
+        kernels = build_info().get("chosen", "reference")
+        return f"{kernels}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+    @classmethod
+    def measure(cls, rounds: int = 5) -> CostModel:
+        """Takes a second or two; nothing else should run meanwhile."""
+        matrix, rates = torch.randn(SIDE, SIDE) / SIDE**0.5, {}
+        with torch.inference_mode():
+            for dtype, bf16_products in (*((d, False) for d in STORAGE_DTYPES), (torch.bfloat16, True)):
+                weight = DenseWeight.pack(matrix, dtype=dtype, bf16_products=bf16_products)
+                inputs = [torch.randn(rows, SIDE) for rows in ROWS]
+                times = [_best(functools.partial(weight.linear_unchecked, x), rounds) for x in inputs]
+                rates[storage_kind(dtype, bf16_products)] = tuple(
+                    rows * SIDE * SIDE / seconds for rows, seconds in zip(ROWS, times, strict=True)
+                )
+            tiny = DenseWeight.pack(torch.ones(1, 1))
+            one = torch.ones(1, 1)
+            return cls(
+                machine=cls.machine_key(),
+                read=limits.measure(rounds).read,
+                rates=rates,
+                call=_best(lambda: tiny.linear_unchecked(one), 50),
+                build=SIDE**3 / _best(lambda: matrix @ matrix, rounds),
+                pack=SIDE * SIDE / _best(lambda: DenseWeight.pack(matrix), rounds),
+            )
+
+    def product(self, rows: int, n: int, k: int, dtype: torch.dtype, bf16_products: bool = False) -> float:
+        """Seconds of [rows, k] times a packed [n, k] matrix that is not in cache."""
+        if rows == 0:
+            return 0.0
+        rates = self.rates[storage_kind(dtype, bf16_products)]
+        i = bisect.bisect_left(ROWS, rows)
+        if i == len(ROWS) or ROWS[i] == rows:
+            rate = rates[min(i, len(ROWS) - 1)]
+        else:  # between two measured numbers of rows
+            part = math.log2(rows / ROWS[i - 1]) / math.log2(ROWS[i] / ROWS[i - 1])
+            rate = rates[i - 1] + part * (rates[i] - rates[i - 1])
+        return max(n * k * BYTES[dtype] / self.read, rows * n * k / rate)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> CostModel:
+        """Raises ValueError where `values` is not what `to_dict` gave."""
+        try:
+            kinds = {storage_kind(dtype) for dtype in STORAGE_DTYPES} | {storage_kind(torch.bfloat16, True)}
+            rates = {kind: tuple(float(rate) for rate in values["rates"][kind]) for kind in kinds}
+            numbers = {name: float(values[name]) for name in ("read", "call", "build", "pack")}
+            model = cls(machine=str(values["machine"]), rates=rates, **numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"values: expected a cost model as to_dict gives it, got {values!r}: {error}") from error
+        divisors = (*(numbers[name] for name in ("read", "build", "pack")), *itertools.chain(*rates.values()))
+        if min(divisors) <= 0 or numbers["call"] < 0 or any(len(rate) != len(ROWS) for rate in rates.values()):
+            raise ValueError(f"values: expected {len(ROWS)} positive rates a format, got {values!r}")
+        return model
+
+
+def _best(run: Callable[[], Any], rounds: int) -> float:
+    run()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of work with the same experts: forward passes, as {rows of a pass: number of such passes}.
+
+    A `generate` call is {batch * prompt length: 1, batch: new tokens - 1}.
+    """
+
+    passes: Mapping[int, int]
+    experts: int = 1  # distinct ones in the batch, the base included
+
+    def __post_init__(self) -> None:
+        if not self.passes or any(rows < 0 or count < 0 for rows, count in self.passes.items()):
+            raise ValueError(f"passes: expected rows >= 0 and counts >= 0, got {dict(self.passes)}")
+        if self.experts < 1:
+            raise ValueError(f"experts: expected at least 1, got {self.experts}")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The choice for one layer: seconds of the whole phase by form, what is built once included."""
+
+    form: str
+    predicted: Mapping[str, float]
+    components: int = 0  # k of delta-k
+    error: float = 0.0  # delta-k: bound of ||W' - what is computed||_F / ||W||_F over the phase's experts
+
+
+@dataclass
+class Plan:
+    """The choice for every layer, by name, and why: `explain()`."""
+
+    phase: Phase
+    cost: CostModel
+    layers: dict[str, LayerPlan]
+    max_weight_error: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)  # seconds by form, of the layers that use it
+
+    def forms(self) -> dict[str, list[str]]:
+        """Names of the layers by the form chosen for them."""
+        return {
+            form: found
+            for form in FORMS
+            if (found := [name for name, layer in self.layers.items() if layer.form == form])
+        }
+
+    def predicted(self, form: str | None = None) -> float:
+        """Seconds of the phase's linear layers: as planned, or if all had this form (inf where one can't)."""
+        return sum(layer.predicted.get(form or layer.form, math.inf) for layer in self.layers.values())
+
+    def explain(self) -> str:
+        """What was chosen, the predicted time of each form, and the measured time of what has been measured."""
+        passes = ", ".join(f"{count} of {rows} rows" for rows, count in self.phase.passes.items())
+        lines = [
+            f"Forward passes: {passes}; distinct experts: {self.phase.experts}. Machine: {self.cost.machine}.",
+            "If every layer had one form, seconds of the linear layers (predicted):",
+        ]
+        for form in FORMS:
+            seconds = self.predicted(form)
+            reason = {"merged": "needs one expert for all requests", "delta": "no bound on the weight error was given"}
+            lines.append(f"  {form:9}{seconds:10.4f}" if seconds < math.inf else f"  {form:9}         - {reason[form]}")
+        lines.append(f"Chosen, layer by layer: {self.predicted():.4f} s.")
+        for form, names in self.forms().items():
+            seconds = sum(self.layers[name].predicted[form] for name in names)
+            measured = f", measured {self.measured[form]:.4f} s" if form in self.measured else ""
+            line = f"  {form:9}{len(names):4} layers: predicted {seconds:.4f} s{measured}"
+            if form == "delta":
+                ks = [self.layers[name].components for name in names]
+                worst = max(self.layers[name].error for name in names)
+                line += f"; {min(ks)} to {max(ks)} components, weight error at most {worst:.2e}"
+            lines.append(line)
+        return "\n".join(lines)
+
+
+def plan_layer(
+    cost: CostModel,
+    phase: Phase,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    bf16_products: bool = False,
+    components: int | None = None,
+    error: float = 0.0,
+) -> LayerPlan:
+    """The fastest form of one layer.
+
+    Args:
+        cost: of this machine.
+        phase: what lies ahead.
+        size: (out, in) of W.
+        dtype, bf16_products: storage of factors and of merged weights, and their arithmetic.
+        components: k that delta-k needs, or None where it is not allowed.
+        error: the weight error that this k leaves.
+    """
+    out, inputs = size
+    rank = min(size)
+
+    def passes(seconds: Callable[[int], float]) -> float:
+        return sum(count * seconds(rows) for rows, count in phase.passes.items())
+
+    def product(rows: int, n: int, k: int) -> float:
+        return cost.product(rows, n, k, dtype, bf16_products)
+
+    def dense(rows: int) -> float:
+        return cost.call + product(rows, out, inputs)
+
+    def factors(rows: int, k: int) -> float:
+        return cost.call + product(rows, k, inputs) + product(rows, out, k) if k else 0.0
+
+    predicted = {"factored": passes(lambda rows: factors(rows, rank))}
+    if phase.experts == 1:
+        build = out * inputs * rank / cost.build + out * inputs / cost.pack
+        predicted["merged"] = build + passes(dense)
+    if components is not None:
+        packing = (out * inputs + components * (out + inputs)) / cost.pack
+        predicted["delta"] = packing + passes(lambda rows: dense(rows) + factors(rows, components))
+    form = min(predicted, key=lambda name: predicted[name])
+    k, bound = (components or 0, error) if form == "delta" else (0, 0.0)
+    return LayerPlan(form, predicted, k, bound)
+
+
+def delta_components(
+    s: torch.Tensor, z: torch.Tensor, max_weight_error: float, multiple: int = 16
+) -> tuple[torch.Tensor, float]:
+    """The components that delta-k keeps, and the error bound of leaving out the others.
+
+    W' - (W + U_k diag(s_k (z_k - 1)) Vh_k) has Frobenius norm sqrt(sum over the others of (s (z - 1))^2), since the
+    factors are orthonormal; relative to ||W||_F = ||s||. Kept are those with the largest |s (z - 1)| over the experts.
+
+    Args:
+        s: [r], z: [E, r] of the experts of the phase.
+        max_weight_error: bound of the relative error, for every expert.
+        multiple: k is rounded up to a multiple of this.
+
+    Returns:
+        (indices [k] in ascending order, the error that is left: at most max_weight_error).
+    """
+    if not max_weight_error >= 0:
+        raise ValueError(f"max_weight_error: expected a number >= 0, got {max_weight_error}")
+    change = (s * (z - 1)).double().square()
+    order = change.amax(0).argsort(descending=True)
+    norm = s.double().square().sum().clamp(min=1e-300)
+    left = change[:, order].flip(1).cumsum(1).flip(1)  # [E, r]: left[:, k] is what dropping order[k:] loses
+    worst = torch.cat([left.amax(0), left.new_zeros(1)]) / norm
+    k = int((worst > max_weight_error**2).sum())
+    k = min(-(-k // multiple) * multiple, len(s))
+    return order[:k].sort().values, float(worst[k].sqrt())
+
+
+class DeltaWeight:
+    """W x + U_k diag(d) Vh_k x for a different d in every row: the delta-k form, packed."""
+
+    def __init__(self, dense: DenseWeight, change: FactoredWeight | None) -> None:
+        self.dense, self.change = dense, change
+
+    def linear(
+        self, x: torch.Tensor, scales: torch.Tensor, slots: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """scales: [slots, k] rows s_k (z_k - 1), others as in `FactoredWeight.linear`."""
+        y = self.dense.linear_unchecked(x, bias)
+        if self.change is None:
+            return y
+        return y.add_(self.change.linear_unchecked(x, scales, slots))
