@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.interleave import cold, in_turns
-from t2kernels import FactoredWeight
+from t2kernels import FactoredWeight, ops
 
 SHAPES = {  # out, in
     "Llama-3-8B q, o": (4096, 4096),
@@ -138,6 +138,29 @@ def test_compile(benchmark: Any, batch: int) -> None:
 
         paths[f"torch.compile {short(dtype)}"] = run
     in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name])
+
+
+@pytest.mark.parametrize("batch", (64, 512, 2048))
+def test_backward(benchmark: Any, layer: Layer, batch: int) -> None:
+    """Gradients of x and of one expert's scale: our kernels, and torch's products on row-major float32 factors."""
+    g = torch.Generator().manual_seed(1)
+    grad_y, t = torch.randn(batch, layer.out_features, generator=g), torch.randn(batch, layer.rank, generator=g)
+    scales, slots = layer.s[None], torch.zeros(1, dtype=torch.int64)
+    packed = {
+        short(d): FactoredWeight.pack(layer.u, layer.s, layer.vh, dtype=d)
+        for d in (torch.float32, torch.bfloat16, torch.int8)
+    }
+
+    def ours(w: FactoredWeight) -> Any:
+        args = (grad_y, t, w.u, w.vh, w.component_scale, scales, slots, layer.in_features, True, True)
+        return ops.factored_linear_backward(*args)
+
+    def library() -> Any:
+        h = grad_y @ layer.u
+        return (h * scales[0]) @ layer.vh, (t * h).sum(0)
+
+    paths = {f"ours {name}": (lambda w=w: ours(w)) for name, w in packed.items()}
+    in_turns(benchmark, {**paths, "torch float32": library}, shape=layer.name, batch=batch, size=SHAPES[layer.name])
 
 
 def popular(kind: str, batch: int) -> Tensor:
