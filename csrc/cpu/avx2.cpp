@@ -45,11 +45,17 @@ struct Lane16 {
     lo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q), 16));
     hi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q + 1), 16));
   }
-  // Two shifts: a mask would take the register that the last accumulator needs.
+  // The mask stays in memory: it would take the register that the last accumulator needs.
+  static __m256 upper_halves(__m256i v) {
+    alignas(32) static const uint32_t mask[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+    asm("vpand %1, %0, %0" : "+x"(v) : "m"(mask));
+    return _mm256_castsi256_ps(v);
+  }
   void load_odd(const bf16* p) {
     const auto* q = reinterpret_cast<const __m256i*>(p);
-    lo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(_mm256_loadu_si256(q), 16), 16));
-    hi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(_mm256_loadu_si256(q + 1), 16), 16));
+    lo = upper_halves(_mm256_loadu_si256(q));
+    hi = upper_halves(_mm256_loadu_si256(q + 1));
   }
   void store(float* p) const {
     _mm256_storeu_ps(p, lo);

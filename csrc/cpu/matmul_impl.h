@@ -106,13 +106,19 @@ void parallel(ParallelFor parallel_for, int64_t count, int64_t at_least, const F
       const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
+// What a micro-kernel prefetches: `start` bytes from the first weight on, `step` bytes further with every load of a panel.
+struct Ahead {
+  int64_t start, step;
+};
+
 // Micro-kernels. x: [depth][MR] (fp32) or [depth / 2][MR] (pairs). w: NP panels, w_stride elements apart.
 // acc: NP x [rows][16], acc_stride floats apart; `first` starts it from zero.
 
 template <int MR, int NP, class T>
 void micro(const float* x, const T* w, int64_t w_stride, int64_t depth, float* acc, int64_t acc_stride, bool first,
-           int64_t ahead) {
+           Ahead ahead) {
   Lane16 c[MR][NP];
+  const char* next = reinterpret_cast<const char*>(w) + ahead.start;
 #pragma GCC unroll 24
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
@@ -125,12 +131,12 @@ void micro(const float* x, const T* w, int64_t w_stride, int64_t depth, float* a
     }
   }
   if constexpr (sizeof(T) == sizeof(bf16) && !__is_same(T, f16)) {
-    for (int64_t k = 0; k < depth; k += 2) {
+    for (int64_t k = 0; k < depth; k += 2, next += ahead.step) {
       Lane16 v[NP];
 #pragma GCC unroll 8
       for (int p = 0; p < NP; ++p) {
         v[p].load_even(w + p * w_stride + k * kPanel);
-        __builtin_prefetch(w + p * w_stride + k * kPanel + ahead);
+        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
       }
 #pragma GCC unroll 24
       for (int r = 0; r < MR; ++r) {
@@ -148,12 +154,12 @@ void micro(const float* x, const T* w, int64_t w_stride, int64_t depth, float* a
       }
     }
   } else {
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < depth; ++k, next += ahead.step) {
       Lane16 v[NP];
 #pragma GCC unroll 8
       for (int p = 0; p < NP; ++p) {
         v[p].load(w + p * w_stride + k * kPanel);
-        __builtin_prefetch(w + p * w_stride + k * kPanel + ahead);
+        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
       }
 #pragma GCC unroll 24
       for (int r = 0; r < MR; ++r) {
@@ -172,8 +178,9 @@ void micro(const float* x, const T* w, int64_t w_stride, int64_t depth, float* a
 
 template <int MR, int NP>
 void micro_bf16(const uint32_t* x, const bf16* w, int64_t w_stride, int64_t depth, float* acc, int64_t acc_stride,
-                bool first, int64_t ahead) {
+                bool first, Ahead ahead) {
   DotBf16 c[MR][NP];
+  const char* next = reinterpret_cast<const char*>(w) + ahead.start;
 #pragma GCC unroll 24
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
@@ -185,12 +192,12 @@ void micro_bf16(const uint32_t* x, const bf16* w, int64_t w_stride, int64_t dept
       }
     }
   }
-  for (int64_t k = 0; k < depth; k += 2, x += MR) {
+  for (int64_t k = 0; k < depth; k += 2, x += MR, next += ahead.step) {
     Pairs16 v[NP];
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p) {
       v[p].load(w + p * w_stride + k * kPanel);
-      __builtin_prefetch(w + p * w_stride + k * kPanel + ahead);
+      __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
     }
 #pragma GCC unroll 24
     for (int r = 0; r < MR; ++r) {
@@ -209,19 +216,20 @@ void micro_bf16(const uint32_t* x, const bf16* w, int64_t w_stride, int64_t dept
 // One block of at most kBlock terms. scale: the block's activation scales of these rows.
 template <int MR, int NP>
 void micro_i16(const uint32_t* x, const float* scale, const int8_t* w, int64_t w_stride, int64_t depth, float* acc,
-               int64_t acc_stride, bool first, int64_t ahead) {
+               int64_t acc_stride, bool first, Ahead ahead) {
   DotI16 c[MR][NP];
+  const char* next = reinterpret_cast<const char*>(w) + ahead.start;
 #pragma GCC unroll 24
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p) c[r][p].zero();
   }
-  for (int64_t k = 0; k < depth; k += 2, x += MR) {
+  for (int64_t k = 0; k < depth; k += 2, x += MR, next += ahead.step) {
     Pairs16 v[NP];
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p) {
       v[p].load(w + p * w_stride + k * kPanel);
-      __builtin_prefetch(w + p * w_stride + k * kPanel + ahead);
+      __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
     }
 #pragma GCC unroll 24
     for (int r = 0; r < MR; ++r) {
@@ -238,9 +246,9 @@ void micro_i16(const uint32_t* x, const float* scale, const int8_t* w, int64_t w
 }
 
 template <class T>
-using MicroFn = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, int64_t);
-using MicroBf16Fn = void (*)(const uint32_t*, const bf16*, int64_t, int64_t, float*, int64_t, bool, int64_t);
-using MicroI16Fn = void (*)(const uint32_t*, const float*, const int8_t*, int64_t, int64_t, float*, int64_t, bool, int64_t);
+using MicroFn = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, Ahead);
+using MicroBf16Fn = void (*)(const uint32_t*, const bf16*, int64_t, int64_t, float*, int64_t, bool, Ahead);
+using MicroI16Fn = void (*)(const uint32_t*, const float*, const int8_t*, int64_t, int64_t, float*, int64_t, bool, Ahead);
 
 // The micro-kernel for so many rows: over panels_per_tile(rows) panels if `wide`, else over one.
 template <class T, int MR = kMaxRows>
@@ -453,10 +461,29 @@ void widen_panel(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, floa
   }
 }
 
+// Where weights lie: elements of a panel, bytes of an element, bytes that a micro-kernel loads of a panel at a time.
+struct Stream {
+  int64_t panel_size, element_bytes, load_bytes;
+};
+
+template <class T>
+Stream stream_of(const Matrix& m) {
+  const bool pairs = t2::paired(m.dtype);
+  const int64_t bytes = sizeof(T);
+  return {(pairs ? even(m.k) : m.k) * kPanel, bytes, kPanel * bytes * (pairs ? 2 : 1)};
+}
+
+// Terms of a slice: all of them for one tile, which keeps its sums in registers, or where a panel fits in L1 anyway.
+int64_t slice_of(const Tiles& tiles, int64_t k, const Stream& stream) {
+  constexpr int64_t kNearBytes = 20 << 10;
+  return tiles.count == 1 || stream.panel_size * stream.element_bytes <= kNearBytes ? k : kSlice;
+}
+
 // Visits every (slice of terms, run of panels, row tile) of one part in the order that keeps slices in cache:
-// prepare(panel, panels, k0, depth) once per run, then tile(row, rows, panel, index in run, wide, k0, depth) for each.
+// prepare(panel, panels, k0, depth) once per run, then tile(row, rows, panel, index in run, wide, k0, depth, ahead) for
+// each. The tiles of a run share the work of prefetching the next one, so that memory is read at an even pace.
 template <class Prepare, class Tile>
-void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t slice, int64_t panel_size,
+void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t slice, const Stream& stream,
            const Prepare& prepare, const Tile& tile) {
   const int64_t span = panels_per_tile(static_cast<int>(tiles.rows(0)));
   for (int64_t k0 = 0; k0 < k; k0 += slice) {
@@ -465,13 +492,18 @@ void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t sl
     for (int64_t panel = begin; panel < end; panel += run) {
       if (panel + span > end) run = 1;
       prepare(panel, run, k0, depth);
-      const int64_t ahead = tiles.count == 1        ? kStreamAhead
-                            : panel + run < end     ? run * panel_size
-                                                    : (begin - panel) * panel_size + slice * kPanel;
+      const bool run_follows = panel + run < end, slice_follows = k0 + slice < k;
+      const int64_t next_run = run_follows     ? run * stream.panel_size
+                               : slice_follows ? (begin - panel) * stream.panel_size + slice * kPanel
+                                               : run * stream.panel_size - k0 * kPanel;
+      const int64_t start = (tiles.count == 1 ? kStreamAhead : next_run) * stream.element_bytes;
+      const int64_t share = depth * kPanel * stream.element_bytes / tiles.count;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t rows = tiles.rows(t), own_span = panels_per_tile(static_cast<int>(rows));
         const bool wide = own_span <= run;
-        for (int64_t j = 0; j < run; j += wide ? own_span : 1) tile(tiles.begin(t), rows, panel, j, wide, k0, depth, t == 0 ? ahead : 0);
+        const Ahead ahead{start + t * share, stream.load_bytes / tiles.count};
+        for (int64_t j = 0; j < run; j += wide ? own_span : 1)
+          tile(tiles.begin(t), rows, panel, j, wide, k0, depth, ahead);
       }
     }
   }
@@ -485,11 +517,12 @@ void multiply_f32(const Matrix& m, const PackedRows& x, const Tiles& tiles, int6
   const auto out = [&](int64_t panel, int64_t row) { return acc + (panel - begin) * acc_stride + row * kPanel; };
   if constexpr (!__is_same(T, int8_t)) {
     if (m.storage == Storage::panels && (__is_same(T, float) || tiles.count < kWidenTiles)) {
-      const int64_t panel_size = (t2::paired(m.dtype) ? even(m.k) : m.k) * kPanel;
+      const Stream stream = stream_of<T>(m);
+      const int64_t panel_size = stream.panel_size;
       const T* w = static_cast<const T*>(m.data);
       sweep(
-          tiles, begin, end, m.k, tiles.count == 1 ? m.k : kSlice, panel_size, [](int64_t, int64_t, int64_t, int64_t) {},
-          [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, int64_t ahead) {
+          tiles, begin, end, m.k, slice_of(tiles, m.k, stream), stream, [](int64_t, int64_t, int64_t, int64_t) {},
+          [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
             if (!t2::paired(m.dtype)) depth = smaller(depth, m.k - k0);
             micro_for<T>(rows, wide)(x.floats(row, rows, k0), w + (panel + j) * panel_size + k0 * kPanel, panel_size,
                                      depth, out(panel + j, row), acc_stride, first && k0 == 0, ahead);
@@ -498,12 +531,12 @@ void multiply_f32(const Matrix& m, const PackedRows& x, const Tiles& tiles, int6
     }
   }
   sweep(
-      tiles, begin, end, m.k, kSlice, 0,
+      tiles, begin, end, m.k, kSlice, Stream{0, 0, 0},
       [&](int64_t panel, int64_t run, int64_t k0, int64_t) {
         for (int64_t j = 0; j < run; ++j)
           widen_panel<T>(m, panel + j, k0, smaller(kSlice, m.k - k0), widened + j * kSlice * kPanel);
       },
-      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, int64_t ahead) {
+      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
         micro_for<float>(rows, wide)(x.floats(row, rows, k0), widened + j * kSlice * kPanel, kSlice * kPanel,
                                      smaller(depth, m.k - k0), out(panel + j, row), acc_stride, first && k0 == 0, ahead);
       });
@@ -511,11 +544,12 @@ void multiply_f32(const Matrix& m, const PackedRows& x, const Tiles& tiles, int6
 
 void multiply_bf16(const Matrix& m, const PackedRows& x, const Tiles& tiles, int64_t begin, int64_t end, float* acc,
                    int64_t acc_stride, bool first) {
-  const int64_t panel_size = even(m.k) * kPanel;
+  const Stream stream = stream_of<bf16>(m);
+  const int64_t panel_size = stream.panel_size;
   const bf16* w = static_cast<const bf16*>(m.data);
   sweep(
-      tiles, begin, end, m.k, tiles.count == 1 ? m.k : kSlice, panel_size, [](int64_t, int64_t, int64_t, int64_t) {},
-      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, int64_t ahead) {
+      tiles, begin, end, m.k, slice_of(tiles, m.k, stream), stream, [](int64_t, int64_t, int64_t, int64_t) {},
+      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
         micro_bf16_for<>(rows, wide)(x.pairs(row, rows, k0), w + (panel + j) * panel_size + k0 * kPanel, panel_size,
                                      depth, acc + (panel + j - begin) * acc_stride + row * kPanel, acc_stride,
                                      first && k0 == 0, ahead);
@@ -524,11 +558,12 @@ void multiply_bf16(const Matrix& m, const PackedRows& x, const Tiles& tiles, int
 
 void multiply_i16(const Matrix& m, const PackedRows& x, const Tiles& tiles, int64_t block_rows, int64_t begin,
                   int64_t end, float* acc, int64_t acc_stride, bool first) {
-  const int64_t panel_size = even(m.k) * kPanel;
+  const Stream stream = stream_of<int8_t>(m);
+  const int64_t panel_size = stream.panel_size;
   const int8_t* w = static_cast<const int8_t*>(m.data);
   sweep(
-      tiles, begin, end, m.k, kBlock, panel_size, [](int64_t, int64_t, int64_t, int64_t) {},
-      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, int64_t ahead) {
+      tiles, begin, end, m.k, kBlock, stream, [](int64_t, int64_t, int64_t, int64_t) {},
+      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
         micro_i16_for<>(rows, wide)(x.pairs(row, rows, k0), x.scale + k0 / kBlock * block_rows + row,
                                     w + (panel + j) * panel_size + k0 * kPanel, panel_size, depth,
                                     acc + (panel + j - begin) * acc_stride + row * kPanel, acc_stride,
