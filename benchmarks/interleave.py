@@ -13,7 +13,7 @@ import torch
 from t2kernels import limits
 
 CACHE_BYTES = 1 << 27  # what the weights of consecutive calls add up to at least, so that none is still in cache
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.0, 3, 25
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.7, 3, 25
 
 
 def cold(make: Callable[[int], Any], weight_bytes: int, run: Callable[[Any], Any]) -> Callable[[], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -294,6 +295,10 @@ class SVFModel(nn.Module):
         passes: dict[int, int] = {rows * prompt_tokens: 1}
         passes[rows] = passes.get(rows, 0) + new_tokens - 1
         phase, cost, layers = Phase(passes, len(distinct)), cost or cost_model(), {}
+        largest = max(self._targets.values(), key=lambda t: t.layer.in_features * t.layer.out_features)
+        start = time.perf_counter()
+        self._dense(largest)
+        fetch = (time.perf_counter() - start) / (largest.layer.in_features * largest.layer.out_features)
         for name, target in self._targets.items():
             weight, components, error = target.layer.weight, None, 0.0
             if max_weight_error is not None:
@@ -305,6 +310,7 @@ class SVFModel(nn.Module):
                 (weight.out_features, weight.in_features),
                 weight.dtype,
                 bf16_products=weight.bf16_products,
+                fetch=fetch * weight.in_features * weight.out_features,
                 components=components,
                 error=error,
             )
@@ -326,8 +332,7 @@ class SVFModel(nn.Module):
                 for name, layer in plan.plan.layers.items():
                     if layer.form == "factored":
                         continue
-                    start = time.perf_counter()
-                    target = self._targets[name]
+                    start, target = time.perf_counter(), self._targets[name]
                     build = self._merged_form if layer.form == "merged" else self._delta_form
                     built[target.layer.index] = build(name, target, plan)
                     watch[layer.form] = watch.get(layer.form, 0.0) + time.perf_counter() - start
@@ -360,7 +365,7 @@ class SVFModel(nn.Module):
 
     @torch.no_grad()
     def measure_plan(self, plan: ServingPlan) -> None:
-        """Runs each layer in its planned form on random activations, once for every kind of pass, and notes the times.
+        """Runs each layer in its planned form on random activations, three times for every pass, and notes the times.
 
         They appear in `plan.explain()` beside the predicted ones: whole phases, building included.
         """
@@ -373,12 +378,20 @@ class SVFModel(nn.Module):
         zeros = torch.zeros(1, dtype=torch.int64, device=self._table.sigma.device)
         route = Route((self._table.sigma * z).unsqueeze(0), zeros, self.layout, forms)
         for rows, count in plan.plan.phase.passes.items():
-            for name, layer in plan.plan.layers.items():
-                module = self._targets[name].layer
-                x = torch.randn(rows, module.in_features, device=zeros.device)
-                start = time.perf_counter()
-                module.alone(x, route)
-                measured[layer.form] = measured.get(layer.form, 0.0) + count * (time.perf_counter() - start)
+            sweeps = [self._seconds_by_form(plan, route, rows) for _ in range(3)]
+            for form in plan.plan.forms():
+                seconds = statistics.median(sweep[form] for sweep in sweeps)
+                measured[form] = measured.get(form, 0.0) + count * seconds
+
+    def _seconds_by_form(self, plan: ServingPlan, route: Route, rows: int) -> dict[str, float]:
+        seconds = dict.fromkeys(plan.plan.forms(), 0.0)
+        for name, layer in plan.plan.layers.items():
+            module = self._targets[name].layer
+            x = torch.randn(rows, module.in_features, device=route.slots.device)
+            start = time.perf_counter()
+            module.alone(x, route)
+            seconds[layer.form] += time.perf_counter() - start
+        return seconds
 
     # Running
 

@@ -6,32 +6,31 @@
 | merged   | W' x, W' = W + U diag(s (z - 1)) Vh; one expert only         | build and pack W'       |
 | delta-k  | W x + U_k diag(s_k (z_k - 1)) Vh_k x, k leading components   | pack W, U_k and Vh_k    |
 
-The cost model is measured, once per machine: one product of a [rows, k] with a [n, k] matrix takes the longer of
-reading the matrix from memory and doing its multiply-adds at the rate that so many rows reach; a call costs a constant.
+The cost model is measured, once per machine: a product of [rows, k] with an [n, k] matrix out of cold memory takes
+n * k times what an entry costs at so many rows, and what each activation costs that goes in or out; a call a constant.
 """
 
 from __future__ import annotations
 
 import bisect
+import copy
 import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from t2kernels import limits
 from t2kernels.backends import build_info, extension
-from t2kernels.packing import STORAGE_DTYPES
+from t2kernels.packing import PANEL, STORAGE_DTYPES
 from t2kernels.weights import DenseWeight, FactoredWeight
 
 FORMS = ("factored", "merged", "delta")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
-SIDE = 1024  # of the square matrices that are measured: in cache, so that arithmetic is what is timed
-BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.int8: 1}
+SIDE, COLD_BYTES = 768, 96 << 20  # what is measured: square matrices, so many that caches cannot hold them
 
 
 BF16_PRODUCTS = "bfloat16 products"
@@ -46,16 +45,16 @@ def storage_kind(dtype: torch.dtype, bf16_products: bool = False) -> str:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What products cost on one machine, with one instruction set and number of threads.
+    """What products cost on one machine, with one instruction set and number of threads: seconds.
 
-    read: bytes a second from memory. rates: multiply-adds a second by storage format and number of rows (ROWS).
-    call: seconds of a call with nothing to do. build: multiply-adds a second of building W'. pack: entries a second of
-    packing a matrix.
+    entry: for each entry of a matrix, by storage format and number of rows (ROWS). row: for each activation of a row, in
+    and out. call: of a call with nothing to do. build: for each multiply-add of building W'. pack: for each entry that
+    is packed.
     """
 
     machine: str
-    read: float
-    rates: Mapping[str, tuple[float, ...]]
+    entry: Mapping[str, tuple[float, ...]]
+    row: float
     call: float
     build: float
     pack: float
@@ -67,40 +66,43 @@ class CostModel:
         return f"{kernels}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
     @classmethod
-    def measure(cls, rounds: int = 5) -> CostModel:
-        """Takes a second or two; nothing else should run meanwhile."""
-        matrix, rates = torch.randn(SIDE, SIDE) / SIDE**0.5, {}
+    def measure(cls, rounds: int = 3) -> CostModel:
+        """Takes a few seconds; nothing else should run meanwhile."""
+        matrix, entry = torch.randn(SIDE, SIDE) / SIDE**0.5, {}
         with torch.inference_mode():
             for dtype, bf16_products in (*((d, False) for d in STORAGE_DTYPES), (torch.bfloat16, True)):
-                weight = DenseWeight.pack(matrix, dtype=dtype, bf16_products=bf16_products)
-                inputs = [torch.randn(rows, SIDE) for rows in ROWS]
-                times = [_best(functools.partial(weight.linear_unchecked, x), rounds) for x in inputs]
-                rates[storage_kind(dtype, bf16_products)] = tuple(
-                    rows * SIDE * SIDE / seconds for rows, seconds in zip(ROWS, times, strict=True)
-                )
-            tiny = DenseWeight.pack(torch.ones(1, 1))
-            one = torch.ones(1, 1)
+                weights = [DenseWeight.pack(matrix, dtype=dtype, bf16_products=bf16_products)]
+                count = -(-COLD_BYTES // weights[0].nbytes)
+                weights += [copy.deepcopy(weights[0]) for _ in range(count - 1)]
+
+                def all_of_them(x: torch.Tensor, weights: Sequence[DenseWeight] = weights) -> None:
+                    for weight in weights:
+                        weight.linear_unchecked(x)
+
+                times = [_best(functools.partial(all_of_them, torch.randn(rows, SIDE)), rounds) for rows in ROWS]
+                entry[storage_kind(dtype, bf16_products)] = tuple(seconds / count / SIDE**2 for seconds in times)
+            tiny, thin = DenseWeight.pack(torch.ones(1, 1)), DenseWeight.pack(matrix[:PANEL])
+            many = torch.randn(ROWS[-1], SIDE)
             return cls(
                 machine=cls.machine_key(),
-                read=limits.measure(rounds).read,
-                rates=rates,
-                call=_best(lambda: tiny.linear_unchecked(one), 50),
-                build=SIDE**3 / _best(lambda: matrix @ matrix, rounds),
-                pack=SIDE * SIDE / _best(lambda: DenseWeight.pack(matrix), rounds),
+                entry=entry,
+                row=_best(functools.partial(thin.linear_unchecked, many), 10) / (ROWS[-1] * (SIDE + PANEL)),
+                call=_best(functools.partial(tiny.linear_unchecked, torch.ones(1, 1)), 50),
+                build=_best(lambda: matrix @ matrix, 5) / SIDE**3,
+                pack=_best(lambda: DenseWeight.pack(matrix, dtype=torch.float16), 5) / SIDE**2,
             )
 
     def product(self, rows: int, n: int, k: int, dtype: torch.dtype, bf16_products: bool = False) -> float:
         """Seconds of [rows, k] times a packed [n, k] matrix that is not in cache."""
         if rows == 0:
             return 0.0
-        rates = self.rates[storage_kind(dtype, bf16_products)]
-        i = bisect.bisect_left(ROWS, rows)
-        if i == len(ROWS) or ROWS[i] == rows:
-            rate = rates[min(i, len(ROWS) - 1)]
-        else:  # between two measured numbers of rows
-            part = math.log2(rows / ROWS[i - 1]) / math.log2(ROWS[i] / ROWS[i - 1])
-            rate = rates[i - 1] + part * (rates[i] - rates[i - 1])
-        return max(n * k * BYTES[dtype] / self.read, rows * n * k / rate)
+        entry = self.entry[storage_kind(dtype, bf16_products)]
+        i = min(bisect.bisect_left(ROWS, rows), len(ROWS) - 1)
+        seconds = entry[i] * rows / ROWS[i]
+        if i > 0 and rows < ROWS[i]:  # between two measured numbers of rows
+            part = (rows - ROWS[i - 1]) / (ROWS[i] - ROWS[i - 1])
+            seconds = entry[i - 1] + part * (entry[i] - entry[i - 1])
+        return n * k * seconds + rows * (n + k) * self.row
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,14 +112,14 @@ class CostModel:
         """Raises ValueError where `values` is not what `to_dict` gave."""
         try:
             kinds = {storage_kind(dtype) for dtype in STORAGE_DTYPES} | {storage_kind(torch.bfloat16, True)}
-            rates = {kind: tuple(float(rate) for rate in values["rates"][kind]) for kind in kinds}
-            numbers = {name: float(values[name]) for name in ("read", "call", "build", "pack")}
-            model = cls(machine=str(values["machine"]), rates=rates, **numbers)
+            entry = {kind: tuple(float(seconds) for seconds in values["entry"][kind]) for kind in kinds}
+            numbers = {name: float(values[name]) for name in ("row", "call", "build", "pack")}
+            model = cls(machine=str(values["machine"]), entry=entry, **numbers)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"values: expected a cost model as to_dict gives it, got {values!r}: {error}") from error
-        divisors = (*(numbers[name] for name in ("read", "build", "pack")), *itertools.chain(*rates.values()))
-        if min(divisors) <= 0 or numbers["call"] < 0 or any(len(rate) != len(ROWS) for rate in rates.values()):
-            raise ValueError(f"values: expected {len(ROWS)} positive rates a format, got {values!r}")
+        seconds = (*numbers.values(), *itertools.chain(*entry.values()))
+        if not min(seconds) >= 0 or any(len(column) != len(ROWS) for column in entry.values()):
+            raise ValueError(f"values: expected {len(ROWS)} times >= 0 for each format, got {values!r}")
         return model
 
 
@@ -211,6 +213,7 @@ def plan_layer(
     dtype: torch.dtype,
     *,
     bf16_products: bool = False,
+    fetch: float = 0.0,
     components: int | None = None,
     error: float = 0.0,
 ) -> LayerPlan:
@@ -221,6 +224,7 @@ def plan_layer(
         phase: what lies ahead.
         size: (out, in) of W.
         dtype, bf16_products: storage of factors and of merged weights, and their arithmetic.
+        fetch: seconds of getting W and its factors from where they are kept, for the forms that are built from them.
         components: k that delta-k needs, or None where it is not allowed.
         error: the weight error that this k leaves.
     """
@@ -241,11 +245,11 @@ def plan_layer(
 
     predicted = {"factored": passes(lambda rows: factors(rows, rank))}
     if phase.experts == 1:
-        build = out * inputs * rank / cost.build + out * inputs / cost.pack
-        predicted["merged"] = build + passes(dense)
+        build = out * inputs * (rank * cost.build + cost.pack)
+        predicted["merged"] = fetch + build + passes(dense)
     if components is not None:
-        packing = (out * inputs + components * (out + inputs)) / cost.pack
-        predicted["delta"] = packing + passes(lambda rows: dense(rows) + factors(rows, components))
+        packing = (out * inputs + components * (out + inputs)) * cost.pack
+        predicted["delta"] = fetch + packing + passes(lambda rows: dense(rows) + factors(rows, components))
     form = min(predicted, key=lambda name: predicted[name])
     k, bound = (components or 0, error) if form == "delta" else (0, 0.0)
     return LayerPlan(form, predicted, k, bound)

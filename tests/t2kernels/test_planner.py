@@ -24,32 +24,32 @@ from t2kernels.weights import DenseWeight, FactoredWeight
 
 
 def model(**changes):
-    """A machine of round numbers: 10 GB/s, 100 G multiply-adds a second whatever the rows."""
+    """A machine of round numbers: an entry costs 1 ns, and 10 ps for each row from 128 on."""
     kinds = ("float32", "bfloat16", "float16", "int8", BF16_PRODUCTS)
     values = {
         "machine": "test",
-        "read": 10e9,
-        "rates": {kind: (100e9,) * len(ROWS) for kind in kinds},
+        "entry": {kind: tuple(max(1e-9, rows * 1e-11) for rows in ROWS) for kind in kinds},
+        "row": 0.0,
         "call": 0.0,
-        "build": 100e9,
-        "pack": 1e12,
+        "build": 1e-11,
+        "pack": 1e-12,
     }
     return CostModel.from_dict(values | changes)
 
 
-def test_a_product_costs_the_longer_of_reading_and_arithmetic():
+def test_a_product_costs_its_entries_at_so_many_rows():
     cost = model()
-    assert cost.product(1, 1000, 1000, torch.float32) == pytest.approx(4e6 / 10e9)
-    assert cost.product(1, 1000, 1000, torch.int8) == pytest.approx(1e6 / 10e9)
-    assert cost.product(1000, 1000, 1000, torch.float32) == pytest.approx(1e9 / 100e9)
+    assert cost.product(1, 1000, 2000, torch.float32) == pytest.approx(2e6 * 1e-9)
+    assert cost.product(256, 1000, 1000, torch.int8) == pytest.approx(1e6 * 256e-11)
+    assert cost.product(1024, 1000, 1000, torch.int8) == pytest.approx(1e6 * 1024e-11)
     assert cost.product(0, 1000, 1000, torch.float32) == 0
+    assert model(row=1e-9).product(2, 1000, 500, torch.float32) == pytest.approx(5e5 * 1e-9 + 2 * 1500 * 1e-9)
 
 
-def test_rates_between_measured_numbers_of_rows():
-    rates = {kind: tuple(1e9 * r for r in ROWS) for kind in model().rates}
-    cost = model(rates=rates, read=1e15)
-    for rows, rate in ((1, 1e9), (4, 4e9), (6, 4e9 + 4e9 * math.log2(1.5)), (256, 256e9), (4096, 256e9)):
-        assert cost.product(rows, 100, 100, torch.float32) == pytest.approx(rows * 1e4 / rate)
+def test_costs_between_measured_numbers_of_rows():
+    cost = model(entry={kind: tuple(1e-9 * r for r in ROWS) for kind in model().entry})
+    for rows in (1, 3, 4, 6, 100, 255, 256, 257, 4096):
+        assert cost.product(rows, 100, 100, torch.float32) == pytest.approx(rows * 1e4 * 1e-9)
 
 
 def test_one_expert_is_merged_when_the_phase_is_long_enough():
@@ -123,11 +123,11 @@ def test_a_measured_model_goes_through_json():
     again = CostModel.from_dict(json.loads(json.dumps(cost.to_dict())))
     assert again == cost
     assert cost.product(256, 4096, 4096, torch.float32) > cost.product(1, 4096, 4096, torch.float32) > 0
-    assert storage_kind(torch.bfloat16, bf16_products=True) in cost.rates
+    assert storage_kind(torch.bfloat16, bf16_products=True) in cost.entry
 
 
 @pytest.mark.parametrize(
-    "bad", [{}, None, {"read": -1.0}, {"rates": {"float32": (1.0,)}}, {"call": "soon"}, {"rates": None}], ids=str
+    "bad", [{}, None, {"build": -1.0}, {"entry": {"float32": (1.0,)}}, {"call": "soon"}, {"entry": None}], ids=str
 )
 def test_a_broken_model_is_refused(bad):
     values = bad if not bad else model().to_dict() | bad
