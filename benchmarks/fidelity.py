@@ -36,7 +36,13 @@ from t2.throughput import fixed_length, machine
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m-instruct"
-STORAGE = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+STORAGE: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": torch.float32},
+    "float16": {"dtype": torch.float16},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16, bf16_products": {"dtype": torch.bfloat16, "bf16_products": True},
+    "int8": {"dtype": torch.int8},
+}
 WINDOW = 512
 TEXT_PACKAGES = ("transformers", "peft")
 
@@ -65,8 +71,8 @@ def distance(base: Tensor, other: Tensor, windows: Tensor) -> dict[str, float]:
     return {"mean_kl": float(all_kl.mean()), "largest_kl": float(all_kl.max()), "perplexity": perplexity}
 
 
-def wrap(dtype: torch.dtype) -> t2.SVFModel:
-    return t2.SVFModel(t2.load(MODEL)[0], t2.SVFConfig(dtype=dtype))
+def wrap(options: dict[str, Any]) -> t2.SVFModel:
+    return t2.SVFModel(t2.load(MODEL)[0], t2.SVFConfig(**options))
 
 
 def main(tokens: int = 4096) -> None:
@@ -88,9 +94,8 @@ def main(tokens: int = 4096) -> None:
     batch = chat_batch(tokenizer, list(QUESTIONS))
     names = [f"e{i}" for i in range(len(QUESTIONS))]
     generated = {}
-    for dtype in tqdm(STORAGE, desc="storage formats"):
-        svf = wrap(dtype)
-        label = str(dtype).removeprefix("torch.")
+    for label, options in tqdm(STORAGE.items(), desc="storage formats"):
+        svf = wrap(options)
         rows[f"factors, {label}"] = distance(base, logits_of(svf, windows), windows)
         for seed, name in enumerate(names):
             svf.add_expert(name, t2.Expert.random(svf.layout, seed=seed))

@@ -13,7 +13,7 @@ import torch
 from t2kernels import limits
 
 CACHE_BYTES = 1 << 27  # what the weights of consecutive calls add up to at least, so that none is still in cache
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.7, 3, 25
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.5, 3, 25
 
 
 def cold(make: Callable[[int], Any], weight_bytes: int, run: Callable[[Any], Any]) -> Callable[[], Any]:
@@ -23,14 +23,13 @@ def cold(make: Callable[[int], Any], weight_bytes: int, run: Callable[[Any], Any
 
 
 def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], **info: Any) -> None:
-    """Times every path once a round, in turns, and the machine's limits with them; the first path is the benchmark's.
+    """Times every path once a round, in turns, and the machine's limits with them; pytest-benchmark shows the first.
 
     `extra_info` gets `info`, each path's seconds, and by round the bytes and multiply-adds a second that the machine
     managed just then.
     """
     reader = limits.Reader()
-    names = list(paths)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
     rates: dict[str, list[float]] = {name: [] for name in ("read", *limits.ARITHMETIC)}
 
     def timed(run: Callable[[], Any]) -> float:
@@ -38,22 +37,19 @@ def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], **info: Any
         run()
         return time.perf_counter() - start
 
-    def others() -> None:
+    def one_round() -> None:
         rates["read"].append((1 << 27) / timed(lambda: reader.read(1 << 27)))
         for kind in limits.ARITHMETIC:
             count = limits.multiply_adds(kind, 1)
             if count:
                 rates[kind].append((1 << 28) / timed(lambda kind=kind: limits.multiply_adds(kind, 1 << 28)))
-        for name in names[1:]:
-            seconds[name].append(timed(paths[name]))
-
-    def first() -> None:
-        seconds[names[0]].append(timed(paths[names[0]]))
+        for name, run in paths.items():
+            seconds[name].append(timed(run))
 
     with torch.inference_mode():
         whole_round = sum(timed(run) for run in paths.values())
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / whole_round)))
-        benchmark.pedantic(first, setup=others, rounds=rounds)
+        benchmark.pedantic(next(iter(paths.values())), setup=one_round, rounds=rounds)
     benchmark.extra_info.update(info, seconds=_rounded(seconds), rates=_rounded(rates))
 
 

@@ -106,7 +106,14 @@ def plot(linear: Linear, to: Path) -> None:
         for path in ours:
             axis.plot(batches, [seconds(r, path) * 1e3 for r in results], "o-", label=path)
         if peer:
-            axis.plot(batches, [seconds(r, peer) * 1e3 for r in results], "s--", color="tab:red", label=peer)
+            timed = [r for r in results if peer in r["seconds"]]
+            axis.plot(
+                [r["batch"] for r in timed],
+                [seconds(r, peer) * 1e3 for r in timed],
+                "s--",
+                color="tab:red",
+                label=peer,
+            )
         dense = [seconds(r, "torch dense float32") * 1e3 for r in results]
         axis.plot(batches, dense, "^:", color="tab:gray", label="torch dense float32, no experts")
         entries = work(results[0])[0]

@@ -47,9 +47,9 @@ def storage_kind(dtype: torch.dtype, bf16_products: bool = False) -> str:
 class CostModel:
     """What products cost on one machine, with one instruction set and number of threads: seconds.
 
-    entry: for each entry of a matrix, by storage format and number of rows (ROWS). row: for each activation of a row, in
-    and out. call: of a call with nothing to do. build: for each multiply-add of building W'. pack: for each entry that
-    is packed.
+    entry: for each entry of a matrix, by storage format and number of rows (ROWS). row: for each activation of a row,
+    in and out. call: of a call with nothing to do. build: for each multiply-add of building W'. pack: for each entry
+    that is packed.
     """
 
     machine: str

@@ -7,7 +7,7 @@ another dtype leaves them as they are: their storage format was chosen when they
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,10 @@ class FactoredWeight(_FrozenWeight):
         self._lists = None
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._lists = None
+        super()._load_from_state_dict(*args)
+
     def _part_lists(self) -> tuple[list[Tensor], list[Tensor]]:
         """Kept between calls: looking buffers up by name takes a microsecond."""
         if self._lists is None:
@@ -142,7 +146,7 @@ class FactoredWeight(_FrozenWeight):
             )
         for name, value in (("s", s), ("vh", vh)):
             checks.check_device(name, value, u, "u")
-        u_parts, vh_parts, component_scale = [u], [vh], None
+        component_scale = None
         if dtype == torch.int8:
             head = int8_head(len(s))
             u_tail, u_scale = quantize_int8(u[:, head:], dim=1)

@@ -15,13 +15,15 @@
 // tile]), so that a micro-kernel reads one stream of broadcasts. Within a group of 8 panels the reduction advances a
 // slice at a time: the row block's slice stays in L2, the panels' slice in L1 for all tiles. Accumulators leave
 // registers between slices as fp32, which rounds nothing.
-// Data movement. Every weight byte is read from memory once per row block and used straight from its storage format;
-// only 16-bit weights under fp32 arithmetic and many row tiles are widened to fp32 first, a slice at a time.
+// Data movement. Every weight byte is read from memory once per row block and used straight from its storage format by
+// every row tile; matrices that are not packed, or packed the other way round, are gathered into fp32 panels first, a
+// slice at a time.
 // Limit: memory bandwidth for few rows, multiply-adds for many. Packing x costs about two cycles per element, which
 // shows only where M has few columns.
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "matmul.h"
 
@@ -48,8 +50,7 @@ inline int64_t even(int64_t k) { return k + (k & 1); }
 constexpr int64_t kRowBlock = 256;
 constexpr int64_t kSlice = 256;
 constexpr int64_t kGroup = 8;
-constexpr int64_t kStreamAhead = 512;
-constexpr int64_t kWidenTiles = 1000;  // row tiles from which 16-bit weights are widened once instead of in every tile
+constexpr int64_t kStreamAhead = 1024;
 
 struct bf16 {
   uint16_t bits;
@@ -106,7 +107,8 @@ void parallel(ParallelFor parallel_for, int64_t count, int64_t at_least, const F
       const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
-// What a micro-kernel prefetches: `start` bytes from the first weight on, `step` bytes further with every load of a panel.
+// What a micro-kernel prefetches: `start` bytes from the first weight on, `step` bytes further with every load of a
+// panel.
 struct Ahead {
   int64_t start, step;
 };
@@ -130,7 +132,7 @@ void micro(const float* x, const T* w, int64_t w_stride, int64_t depth, float* a
       }
     }
   }
-  if constexpr (sizeof(T) == sizeof(bf16) && !__is_same(T, f16)) {
+  if constexpr (std::is_same_v<T, bf16>) {
     for (int64_t k = 0; k < depth; k += 2, next += ahead.step) {
       Lane16 v[NP];
 #pragma GCC unroll 8
@@ -414,32 +416,17 @@ void pack_row(const PackedRows& p, int64_t row0, int64_t rows, const Tiles& tile
   for (int64_t j = 0; j < k / 2; ++j) std::memcpy(out + j * step, pairs + j * 4, 4);
 }
 
-// Widens terms [k0, k0 + depth) of one panel to fp32: out[depth][16].
+// Gathers terms [k0, k0 + depth) of 16 columns of a matrix that is not packed this way round, as fp32: out[depth][16].
 template <class T>
-void widen_panel(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, float* out) {
+void gather_panel(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, float* out) {
   const T* data = static_cast<const T*>(m.data);
   const int64_t n0 = panel * kPanel;
   const int64_t columns = smaller(kPanel, m.n - n0);
-  if (m.storage == Storage::panels) {
-    if constexpr (__is_same(T, bf16)) {
-      const T* w = data + (panel * even(m.k) + k0) * kPanel;
-      for (int64_t k = 0; k < depth; k += 2) {
-        Lane16 term;
-        term.load_even(w + k * kPanel);
-        term.store(out + k * kPanel);
-        term.load_odd(w + k * kPanel);
-        term.store(out + (k + 1) * kPanel);
-      }
-    } else if constexpr (!__is_same(T, int8_t)) {
-      widen(data + (panel * m.k + k0) * kPanel, depth * kPanel, out);
-    }
-    return;
-  }
   if (columns < kPanel) std::memset(out, 0, static_cast<size_t>(depth * kPanel) * sizeof(float));
   if (m.storage == Storage::panels_transposed) {
     // Stored panels hold 16 terms of this product side by side: element (n, k) at [k / 16][n][k % 16], or, paired,
     // [k / 16][n / 2][k % 16][n % 2].
-    constexpr bool pairs = __is_same(T, bf16) || __is_same(T, int8_t);
+    constexpr bool pairs = std::is_same_v<T, bf16> || std::is_same_v<T, int8_t>;
     const int64_t stored = pairs ? even(m.n) : m.n;
     for (int64_t k = 0; k < depth; ++k) {
       const T* w = data + ((k0 + k) / kPanel * stored + n0) * kPanel + (k0 + k) % kPanel * (pairs ? 2 : 1);
@@ -486,6 +473,11 @@ template <class Prepare, class Tile>
 void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t slice, const Stream& stream,
            const Prepare& prepare, const Tile& tile) {
   const int64_t span = panels_per_tile(static_cast<int>(tiles.rows(0)));
+  if (tiles.count == 1 && begin + span < end) {  // nothing is used twice: one run after the other, from end to end
+    for (int64_t panel = begin; panel < end; panel += span)
+      sweep(tiles, panel, smaller(panel + span, end), k, slice, stream, prepare, tile);
+    return;
+  }
   for (int64_t k0 = 0; k0 < k; k0 += slice) {
     const int64_t depth = even(smaller(slice, k - k0));
     int64_t run = span;
@@ -496,7 +488,7 @@ void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t sl
       const int64_t next_run = run_follows     ? run * stream.panel_size
                                : slice_follows ? (begin - panel) * stream.panel_size + slice * kPanel
                                                : run * stream.panel_size - k0 * kPanel;
-      const int64_t start = (tiles.count == 1 ? kStreamAhead : next_run) * stream.element_bytes;
+      const int64_t start = tiles.count == 1 ? kStreamAhead : next_run * stream.element_bytes;
       const int64_t share = depth * kPanel * stream.element_bytes / tiles.count;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t rows = tiles.rows(t), own_span = panels_per_tile(static_cast<int>(rows));
@@ -510,13 +502,13 @@ void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t sl
 }
 
 // acc of panels [begin, end), at most kGroup of them, (+)= the row block times one part of the matrix.
-// widened: scratch of kGroup slices.
+// gathered: scratch of kGroup slices.
 template <class T>
 void multiply_f32(const Matrix& m, const PackedRows& x, const Tiles& tiles, int64_t begin, int64_t end, float* acc,
-                  int64_t acc_stride, float* widened, bool first) {
+                  int64_t acc_stride, float* gathered, bool first) {
   const auto out = [&](int64_t panel, int64_t row) { return acc + (panel - begin) * acc_stride + row * kPanel; };
-  if constexpr (!__is_same(T, int8_t)) {
-    if (m.storage == Storage::panels && (__is_same(T, float) || tiles.count < kWidenTiles)) {
+  if constexpr (!std::is_same_v<T, int8_t>) {
+    if (m.storage == Storage::panels) {
       const Stream stream = stream_of<T>(m);
       const int64_t panel_size = stream.panel_size;
       const T* w = static_cast<const T*>(m.data);
@@ -534,10 +526,10 @@ void multiply_f32(const Matrix& m, const PackedRows& x, const Tiles& tiles, int6
       tiles, begin, end, m.k, kSlice, Stream{0, 0, 0},
       [&](int64_t panel, int64_t run, int64_t k0, int64_t) {
         for (int64_t j = 0; j < run; ++j)
-          widen_panel<T>(m, panel + j, k0, smaller(kSlice, m.k - k0), widened + j * kSlice * kPanel);
+          gather_panel<T>(m, panel + j, k0, smaller(kSlice, m.k - k0), gathered + j * kSlice * kPanel);
       },
       [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
-        micro_for<float>(rows, wide)(x.floats(row, rows, k0), widened + j * kSlice * kPanel, kSlice * kPanel,
+        micro_for<float>(rows, wide)(x.floats(row, rows, k0), gathered + j * kSlice * kPanel, kSlice * kPanel,
                                      smaller(depth, m.k - k0), out(panel + j, row), acc_stride, first && k0 == 0, ahead);
       });
 }
@@ -605,7 +597,7 @@ void panel_range(const Product& product, const PackedRows* const* x, int64_t row
   thread_local Scratch scratch;
   const int64_t acc_stride = rows * kPanel;
   float* acc = reinterpret_cast<float*>(scratch.get((kGroup * acc_stride + kGroup * kSlice * kPanel) * 4));
-  float* widened = acc + kGroup * acc_stride;
+  float* gathered = acc + kGroup * acc_stride;
   const Tiles tiles(rows);
   const RowOutput& out = product.out;
   const int64_t n = product.parts[0].n;
@@ -615,17 +607,17 @@ void panel_range(const Product& product, const PackedRows* const* x, int64_t row
     for (int part = 0; part < product.part_count; ++part) {
       const Matrix& m = product.parts[part];
       if (m.k == 0) continue;
-      const PackedRows& rows_in = *x[part];
-      if (rows_in.arithmetic == Arithmetic::bf16) {
-        multiply_bf16(m, rows_in, tiles, group, group_end, acc, acc_stride, first);
-      } else if (rows_in.arithmetic == Arithmetic::i16) {
-        multiply_i16(m, rows_in, tiles, rows, group, group_end, acc, acc_stride, first);
+      const PackedRows& in = *x[part];
+      if (in.arithmetic == Arithmetic::bf16) {
+        multiply_bf16(m, in, tiles, group, group_end, acc, acc_stride, first);
+      } else if (in.arithmetic == Arithmetic::i16) {
+        multiply_i16(m, in, tiles, rows, group, group_end, acc, acc_stride, first);
       } else {
         switch (m.dtype) {
-          case DType::f32: multiply_f32<float>(m, rows_in, tiles, group, group_end, acc, acc_stride, widened, first); break;
-          case DType::bf16: multiply_f32<bf16>(m, rows_in, tiles, group, group_end, acc, acc_stride, widened, first); break;
-          case DType::f16: multiply_f32<f16>(m, rows_in, tiles, group, group_end, acc, acc_stride, widened, first); break;
-          default: multiply_f32<int8_t>(m, rows_in, tiles, group, group_end, acc, acc_stride, widened, first); break;
+          case DType::f32: multiply_f32<float>(m, in, tiles, group, group_end, acc, acc_stride, gathered, first); break;
+          case DType::bf16: multiply_f32<bf16>(m, in, tiles, group, group_end, acc, acc_stride, gathered, first); break;
+          case DType::f16: multiply_f32<f16>(m, in, tiles, group, group_end, acc, acc_stride, gathered, first); break;
+          default: multiply_f32<int8_t>(m, in, tiles, group, group_end, acc, acc_stride, gathered, first); break;
         }
       }
       first = false;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #define T2_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)

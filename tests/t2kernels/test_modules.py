@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from t2kernels import FactoredWeight, SVFLinear, svf_linear
+from t2kernels import DenseWeight, FactoredWeight, SVFLinear, linear_group, svf_linear
+from t2kernels.weights import int8_head
 from tests.t2kernels.problems import STORAGE, problem
 
 
@@ -137,3 +138,38 @@ class TestBadInput:
             SVFLinear.from_linear(nn.Linear(4, 3))(torch.randn(2, 4), torch.tensor([0, 0]))
         with pytest.raises(ValueError, match="num_experts: expected None or an integer >= 1, got 0"):
             SVFLinear.from_linear(nn.Linear(4, 3), num_experts=0)
+
+
+def test_linear_group_checks_its_arguments():
+    p, q = problem((20, 18, 30), 6), problem((9, 18, 30), 6)
+    first, second = FactoredWeight.pack(p.u, p.s, p.vh), FactoredWeight.pack(q.u, q.s, q.vh)
+    other = FactoredWeight.pack(q.u, q.s, q.vh, dtype=torch.float16)
+    ok = {"weights": [first, second], "x": p.x, "scales": [p.scales, q.scales], "slots": p.ids}
+    assert [y.shape[1] for y in linear_group(**ok)] == [20, 9]
+    for change, error, text in [
+        ({"weights": []}, ValueError, "weights: expected at least one and as many scales"),
+        ({"scales": [p.scales]}, ValueError, "2 weights, 1 scales, 2 biases"),
+        ({"biases": [None]}, ValueError, "2 weights, 2 scales, 1 biases"),
+        ({"weights": [first, other]}, ValueError, "weights: expected layers of one kind and input"),
+        ({"scales": [p.scales, q.scales[:, :3]]}, ValueError, r"scales: expected shape \[slots, 18\]"),
+        ({"slots": p.ids + 9}, IndexError, "slots: expected 0 <= id < 5"),
+        ({"biases": [None, p.bias]}, ValueError, "bias: expected shape"),
+        ({"x": p.x.clone().requires_grad_()}, ValueError, "expected tensors that need no gradient"),
+        ({"scales": [p.scales.clone().requires_grad_(), q.scales]}, ValueError, "that need no gradient"),
+    ]:
+        with pytest.raises(error, match=text):
+            linear_group(**(ok | change))
+
+
+def test_float16_storage_refuses_what_it_cannot_hold():
+    with pytest.raises(ValueError, match=r"weight: expected values that float16 can hold .*got 7e"):
+        DenseWeight.pack(torch.full((2, 2), 7e4), dtype=torch.float16)
+
+
+@pytest.mark.parametrize(("rank", "head"), [(1, 0), (63, 0), (64, 16), (512, 16), (513, 32), (4096, 128)])
+def test_leading_components_that_int8_keeps(rank, head):
+    assert int8_head(rank) == head
+    u, vh = torch.randn(20, rank), torch.randn(rank, 20)
+    stored_u, _, stored_vh = FactoredWeight.pack(u, torch.ones(rank), vh, dtype=torch.int8).factors()
+    assert torch.equal(stored_u[:, :head], u[:, :head].half().float())
+    assert torch.equal(stored_vh[:head], vh[:head].half().float())
