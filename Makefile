@@ -38,7 +38,7 @@ RESULTS := benchmarks/results
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_linear.py --quiet --benchmark-json=$(RESULTS)/cpu-linear.json
-	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_linear.py --quiet -k '(8B and q) or compile or popularity or multi' \
+	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_linear.py --quiet -k '(8B and q and not backward) or compile or popularity or multi' \
 		--benchmark-json=$(RESULTS)/cpu-linear-avx2.json
 	$(BIN)/python benchmarks/serving.py
 	$(AVX2) $(BIN)/python benchmarks/serving.py
