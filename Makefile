@@ -26,6 +26,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --quiet -m slow
+	$(BIN)/python -m pytest --quiet benchmarks/bench_linear.py benchmarks/bench_experts.py -k agree
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,10 +39,11 @@ RESULTS := benchmarks/results
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_linear.py --quiet --benchmark-json=$(RESULTS)/cpu-linear.json
-	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_linear.py --quiet -k '(8B and q and not backward) or compile or popularity or multi' \
+	$(BIN)/python -m pytest benchmarks/bench_experts.py --quiet --benchmark-json=$(RESULTS)/cpu-experts.json
+	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_linear.py --quiet -k '(8B and q and not backward) or compile' \
 		--benchmark-json=$(RESULTS)/cpu-linear-avx2.json
+	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_experts.py --quiet --benchmark-json=$(RESULTS)/cpu-experts-avx2.json
 	$(BIN)/python benchmarks/serving.py
-	$(AVX2) $(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/memory.py

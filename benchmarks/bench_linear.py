@@ -1,4 +1,4 @@
-"""One factored layer with many experts, against torch on the same products and the other ways to serve experts.
+"""One factored layer, a different expert in every row, against torch on the same products.
 
     python -m pytest benchmarks/bench_linear.py --benchmark-json=benchmarks/results/cpu-linear.json
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,87 +163,6 @@ def test_backward(benchmark: Any, layer: Layer, batch: int) -> None:
     in_turns(benchmark, {**paths, "torch float32": library}, shape=layer.name, batch=batch, size=SHAPES[layer.name])
 
 
-def popular(kind: str, batch: int) -> Tensor:
-    """Expert of each request, as Punica draws them: identical, uniform, zipf (1.5) or distinct."""
-    rng = numpy.random.default_rng(0)
-    if kind == "identical":
-        return torch.zeros(batch, dtype=torch.int64)
-    if kind == "distinct":
-        return torch.arange(batch)
-    if kind == "uniform":  # as many experts as the square root of the batch
-        return torch.from_numpy(rng.integers(0, round(batch**0.5), batch))
-    return torch.from_numpy((rng.zipf(1.5, batch) - 1) % batch)
-
-
-@pytest.mark.parametrize("batch", (32, 64))
-def test_popularity(benchmark: Any, batch: int) -> None:
-    """The same batch with its experts drawn in four ways."""
-    layer = Layer(SQUARE)
-    x, scales = requests(layer, batch, batch)
-    paths = {}
-    weight = FactoredWeight.pack(layer.u, layer.s, layer.vh, dtype=torch.bfloat16)
-    for kind in ("distinct", "zipf", "uniform", "identical"):
-        ids = popular(kind, batch)
-        paths[f"ours bfloat16, {kind}"] = lambda ids=ids: weight.linear_unchecked(x, scales, ids)
-    in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name])
-
-
-@pytest.mark.parametrize("kind", ("distinct", "zipf", "uniform", "identical"))
-def test_multi_expert(benchmark: Any, kind: str) -> None:
-    """32 requests: PEFT's mixed batch, W' rebuilt for each expert of the batch, eigentune where one expert is all."""
-    batch = 32
-    layer = Layer(SQUARE)
-    x, scales = requests(layer, batch, batch)
-    ids = popular(kind, batch)
-    paths = {f"ours {short(d)}": layer.ours(d, x, scales, ids) for d in (torch.bfloat16, torch.float32, torch.int8)}
-    paths["PEFT LoRA r=16, mixed"] = peft_lora(layer, x, ids)
-    paths["W' rebuilt per expert"] = rebuilt(layer, x, scales, ids)
-    if kind == "identical":
-        paths["eigentune, full rank"] = eigentune(layer, x, scales)
-    in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name], popularity=kind)
-
-
-def peft_lora(layer: Layer, x: Tensor, ids: Tensor) -> Callable[[], Any]:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=16, target_modules=["0"], init_lora_weights=False)
-    weight = (layer.u * layer.s) @ layer.vh
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    linear.weight.data = weight
-    model = get_peft_model(nn.Sequential(linear), config, adapter_name="expert0")
-    for i in range(1, int(ids.max()) + 1):
-        model.add_adapter(f"expert{i}", config)
-    lora = model.base_model.model[0]
-    names = [f"expert{int(i)}" for i in ids]
-    return lambda: lora(x, adapter_names=names)
-
-
-def rebuilt(layer: Layer, x: Tensor, scales: Tensor, ids: Tensor) -> Callable[[], Any]:
-    """As published: the expert's matrix is built, then its requests are answered."""
-
-    def run() -> Tensor:
-        y = x.new_empty(x.shape[0], layer.out_features)
-        for expert in ids.unique():
-            rows = ids == expert
-            y[rows] = x[rows] @ ((layer.u * scales[expert]) @ layer.vh).T
-        return y
-
-    return run
-
-
-def eigentune(layer: Layer, x: Tensor, scales: Tensor) -> Callable[[], Any]:
-    from eigentune.config import EigenTuneConfig
-    from eigentune.layers import EigenTuneLinear
-    from eigentune.svd import Bases
-
-    base = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    base.weight.data = (layer.u * layer.s) @ layer.vh
-    bases = Bases(layer.u, layer.s, layer.vh, tuple(range(layer.rank)), "")
-    adapted = EigenTuneLinear(base, bases, EigenTuneConfig(rank=layer.rank))
-    adapted.delta.data = scales[0] - layer.s
-    return lambda: adapted(x)
-
-
 def test_paths_agree() -> None:
     """What is timed computes the same thing."""
     layer = Layer("SmolLM2 down")
@@ -255,9 +173,5 @@ def test_paths_agree() -> None:
         layer.ours(torch.float32, x, scales, ids),
         layer.torch_factored(x, scales, ids),
         lambda: TorchModule(layer.u, layer.vh)(x, scales, ids),
-        rebuilt(layer, x, scales, ids),
     ):
         torch.testing.assert_close(run(), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        eigentune(layer, x, scales)().detach(), ((x @ layer.vh.T) * scales[0]) @ layer.u.T, atol=1e-4, rtol=1e-4
-    )

@@ -2,15 +2,13 @@
 
     python benchmarks/serving.py [--new-tokens 64] [--rounds 3]
 
-A batch of 32 chat requests with 32 experts, then a single request. Writes benchmarks/results/cpu-serving.json
-(cpu-serving-avx2.json where T2KERNELS_CPU=avx2 says so).
+A batch of 32 chat requests with 32 experts, then a single request. Writes benchmarks/results/cpu-serving.json.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,9 +84,8 @@ def main(new_tokens: int = 64, rounds: int = 3) -> None:
             out.print(
                 f"{requests:3} requests  {result.name:32}{result.tokens_per_second:8.1f} tokens/s, decode {decode:.1f}"
             )
-    suffix = "-avx2" if os.environ.get("T2KERNELS_CPU") == "avx2" else ""
     text = json.dumps({"machine": machine(), "new_tokens": new_tokens, "requests": results}, indent=1)
-    (RESULTS / f"cpu-serving{suffix}.json").write_text(text + "\n")
+    (RESULTS / "cpu-serving.json").write_text(text + "\n")
 
 
 def figures(result: PathResult) -> dict[str, Any]:

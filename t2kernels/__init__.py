@@ -1,7 +1,8 @@
 """SVF kernels: U diag(sigma * z) Vh x for one expert or a different one per row, never building the matrix.
 
-`svf_linear` works on plain tensors, `FactoredWeight` and `DenseWeight` on packed ones, `SVFLinear` is the module,
-`backends()` tells which kernels this installation runs.
+`svf_linear` works on plain tensors, `FactoredWeight` and `DenseWeight` on packed ones, `linear_group` on several layers
+that share their input, `SVFLinear` is the module, `backends()` tells which kernels this installation runs.
+`t2kernels.planner` knows when another form than the factored one is faster, `t2kernels.limits` what the machine can do.
 """
 
 from t2kernels.backends import backends, build_info, select_instruction_set

@@ -1,0 +1,114 @@
+"""One factored layer and many experts: how they are drawn, and the other ways to serve them.
+
+python -m pytest benchmarks/bench_experts.py --benchmark-json=benchmarks/results/cpu-experts.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.bench_linear import SHAPES, SQUARE, Layer, requests
+from benchmarks.interleave import in_turns
+from t2kernels import FactoredWeight
+
+
+def popular(kind: str, batch: int) -> Tensor:
+    """Expert of each request, as Punica draws them: identical, uniform, zipf (1.5) or distinct."""
+    rng = numpy.random.default_rng(0)
+    if kind == "identical":
+        return torch.zeros(batch, dtype=torch.int64)
+    if kind == "distinct":
+        return torch.arange(batch)
+    if kind == "uniform":  # as many experts as the square root of the batch
+        return torch.from_numpy(rng.integers(0, round(batch**0.5), batch))
+    return torch.from_numpy((rng.zipf(1.5, batch) - 1) % batch)
+
+
+@pytest.mark.parametrize("batch", (32, 64))
+def test_popularity(benchmark: Any, batch: int) -> None:
+    """The same batch with its experts drawn in four ways."""
+    layer = Layer(SQUARE)
+    x, scales = requests(layer, batch, batch)
+    paths = {}
+    weight = FactoredWeight.pack(layer.u, layer.s, layer.vh, dtype=torch.bfloat16)
+    for kind in ("distinct", "zipf", "uniform", "identical"):
+        ids = popular(kind, batch)
+        paths[f"ours bfloat16, {kind}"] = lambda ids=ids: weight.linear_unchecked(x, scales, ids)
+    in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name])
+
+
+@pytest.mark.parametrize("kind", ("distinct", "zipf", "uniform", "identical"))
+def test_multi_expert(benchmark: Any, kind: str) -> None:
+    """32 requests: PEFT's mixed batch, W' rebuilt for each expert of the batch, eigentune where one expert is all."""
+    batch = 32
+    layer = Layer(SQUARE)
+    x, scales = requests(layer, batch, batch)
+    ids = popular(kind, batch)
+    paths = {
+        "ours bfloat16": layer.ours(torch.bfloat16, x, scales, ids),
+        "ours bfloat16, bfloat16 x": layer.ours(torch.bfloat16, x.bfloat16(), scales, ids),
+        "ours int8": layer.ours(torch.int8, x, scales, ids),
+    }
+    paths["PEFT LoRA r=16, mixed"] = peft_lora(layer, x, ids)
+    paths["W' rebuilt per expert"] = rebuilt(layer, x, scales, ids)
+    if kind == "identical":
+        paths["eigentune, full rank"] = eigentune(layer, x, scales)
+    in_turns(benchmark, paths, shape=layer.name, batch=batch, size=SHAPES[layer.name], popularity=kind)
+
+
+def peft_lora(layer: Layer, x: Tensor, ids: Tensor) -> Callable[[], Any]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=16, target_modules=["0"], init_lora_weights=False)
+    weight = (layer.u * layer.s) @ layer.vh
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    linear.weight.data = weight
+    model = get_peft_model(nn.Sequential(linear), config, adapter_name="expert0")
+    for i in range(1, int(ids.max()) + 1):
+        model.add_adapter(f"expert{i}", config)
+    lora = model.base_model.model[0]
+    names = [f"expert{int(i)}" for i in ids]
+    return lambda: lora(x, adapter_names=names)
+
+
+def rebuilt(layer: Layer, x: Tensor, scales: Tensor, ids: Tensor) -> Callable[[], Any]:
+    """As published: the expert's matrix is built, then its requests are answered."""
+
+    def run() -> Tensor:
+        y = x.new_empty(x.shape[0], layer.out_features)
+        for expert in ids.unique():
+            rows = ids == expert
+            y[rows] = x[rows] @ ((layer.u * scales[expert]) @ layer.vh).T
+        return y
+
+    return run
+
+
+def eigentune(layer: Layer, x: Tensor, scales: Tensor) -> Callable[[], Any]:
+    from eigentune.config import EigenTuneConfig
+    from eigentune.layers import EigenTuneLinear
+    from eigentune.svd import Bases
+
+    base = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    base.weight.data = (layer.u * layer.s) @ layer.vh
+    bases = Bases(layer.u, layer.s, layer.vh, tuple(range(layer.rank)), "")
+    adapted = EigenTuneLinear(base, bases, EigenTuneConfig(rank=layer.rank))
+    adapted.delta.data = scales[0] - layer.s
+    return lambda: adapted(x)
+
+
+def test_paths_agree() -> None:
+    """What is timed computes the same thing."""
+    layer = Layer("SmolLM2 down")
+    x, scales = requests(layer, 4, 4)
+    ids = torch.tensor([0, 3, 1, 1])
+    expected = ((x @ layer.vh.T) * scales[ids]) @ layer.u.T
+    torch.testing.assert_close(rebuilt(layer, x, scales, ids)(), expected, atol=1e-4, rtol=1e-4)
+    one = ((x @ layer.vh.T) * scales[0]) @ layer.u.T
+    torch.testing.assert_close(eigentune(layer, x, scales)().detach(), one, atol=1e-4, rtol=1e-4)
