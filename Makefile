@@ -42,7 +42,6 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_experts.py --quiet --benchmark-json=$(RESULTS)/cpu-experts.json
 	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_linear.py --quiet -k '(8B and q and not backward) or compile' \
 		--benchmark-json=$(RESULTS)/cpu-linear-avx2.json
-	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_experts.py --quiet --benchmark-json=$(RESULTS)/cpu-experts-avx2.json
 	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/fidelity.py

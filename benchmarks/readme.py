@@ -107,7 +107,7 @@ def serving() -> str:
 
 def claims(suffix: str) -> str:
     """Ratios are medians over rounds in which the paths took turns; above 1, ours is faster."""
-    results, experts = Linear(f"cpu-linear{suffix}.json"), Linear(f"cpu-experts{suffix}.json")
+    results = Linear(f"cpu-linear{suffix}.json")
     ours, wide, int8 = "ours bfloat16, bfloat16 x", "ours bfloat16", "ours int8"
     compiled = (1, 4, 8, 16, 64)
     one_by_batch = {batch: results.find("test_linear", batch) for batch in (*BATCHES, 2)}
@@ -115,7 +115,7 @@ def claims(suffix: str) -> str:
 
     def over(result: Any, prefixes: list[str], path: str) -> str:
         peer = fastest(result, prefixes)
-        return f"{ratio(result, peer, path):.2f} ({peer.removeprefix('torch ').removeprefix('factored ')})"
+        return f"{ratio(result, peer, path):.2f} ({peer.rpartition(' ')[2]})"
 
     def row(label: str, cells: Mapping[int, str]) -> list[str]:
         return [label, *(cells.get(batch, "") for batch in BATCHES)]
@@ -148,6 +148,24 @@ def claims(suffix: str) -> str:
             for path in STORED
         ),
     ]
+    limits = {
+        kind: statistics.median(rate for b in BATCHES for rate in one_by_batch[b]["rates"][kind] or [0])
+        for kind in ("read", "float32", "bfloat16", "int16")
+    }
+    machine = results.machine
+    flops = ", ".join(
+        f"{2 * limits[kind] / 1e9:.0f} {kind}" for kind in ("float32", "bfloat16", "int16") if limits[kind]
+    )
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['kernels']['chosen']} kernels. Limits in the same run: {limits['read'] / 1e9:.0f} GB/s read; "
+        f"GFLOP/s {flops}.\n\n" + table(["4096 x 4096, by number of rows", *(str(b) for b in BATCHES)], rows)
+    )
+
+
+def experts() -> str:
+    experts = Linear("cpu-experts.json")
+    ours, wide, int8 = "ours bfloat16, bfloat16 x", "ours bfloat16", "ours int8"
     popularity = experts.find("test_popularity", 64)
     several = [
         [
@@ -167,33 +185,16 @@ def claims(suffix: str) -> str:
         for kind in ("distinct", "zipf", "uniform", "identical")
         for result in [experts.find("test_multi_expert", 32, popularity=kind)]
     ]
-    limits = {
-        kind: statistics.median(rate for b in BATCHES for rate in one_by_batch[b]["rates"][kind] or [0])
-        for kind in ("read", "float32", "bfloat16", "int16")
-    }
-    machine = results.machine
-    flops = ", ".join(
-        f"{2 * limits[kind] / 1e9:.0f} {kind}" for kind in ("float32", "bfloat16", "int16") if limits[kind]
-    )
-    return (
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"{machine['kernels']['chosen']} kernels. Limits in the same run: {limits['read'] / 1e9:.0f} GB/s read; "
-        f"GFLOP/s {flops}.\n\n"
-        + table(["4096 x 4096, by number of rows", *(str(b) for b in BATCHES)], rows)
-        + "\n\n"
-        + table(
-            [
-                "experts of 32 requests",
-                "PEFT mixed / ours bf16 with float32 x",
-                "/ ours bf16",
-                "/ ours int8",
-                "W' rebuilt / ours bf16",
-                "eigentune / ours bf16",
-                "64 rows: time / time with one expert",
-            ],
-            several,
-        )
-    )
+    head = [
+        "experts of 32 requests",
+        "PEFT mixed / ours bf16 with float32 x",
+        "/ ours bf16",
+        "/ ours int8",
+        "W' rebuilt / ours bf16",
+        "eigentune / ours bf16",
+        "64 rows: time / time with one expert",
+    ]
+    return table(head, several)
 
 
 def shapes() -> str:
@@ -275,6 +276,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/cpu.md": {
         "claims": lambda: claims(""),
         "claims-avx2": lambda: claims("-avx2"),
+        "experts": experts,
         "shapes": shapes,
         "backward": backward,
         "plans": plans,
