@@ -10,11 +10,10 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
+from fidelity import MODEL, RESULTS, STORAGE
 from rich.console import Console
 from transformers.utils import logging
 
@@ -22,16 +21,6 @@ import t2
 from t2 import peers
 from t2.demo import QUESTIONS, chat_batch
 from t2.throughput import PathResult, ServingPath, machine, time_paths
-
-RESULTS = Path(__file__).parent / "results"
-MODEL = "smollm2-135m-instruct"
-OURS: dict[str, dict[str, Any]] = {
-    "ours float32": {"dtype": torch.float32},
-    "ours float16": {"dtype": torch.float16},
-    "ours bfloat16": {"dtype": torch.bfloat16},
-    "ours bfloat16, bf16_products": {"dtype": torch.bfloat16, "bf16_products": True},
-    "ours int8": {"dtype": torch.int8},
-}
 
 
 def wrapped(experts: int, options: dict[str, Any]) -> t2.SVFModel:
@@ -50,7 +39,7 @@ def main(new_tokens: int = 64, rounds: int = 3) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dense, tokenizer = t2.load(MODEL)
-    served = {name: wrapped(len(QUESTIONS), options) for name, options in OURS.items()}
+    served = {f"ours {name}": wrapped(len(QUESTIONS), options) for name, options in STORAGE.items()}
     suffixes = sorted({name.rpartition(".")[2] for name in served["ours float32"].layout.names})
     with out.status("adding 32 LoRA adapters"):
         lora, adapters = peers.with_lora(copy.deepcopy(dense), suffixes, len(QUESTIONS))

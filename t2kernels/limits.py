@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-
 import torch
 
 from t2kernels.backends import extension
@@ -42,32 +39,3 @@ def multiply_adds(arithmetic: str, count: int) -> int:
     threads = torch.get_num_threads()
     per_step = extension.multiply_adds(arithmetic, threads, 1)
     return extension.multiply_adds(arithmetic, threads, max(1, count // per_step)) if per_step else 0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bytes and multiply-adds a second, the best of several rounds."""
-
-    read: float
-    float32: float
-    bfloat16: float
-    int16: float
-
-
-def measure(rounds: int = 5) -> Limits:
-    """Takes about half a second."""
-    reader = Reader()
-
-    def best(work: object, amount: int) -> float:
-        seconds = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            done = work(amount)  # type: ignore[operator]
-            seconds.append((time.perf_counter() - start) / (done if isinstance(done, int) else amount or 1))
-        return 1 / min(seconds)
-
-    rates = {}
-    for kind in ARITHMETIC:
-        available = multiply_adds(kind, 1) > 0
-        rates[kind] = best(lambda n, kind=kind: multiply_adds(kind, n), 1 << 31) if available else 0.0
-    return Limits(best(reader.read, 1 << 27), **rates)

@@ -125,7 +125,7 @@ class FactoredWeight(_FrozenWeight):
         int8 keeps one float32 scale per component and factor: a component's column of U and row of Vh have unit
         norm, so each is quantised against its own largest entry, and both scales fold into the per-component scale
         that the product applies anyway. The first `int8_head(r)` components, which decompositions order by singular
-        value, stay in float16: 3% of the bytes, and most of the error (`benchmarks/fidelity.py`).
+        value, stay in float16, since their rounding is what models notice most.
 
         Args:
             u: [out, r], s: [r], vh: [r, in]: float tensors with finite values.

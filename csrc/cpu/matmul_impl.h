@@ -18,8 +18,7 @@
 // Data movement. Every weight byte is read from memory once per row block and used straight from its storage format by
 // every row tile; matrices that are not packed, or packed the other way round, are gathered into fp32 panels first, a
 // slice at a time.
-// Limit: memory bandwidth for few rows, multiply-adds for many. Packing x costs about two cycles per element, which
-// shows only where M has few columns.
+// Limit: memory bandwidth for few rows, multiply-adds for many; packing x shows only where M has few columns.
 
 #include <cstdlib>
 #include <cstring>
