@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/matmul.h"
 
 namespace {
@@ -359,6 +360,56 @@ Tensor dense_linear_backward(const Tensor& grad_y, const Tensor& weight, const O
   return dx;
 }
 
+const Tensor last_contiguous(const Tensor& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+t2::HeadStrides head_strides(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& allowed,
+                        double scale) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && query.size(2) == 1,
+                  "query: expected [rows, heads, 1, head_dim], key and value [rows, key heads, length, head_dim]");
+  const int64_t rows = query.size(0), heads = query.size(1), dim = query.size(3), key_heads = key.size(1);
+  STD_TORCH_CHECK(key.size(0) == rows && key.size(3) == dim && key_heads > 0 && heads % key_heads == 0 &&
+                      dim % t2::kPanel == 0,
+                  "key: expected [", rows, ", a divisor of ", heads, ", length, ", dim, ", a multiple of 16]");
+  for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(value.size(i) == key.size(i), "value: expected the shape of key");
+  const t2::DType dtype = dtype_of(query, "query");
+  STD_TORCH_CHECK(dtype != t2::DType::i8 && key.scalar_type() == query.scalar_type() &&
+                      value.scalar_type() == query.scalar_type(),
+                  "key: expected query, key and value of one dtype: float32, bfloat16 or float16");
+  const Tensor q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
+  const Tensor out = torch::stable::new_empty(q, {rows, 1, heads, dim});
+  t2::DecodeAttention a{q.const_data_ptr(),
+                        k.const_data_ptr(),
+                        v.const_data_ptr(),
+                        out.mutable_data_ptr(),
+                        dtype,
+                        head_strides(q),
+                        head_strides(k),
+                        head_strides(v),
+                        nullptr,
+                        0,
+                        0,
+                        rows,
+                        heads,
+                        key_heads,
+                        key.size(2),
+                        dim,
+                        static_cast<float>(scale)};
+  if (allowed) {
+    STD_TORCH_CHECK(allowed->dim() == 2 && allowed->size(0) == rows && allowed->size(1) == a.length &&
+                        allowed->scalar_type() == ScalarType::Bool,
+                    "allowed: expected bool [", rows, ", ", a.length, "]");
+    a.allowed = static_cast<const uint8_t*>(allowed->const_data_ptr());
+    a.allowed_row_stride = allowed->stride(0);
+    a.allowed_stride = allowed->stride(1);
+  }
+  if (rows > 0) t2::kernels().attend(a, parallel_for);
+  return out;
+}
+
 // Machine limits, for benchmarks and the planner's cost model; the caller holds the clock.
 
 int64_t multiply_adds(t2::Arithmetic kind, int64_t threads, int64_t steps) {
@@ -386,6 +437,7 @@ STABLE_TORCH_LIBRARY_IMPL(t2kernels, CPU, m) {
   m.impl("factored_linear_backward", TORCH_BOX(&factored_linear_backward));
   m.impl("dense_linear", TORCH_BOX(&dense_linear));
   m.impl("dense_linear_backward", TORCH_BOX(&dense_linear_backward));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }
 
 PYBIND11_MODULE(_C, m) {

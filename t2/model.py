@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2.attention import ATTENTION, growing_cache, set_attention
 from t2.experts import Expert, ExpertBank, check_z
 from t2.layers import PackedLinear, RoutedLinear, SharedInput
 from t2.layout import Layout, fingerprint
@@ -115,6 +116,7 @@ class SVFModel(nn.Module):
             self._share_inputs()
             if config.pack_others:
                 self._pack_others()
+            set_attention(model, ATTENTION, instead_of="sdpa")
         except BaseException:
             self._restore()
             raise
@@ -416,17 +418,45 @@ class SVFModel(nn.Module):
     ) -> Any:
         """The model's `generate`, each request with its own expert; `experts` as in `route`, one entry per prompt.
 
+        Runs in inference mode unless a cache is given or `return_dict_in_generate` asks for more than tokens: what
+        streamers and processors of logits see are then inference tensors.
+
         `plan`: one that `plan()` made for these experts.
         """
         self._check_attached()
         generate = getattr(self.model, "generate", None)
         if generate is None:
             raise TypeError(f"model: expected one with a generate method, got {type(self.model).__name__}")
-        if experts is None and plan is None:
-            return generate(*args, **kwargs)
-        self._check_count(experts, args, kwargs)
-        with self.route(experts, plan):
-            return generate(*args, **kwargs)
+        with ExitStack() as held:
+            if experts is not None or plan is not None:
+                self._check_count(experts, args, kwargs)
+                held.enter_context(self.route(experts, plan))
+            if not self._returns_its_cache(kwargs):
+                kwargs = self._with_growing_cache(kwargs)
+                held.enter_context(torch.inference_mode())
+            answer = generate(*args, **kwargs)
+        return answer.clone() if isinstance(answer, Tensor) and answer.is_inference() else answer
+
+    def _generation_option(self, kwargs: Mapping[str, Any], name: str) -> Any:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        given = getattr(kwargs.get("generation_config"), name, None)
+        return getattr(getattr(self.model, "generation_config", None), name, None) if given is None else given
+
+    def _returns_its_cache(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether more than the tokens outlives `generate`: tensors made in inference mode would be of less use."""
+        return kwargs.get("past_key_values") is not None or self._generation_option(kwargs, "return_dict_in_generate")
+
+    def _with_growing_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Leaves the cache to `generate` where its options say what it is to be."""
+        if (
+            self._generation_option(kwargs, "use_cache") is False
+            or self._generation_option(kwargs, "cache_implementation") not in (None, "dynamic")
+            or any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+        ):
+            return kwargs
+        cache = growing_cache(self.model)
+        return kwargs if cache is None else {**kwargs, "past_key_values": cache, "cache_implementation": None}
 
     @staticmethod
     def _check_count(experts: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -462,7 +492,9 @@ class SVFModel(nn.Module):
             memo[id(target.layer)] = _plain(target.module, self._merged_weight(name, target, z))
         for packed, module in self._packed.values():
             memo[id(packed)] = copy.deepcopy(module, memo)
-        return copy.deepcopy(self.model, memo)
+        merged = copy.deepcopy(self.model, memo)
+        set_attention(merged, "sdpa", instead_of=ATTENTION)
+        return merged
 
     def _merged_weight(self, name: str, target: _Target, z: Tensor) -> Tensor:
         weight, (u, s, vh) = self._dense(target)
@@ -506,6 +538,7 @@ class SVFModel(nn.Module):
             self.model.set_submodule(name, target.module.train(target.layer.training))
         for name, (packed, module) in self._packed.items():
             self.model.set_submodule(name, module.to(packed.weight.weight.device).train(packed.training))
+        set_attention(self.model, "sdpa", instead_of=ATTENTION)
         self._targets, self._packed = {}, {}
 
     def _check_attached(self) -> None:

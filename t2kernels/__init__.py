@@ -1,10 +1,12 @@
 """SVF kernels: U diag(sigma * z) Vh x for one expert or a different one per row, never building the matrix.
 
 `svf_linear` works on plain tensors, `FactoredWeight` and `DenseWeight` on packed ones, `linear_group` on several layers
-that share their input, `SVFLinear` is the module, `backends()` tells which kernels this installation runs.
+that share their input, `SVFLinear` is the module, `decode_attention` what stands between them when a model answers,
+`backends()` tells which kernels this installation runs.
 `t2kernels.planner` knows when another form than the factored one is faster, `t2kernels.limits` what the machine can do.
 """
 
+from t2kernels.attention import decode_attention
 from t2kernels.backends import backends, build_info, select_instruction_set
 from t2kernels.decomposition import Factors, decompose
 from t2kernels.functional import svf_linear
@@ -18,6 +20,7 @@ __all__ = [
     "SVFLinear",
     "backends",
     "build_info",
+    "decode_attention",
     "decompose",
     "linear_group",
     "select_instruction_set",

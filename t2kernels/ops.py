@@ -24,6 +24,9 @@ Gradients (DESIGN section 2; with g = dL/dy, h = g U):
     dscales[slot] = sum over its rows of t * h * component_scale        dx = (h * scale * component_scale) Vh
 
 Neither x nor anything of W's size is kept or built. U, Vh and bias-free factors are frozen: they get no gradient.
+
+`decode_attention` is what else reads memory in a decode step; `t2kernels.decode_attention` says what it computes. It
+has no gradient.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ _library.define(
     "bool bf16_products) -> Tensor"
 )
 _library.define("dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row_scale, SymInt in_features) -> Tensor")
+_library.define("decode_attention(Tensor query, Tensor key, Tensor value, Tensor? allowed, float scale) -> Tensor")
 
 
 def _register_reference(name: str) -> None:
@@ -73,6 +77,7 @@ for _name in (
     "factored_linear_backward",
     "dense_linear",
     "dense_linear_backward",
+    "decode_attention",
 ):
     _register_reference(_name)
 
@@ -102,6 +107,11 @@ def _(x, weight, row_scale, bias, out_features, bf16_products):  # type: ignore[
 @torch.library.register_fake("t2kernels::dense_linear_backward")
 def _(grad_y, weight, row_scale, in_features):  # type: ignore[no-untyped-def]
     return grad_y.new_empty(*grad_y.shape[:-1], in_features)
+
+
+@torch.library.register_fake("t2kernels::decode_attention")
+def _(query, key, value, allowed, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
 
 
 def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -156,3 +166,4 @@ factored_linear_group = torch.ops.t2kernels.factored_linear_group.default
 factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default
 dense_linear = torch.ops.t2kernels.dense_linear.default
 dense_linear_backward = torch.ops.t2kernels.dense_linear_backward.default
+decode_attention = torch.ops.t2kernels.decode_attention.default

@@ -157,3 +157,15 @@ def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | No
     if row_scale is not None:
         g = g * row_scale
     return (g @ _float_matrix(weight, grad_y.shape[-1], in_features)).to(grad_y.dtype)
+
+
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+    """Reference of `torch.ops.t2kernels.decode_attention`; float64 stays float64."""
+    rows, heads, _, head_dim = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    grouped = query.reshape(rows, key.shape[1], -1, head_dim).to(wide)
+    scores = grouped @ key.to(wide).transpose(-1, -2) * scale
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[:, None, None, :], -torch.inf)
+    p = torch.nan_to_num(scores.softmax(-1)) if scores.numel() else scores
+    return (p @ value.to(wide)).reshape(rows, 1, heads, head_dim).to(query.dtype)

@@ -89,6 +89,17 @@ struct Lane16 {
     lo = _mm256_fmadd_ps(w.lo, b.v, lo);
     hi = _mm256_fmadd_ps(w.hi, b.v, hi);
   }
+  void step(const Lane16& w, const Lane16& x) {
+    lo = _mm256_fmadd_ps(w.lo, x.lo, lo);
+    hi = _mm256_fmadd_ps(w.hi, x.hi, hi);
+  }
+  // Halves are added until one lane is left.
+  float sum() const {
+    const __m256 eight = _mm256_add_ps(lo, hi);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
 };
 
 struct PairBroadcast {
@@ -122,7 +133,6 @@ struct DotI16 {
   }
 };
 
-
 inline void keep(Lane16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
 inline void keep(Pairs16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
 inline void keep(DotI16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
@@ -131,9 +141,10 @@ inline void keep(DotI16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi))
 
 #include "no_bf16_products.h"
 #include "matmul_impl.h"
+#include "attention_impl.h"
 
 namespace t2 {
-const Kernels kAvx2{"avx2", kBf16Products, &matmul, &reduce_scales, &multiply_adds, &read};
+const Kernels kAvx2{"avx2", kBf16Products, &matmul, &reduce_scales, &attend, &multiply_adds, &read};
 }
 T2_TARGET_END
 #endif

@@ -6,9 +6,10 @@ T2_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 #include "no_bf16_products.h"
 #include "matmul_impl.h"
+#include "attention_impl.h"
 
 namespace t2 {
-const Kernels kAvx512{"avx512", kBf16Products, &matmul, &reduce_scales, &multiply_adds, &read};
+const Kernels kAvx512{"avx512", kBf16Products, &matmul, &reduce_scales, &attend, &multiply_adds, &read};
 }
 T2_TARGET_END
 #endif

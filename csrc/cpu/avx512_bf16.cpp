@@ -24,9 +24,10 @@ inline void keep(DotBf16& lane) { asm volatile("" : "+v"(lane.v)); }
 }  // namespace
 
 #include "matmul_impl.h"
+#include "attention_impl.h"
 
 namespace t2 {
-const Kernels kAvx512Bf16{"avx512_bf16", kBf16Products, &matmul, &reduce_scales, &multiply_adds, &read};
+const Kernels kAvx512Bf16{"avx512_bf16", kBf16Products, &matmul, &reduce_scales, &attend, &multiply_adds, &read};
 }
 T2_TARGET_END
 #endif

@@ -52,6 +52,14 @@ struct Lane16 {
     v = _mm512_fmadd_ps(v, _mm512_loadu_ps(scale), _mm512_loadu_ps(bias));
   }
   void step(const Lane16& w, const Broadcast& b) { v = _mm512_fmadd_ps(w.v, b.v, v); }
+  void step(const Lane16& w, const Lane16& x) { v = _mm512_fmadd_ps(w.v, x.v, v); }
+  // Halves are added until one lane is left.
+  float sum() const {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
 };
 
 struct PairBroadcast {

@@ -74,6 +74,8 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFn 
 
 enum class Arithmetic : int { f32, bf16, i16 };
 
+struct DecodeAttention;  // attention.h
+
 struct Kernels {
   const char* isa;
   bool bf16_products;
@@ -82,6 +84,7 @@ struct Kernels {
   // dscales[slot(b), k] += t[b, k] * h[b, k] * component_scale[k], rows in ascending order.
   void (*reduce_scales)(const float* t, const float* h, const float* component_scale, const int64_t* slots,
                         int64_t rows_per_slot, int64_t rows, int64_t k, float* dscales, ParallelFor);
+  void (*attend)(const DecodeAttention&, ParallelFor);
   // Machine limits: `steps` times as many multiply-adds as returned, from registers only, on the calling thread.
   int64_t (*multiply_adds)(Arithmetic, int64_t steps);
   // Reads every whole 512 bytes once.

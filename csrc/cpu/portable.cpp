@@ -88,6 +88,17 @@ struct Lane16 {
   void step(const Lane16& w, const Broadcast& b) {
     for (int i = 0; i < 16; ++i) v[i] += w.v[i] * b.v;
   }
+  void step(const Lane16& w, const Lane16& x) {
+    for (int i = 0; i < 16; ++i) v[i] += w.v[i] * x.v[i];
+  }
+  // Halves are added until one lane is left.
+  float sum() const {
+    float s[16];
+    std::memcpy(s, v, sizeof v);
+    for (int half = 8; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) s[i] += s[i + half];
+    return s[0];
+  }
 };
 
 struct PairBroadcast {
@@ -122,7 +133,8 @@ void keep(Lane& lane) {
 
 #include "no_bf16_products.h"
 #include "matmul_impl.h"
+#include "attention_impl.h"
 
 namespace t2 {
-const Kernels kPortable{"portable", kBf16Products, &matmul, &reduce_scales, &multiply_adds, &read};
+const Kernels kPortable{"portable", kBf16Products, &matmul, &reduce_scales, &attend, &multiply_adds, &read};
 }
