@@ -26,7 +26,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --quiet -m slow
-	$(BIN)/python -m pytest --quiet benchmarks/bench_linear.py benchmarks/bench_experts.py -k agree
+	$(BIN)/python -m pytest --quiet benchmarks/bench_linear.py benchmarks/bench_experts.py benchmarks/bench_attention.py -k agree
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,6 +40,7 @@ RESULTS := benchmarks/results
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_linear.py --quiet --benchmark-json=$(RESULTS)/cpu-linear.json
 	$(BIN)/python -m pytest benchmarks/bench_experts.py --quiet --benchmark-json=$(RESULTS)/cpu-experts.json
+	$(BIN)/python -m pytest benchmarks/bench_attention.py --quiet --benchmark-json=$(RESULTS)/cpu-attention.json
 	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_linear.py --quiet -k '(8B and q and not backward) or compile' \
 		--benchmark-json=$(RESULTS)/cpu-linear-avx2.json
 	$(BIN)/python benchmarks/serving.py

@@ -213,6 +213,24 @@ def shapes() -> str:
     )
 
 
+def attention() -> str:
+    results = read("cpu-attention.json")
+    rows = []
+    for result in results["benchmarks"]:
+        ours, peer = "ours", "transformers sdpa"
+        pairs = zip(result["seconds"][ours], result["rates"]["read"], strict=True)
+        share = statistics.median(result["bytes"] / s / rate for s, rate in pairs)
+        cells = (f"{seconds(result, path) / result['layers'] * 1e3:.3g}" for path in (ours, peer))
+        label = f"{result['shape']}, {result['length']} tokens kept"
+        rows.append([label, str(result["batch"]), *cells, f"{ratio(result, peer, ours):.1f}x", f"{share:.0%}"])
+    machine = results["machine_info"]
+    return (
+        f"Attention and cache of a decode step, milliseconds a layer ({machine['processor']}, "
+        f"{machine['kernels']['chosen']} kernels; `benchmarks/bench_attention.py`):\n\n"
+        + table(["", "rows", "ours", "transformers sdpa", "sdpa / ours", "share of read bandwidth"], rows)
+    )
+
+
 def plans() -> str:
     explained = read("cpu-plan.json")["explained"]
     return "\n\n".join(f"{label}:\n\n```\n{text}\n```" for label, text in explained.items())
@@ -279,6 +297,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "experts": experts,
         "shapes": shapes,
         "backward": backward,
+        "attention": attention,
         "plans": plans,
     },
 }
