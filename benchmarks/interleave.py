@@ -22,7 +22,7 @@ def cold(make: Callable[[int], Any], weight_bytes: int, run: Callable[[Any], Any
     return lambda: run(next(copies))
 
 
-def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], **info: Any) -> None:
+def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], min_rounds: int = MIN_ROUNDS, **info: Any) -> None:
     """Times every path once a round, in turns, and the machine's limits with them; pytest-benchmark shows the first.
 
     `extra_info` gets `info`, each path's seconds, and by round the bytes and multiply-adds a second that the machine
@@ -48,7 +48,7 @@ def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], **info: Any
 
     with torch.inference_mode():
         whole_round = sum(timed(run) for run in paths.values())
-        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / whole_round)))
+        rounds = max(min_rounds, min(MAX_ROUNDS, int(SECONDS / whole_round)))
         benchmark.pedantic(next(iter(paths.values())), setup=one_round, rounds=rounds)
     benchmark.extra_info.update(info, seconds=_rounded(seconds), rates=_rounded(rates))
 

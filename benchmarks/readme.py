@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,18 +148,20 @@ def claims(suffix: str) -> str:
             for path in STORED
         ),
     ]
-    limits = {
-        kind: statistics.median(rate for b in BATCHES for rate in one_by_batch[b]["rates"][kind] or [0])
-        for kind in ("read", "float32", "bfloat16", "int16")
-    }
-    machine = results.machine
-    flops = ", ".join(
-        f"{2 * limits[kind] / 1e9:.0f} {kind}" for kind in ("float32", "bfloat16", "int16") if limits[kind]
-    )
+    measured_on = machine_and_limits(results.machine, list(one_by_batch.values()))
+    return measured_on + "\n\n" + table(["4096 x 4096, by number of rows", *(str(b) for b in BATCHES)], rows)
+
+
+def machine_and_limits(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> str:
+    """Where these measurements were made, and what the machine managed meanwhile."""
+    kinds = ("read", "float32", "bfloat16", "int16")
+    rates = {kind: [rate for result in measured for rate in result["rates"][kind]] for kind in kinds}
+    limits = {kind: statistics.median(found) for kind, found in rates.items() if found}
+    flops = ", ".join(f"{2 * rate / 1e9:.0f} {kind}" for kind, rate in limits.items() if kind != "read")
     return (
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, "
         f"{machine['kernels']['chosen']} kernels. Limits in the same run: {limits['read'] / 1e9:.0f} GB/s read; "
-        f"GFLOP/s {flops}.\n\n" + table(["4096 x 4096, by number of rows", *(str(b) for b in BATCHES)], rows)
+        f"GFLOP/s {flops}."
     )
 
 
@@ -194,7 +196,8 @@ def experts() -> str:
         "eigentune / ours bf16",
         "64 rows: time / time with one expert",
     ]
-    return table(head, several)
+    measured_on = machine_and_limits(experts.machine, experts.data["benchmarks"])
+    return measured_on + "\n\n" + table(head, several)
 
 
 def shapes() -> str:
@@ -223,10 +226,10 @@ def attention() -> str:
         cells = (f"{seconds(result, path) / result['layers'] * 1e3:.3g}" for path in (ours, peer))
         label = f"{result['shape']}, {result['length']} tokens kept"
         rows.append([label, str(result["batch"]), *cells, f"{ratio(result, peer, ours):.1f}x", f"{share:.0%}"])
-    machine = results["machine_info"]
     return (
-        f"Attention and cache of a decode step, milliseconds a layer ({machine['processor']}, "
-        f"{machine['kernels']['chosen']} kernels; `benchmarks/bench_attention.py`):\n\n"
+        "Attention and cache of a decode step, milliseconds a layer (`benchmarks/bench_attention.py`). "
+        + machine_and_limits(results["machine_info"], results["benchmarks"])
+        + "\n\n"
         + table(["", "rows", "ours", "transformers sdpa", "sdpa / ours", "share of read bandwidth"], rows)
     )
 
