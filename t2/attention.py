@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from t2kernels import ops
+from t2kernels.backends import extension
 from t2kernels.checks import ACTIVATION_DTYPES
 
 ATTENTION = "t2_decode"
@@ -44,14 +45,16 @@ def attention(
 def _decodes(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, options: dict[str, Any]
 ) -> bool:
-    """Whether this is what the kernel does: one token a row, a mask of keys at most, no gradient."""
+    """Whether this is what the kernel does: one token a row, a mask of keys at most, no gradient; and it is built."""
     rows, heads, tokens, head_dim = query.shape
     return (
         tokens == 1
+        and extension is not None
         and query.device.type == "cpu"
         and query.dtype in ACTIVATION_DTYPES
         and head_dim % 16 == 0
         and key.shape == value.shape
+        and key.shape[0] == rows
         and key.shape[-1] == head_dim
         and heads % key.shape[1] == 0
         and (mask is None or (mask.dtype == torch.bool and mask.shape == (rows, 1, 1, key.shape[2])))
