@@ -1,4 +1,5 @@
-// 16 lanes of AVX-512 F/BW/DQ/VL, and the register tile they fill: 24 rows x 1 panel, 12 x 2, 6 x 4. The order of
+// 16 lanes of AVX-512 F/BW/DQ/VL, and the register tile they fill: 12 rows x 2 panels or 6 x 4. A taller one
+// would load a broadcast for every multiply-add, which processors with two of each a cycle can't sustain. The order of
 // fp32 operations is that of the AVX2 set, and so are the bits.
 #pragma once
 #include <immintrin.h>
@@ -7,8 +8,8 @@
 
 namespace {
 
-constexpr int kMaxRows = 24;
-constexpr int panels_per_tile(int rows) { return rows <= 6 ? 4 : rows <= 12 ? 2 : 1; }
+constexpr int kMaxRows = 12;
+constexpr int panels_per_tile(int rows) { return rows <= 6 ? 4 : 2; }
 
 inline float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
 inline uint16_t float_to_half(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
