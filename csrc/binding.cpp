@@ -360,7 +360,7 @@ Tensor dense_linear_backward(const Tensor& grad_y, const Tensor& weight, const O
   return dx;
 }
 
-const Tensor last_contiguous(const Tensor& tensor) {
+Tensor last_contiguous(const Tensor& tensor) {
   return tensor.stride(tensor.dim() - 1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 

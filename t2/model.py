@@ -431,7 +431,7 @@ class SVFModel(nn.Module):
             if experts is not None or plan is not None:
                 self._check_count(experts, args, kwargs)
                 held.enter_context(self.route(experts, plan))
-            if not self._returns_its_cache(kwargs):
+            if not self._returns_more_than_tokens(kwargs):
                 kwargs = self._with_growing_cache(kwargs)
                 held.enter_context(torch.inference_mode())
             answer = generate(*args, **kwargs)
@@ -443,7 +443,7 @@ class SVFModel(nn.Module):
         given = getattr(kwargs.get("generation_config"), name, None)
         return getattr(getattr(self.model, "generation_config", None), name, None) if given is None else given
 
-    def _returns_its_cache(self, kwargs: Mapping[str, Any]) -> bool:
+    def _returns_more_than_tokens(self, kwargs: Mapping[str, Any]) -> bool:
         """Whether more than the tokens outlives `generate`: tensors made in inference mode would be of less use."""
         return kwargs.get("past_key_values") is not None or self._generation_option(kwargs, "return_dict_in_generate")
 
@@ -452,7 +452,8 @@ class SVFModel(nn.Module):
         if (
             self._generation_option(kwargs, "use_cache") is False
             or self._generation_option(kwargs, "cache_implementation") not in (None, "dynamic")
-            or any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens"))
+            or self._generation_option(kwargs, "prompt_lookup_num_tokens") is not None
+            or kwargs.get("assistant_model") is not None
         ):
             return kwargs
         cache = growing_cache(self.model)

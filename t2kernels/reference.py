@@ -167,5 +167,7 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor 
     scores = grouped @ key.to(wide).transpose(-1, -2) * scale
     if allowed is not None:
         scores = scores.masked_fill(~allowed[:, None, None, :], -torch.inf)
-    p = torch.nan_to_num(scores.softmax(-1)) if scores.numel() else scores
+    p = scores.softmax(-1)
+    if allowed is not None:
+        p = p.masked_fill(~allowed.any(-1)[:, None, None, None], 0.0)
     return (p @ value.to(wide)).reshape(rows, 1, heads, head_dim).to(query.dtype)

@@ -14,7 +14,7 @@ constexpr int kValueLanes = kMaxRows >= 12 ? 4 : 2;
 constexpr int kValueHeads = 3;
 constexpr int64_t kAhead = 16;
 
-// e^v for v <= 0, within 2 ulp; 0 below -87. Multiplications and additions only, so that all sets agree to the bit.
+// e^v for v <= 0, a polynomial after Cody and Waite's reduction; 0 below -87. Multiplications and additions only, so that all sets agree to the bit.
 inline float exp_nonpositive(float v) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;

@@ -69,6 +69,7 @@ def test_not_a_number_reaches_its_own_row_only(instruction_set):
     key[1, 0, 5, 3] = torch.nan
     y = t2kernels.decode_attention(query, key, value)
     assert y[1, 0, :2].isnan().all() and torch.equal(y[1, 0, 2:], clean[1, 0, 2:])
+    assert torch.equal(truth(query, key, value).isnan(), y.isnan())
     assert torch.equal(y[[0, 2]], clean[[0, 2]])
 
 
