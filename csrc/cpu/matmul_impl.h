@@ -49,7 +49,7 @@ inline int64_t even(int64_t k) { return k + (k & 1); }
 constexpr int64_t kRowBlock = 256;
 constexpr int64_t kSlice = 256;
 constexpr int64_t kGroup = 8;
-constexpr int64_t kStreamAhead = 1024;
+constexpr int64_t kBytesAhead = 6144;  // what one core waits for at a time: latency times its bandwidth, and some
 
 struct bf16 {
   uint16_t bits;
@@ -107,9 +107,9 @@ void parallel(ParallelFor parallel_for, int64_t count, int64_t at_least, const F
 }
 
 // What a micro-kernel prefetches: `start` bytes from the first weight on, `step` bytes further with every load of a
-// panel.
+// panel, and from term `turn` on `jump` bytes further still.
 struct Ahead {
-  int64_t start, step;
+  int64_t start, step, turn, jump;
 };
 
 // Micro-kernels. x: [depth][MR] (fp32) or [depth / 2][MR] (pairs). w: NP panels, w_stride elements apart.
@@ -120,6 +120,7 @@ void micro(const float* x, const T* w, int64_t w_stride, int64_t depth, float* a
            Ahead ahead) {
   Lane16 c[MR][NP];
   const char* next = reinterpret_cast<const char*>(w) + ahead.start;
+  int64_t stop = smaller(ahead.turn, depth);
 #pragma GCC unroll 24
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
@@ -132,41 +133,45 @@ void micro(const float* x, const T* w, int64_t w_stride, int64_t depth, float* a
     }
   }
   if constexpr (std::is_same_v<T, bf16>) {
-    for (int64_t k = 0; k < depth; k += 2, next += ahead.step) {
-      Lane16 v[NP];
+    for (int64_t k = 0; k < depth; stop = depth, next += ahead.jump) {
+      for (; k < stop; k += 2, next += ahead.step) {
+        Lane16 v[NP];
 #pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) {
-        v[p].load_even(w + p * w_stride + k * kPanel);
-        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
-      }
+        for (int p = 0; p < NP; ++p) {
+          v[p].load_even(w + p * w_stride + k * kPanel);
+          __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
+        }
 #pragma GCC unroll 24
-      for (int r = 0; r < MR; ++r) {
-        const Broadcast b(x + k * MR + r);
+        for (int r = 0; r < MR; ++r) {
+          const Broadcast b(x + k * MR + r);
 #pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
-      }
+          for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+        }
 #pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) v[p].load_odd(w + p * w_stride + k * kPanel);
+        for (int p = 0; p < NP; ++p) v[p].load_odd(w + p * w_stride + k * kPanel);
 #pragma GCC unroll 24
-      for (int r = 0; r < MR; ++r) {
-        const Broadcast b(x + (k + 1) * MR + r);
+        for (int r = 0; r < MR; ++r) {
+          const Broadcast b(x + (k + 1) * MR + r);
 #pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+          for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+        }
       }
     }
   } else {
-    for (int64_t k = 0; k < depth; ++k, next += ahead.step) {
-      Lane16 v[NP];
+    for (int64_t k = 0; k < depth; stop = depth, next += ahead.jump) {
+      for (; k < stop; ++k, next += ahead.step) {
+        Lane16 v[NP];
 #pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) {
-        v[p].load(w + p * w_stride + k * kPanel);
-        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
-      }
+        for (int p = 0; p < NP; ++p) {
+          v[p].load(w + p * w_stride + k * kPanel);
+          __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
+        }
 #pragma GCC unroll 24
-      for (int r = 0; r < MR; ++r) {
-        const Broadcast b(x + k * MR + r);
+        for (int r = 0; r < MR; ++r) {
+          const Broadcast b(x + k * MR + r);
 #pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+          for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+        }
       }
     }
   }
@@ -182,6 +187,7 @@ void micro_bf16(const uint32_t* x, const bf16* w, int64_t w_stride, int64_t dept
                 bool first, Ahead ahead) {
   DotBf16 c[MR][NP];
   const char* next = reinterpret_cast<const char*>(w) + ahead.start;
+  int64_t stop = smaller(ahead.turn, depth);
 #pragma GCC unroll 24
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
@@ -193,18 +199,20 @@ void micro_bf16(const uint32_t* x, const bf16* w, int64_t w_stride, int64_t dept
       }
     }
   }
-  for (int64_t k = 0; k < depth; k += 2, x += MR, next += ahead.step) {
-    Pairs16 v[NP];
+  for (int64_t k = 0; k < depth; stop = depth, next += ahead.jump) {
+    for (; k < stop; k += 2, x += MR, next += ahead.step) {
+      Pairs16 v[NP];
 #pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) {
-      v[p].load(w + p * w_stride + k * kPanel);
-      __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
-    }
+      for (int p = 0; p < NP; ++p) {
+        v[p].load(w + p * w_stride + k * kPanel);
+        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
+      }
 #pragma GCC unroll 24
-    for (int r = 0; r < MR; ++r) {
-      const PairBroadcast b(x + r);
+      for (int r = 0; r < MR; ++r) {
+        const PairBroadcast b(x + r);
 #pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+        for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+      }
     }
   }
 #pragma GCC unroll 24
@@ -220,23 +228,26 @@ void micro_i16(const uint32_t* x, const float* scale, const int8_t* w, int64_t w
                int64_t acc_stride, bool first, Ahead ahead) {
   DotI16 c[MR][NP];
   const char* next = reinterpret_cast<const char*>(w) + ahead.start;
+  int64_t stop = smaller(ahead.turn, depth);
 #pragma GCC unroll 24
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
     for (int p = 0; p < NP; ++p) c[r][p].zero();
   }
-  for (int64_t k = 0; k < depth; k += 2, x += MR, next += ahead.step) {
-    Pairs16 v[NP];
+  for (int64_t k = 0; k < depth; stop = depth, next += ahead.jump) {
+    for (; k < stop; k += 2, x += MR, next += ahead.step) {
+      Pairs16 v[NP];
 #pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) {
-      v[p].load(w + p * w_stride + k * kPanel);
-      __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
-    }
+      for (int p = 0; p < NP; ++p) {
+        v[p].load(w + p * w_stride + k * kPanel);
+        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
+      }
 #pragma GCC unroll 24
-    for (int r = 0; r < MR; ++r) {
-      const PairBroadcast b(x + r);
+      for (int r = 0; r < MR; ++r) {
+        const PairBroadcast b(x + r);
 #pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+        for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+      }
     }
   }
 #pragma GCC unroll 24
@@ -465,6 +476,15 @@ int64_t slice_of(const Tiles& tiles, int64_t k, const Stream& stream) {
   return tiles.count == 1 || stream.panel_size * stream.element_bytes <= kNearBytes ? k : kSlice;
 }
 
+// One tile reads `run` panels at once, to their end `terms` terms from here, and the next run after them.
+Ahead stream_ahead(const Stream& stream, int64_t run, int64_t terms) {
+  const int64_t term_bytes = kPanel * stream.element_bytes, each = kBytesAhead / run;
+  if (term_bytes == 0) return {0, 0, terms, 0};
+  const int64_t before_end = terms - each / term_bytes;
+  return {each, stream.load_bytes, before_end < 0 ? 0 : even(before_end),
+          (run - 1) * stream.panel_size * stream.element_bytes};
+}
+
 // Visits every (slice of terms, run of panels, row tile) of one part in the order that keeps slices in cache:
 // prepare(panel, panels, k0, depth) once per run, then tile(row, rows, panel, index in run, wide, k0, depth, ahead) for
 // each. The tiles of a run share the work of prefetching the next one, so that memory is read at an even pace.
@@ -472,6 +492,7 @@ template <class Prepare, class Tile>
 void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t slice, const Stream& stream,
            const Prepare& prepare, const Tile& tile) {
   const int64_t span = panels_per_tile(static_cast<int>(tiles.rows(0)));
+  const int64_t term_bytes = kPanel * stream.element_bytes;
   if (tiles.count == 1 && begin + span < end) {  // nothing is used twice: one run after the other, from end to end
     for (int64_t panel = begin; panel < end; panel += span)
       sweep(tiles, panel, smaller(panel + span, end), k, slice, stream, prepare, tile);
@@ -487,12 +508,13 @@ void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t sl
       const int64_t next_run = run_follows     ? run * stream.panel_size
                                : slice_follows ? (begin - panel) * stream.panel_size + slice * kPanel
                                                : run * stream.panel_size - k0 * kPanel;
-      const int64_t start = tiles.count == 1 ? kStreamAhead : next_run * stream.element_bytes;
-      const int64_t share = depth * kPanel * stream.element_bytes / tiles.count;
+      const int64_t share = depth * term_bytes / tiles.count;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t rows = tiles.rows(t), own_span = panels_per_tile(static_cast<int>(rows));
         const bool wide = own_span <= run;
-        const Ahead ahead{start + t * share, stream.load_bytes / tiles.count};
+        const Ahead ahead = tiles.count == 1 ? stream_ahead(stream, run, k - k0)
+                                             : Ahead{next_run * stream.element_bytes + t * share,
+                                                     stream.load_bytes / tiles.count, depth, 0};
         for (int64_t j = 0; j < run; j += wide ? own_span : 1)
           tile(tiles.begin(t), rows, panel, j, wide, k0, depth, ahead);
       }
