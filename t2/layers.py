@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from t2.routing import Route, Router
 from t2kernels import DenseWeight, FactoredWeight
-from t2kernels.weights import linear_group_unchecked
+from t2kernels.weights import FactoredGroup
 
 
 class RoutedLinear(nn.Module):
@@ -52,6 +52,7 @@ class SharedInput:
 
     def __init__(self, members: Sequence[RoutedLinear]) -> None:
         self.members = list(members)
+        self._group = FactoredGroup([m.weight for m in members])
         self._waiting = threading.local()
         self._useful = True
 
@@ -71,13 +72,8 @@ class SharedInput:
             self._useful = False
             waiting.clear()
             return None
-        own, *others = linear_group_unchecked(
-            [m.weight for m in self.members],
-            x,
-            [route.windows[m.index] for m in self.members],
-            route.slots,
-            [m.bias for m in self.members],
-        )
+        windows = [route.windows[m.index] for m in self.members]
+        own, *others = self._group.linear_unchecked(x, windows, route.slots, [m.bias for m in self.members])
         outputs = {m.index: y for m, y in zip(self.members[1:], others, strict=True)}
         waiting.update(x=x, route=route, version=_version(x), outputs=outputs)
         return own

@@ -82,8 +82,8 @@ class StepClock(StoppingCriteria):
 
 
 def fixed_length(tokens: int) -> dict[str, Any]:
-    """Options that make `generate` produce exactly so many tokens, greedily."""
-    return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    """Options that make `generate` produce exactly so many tokens, greedily: no token ends an answer."""
+    return {"max_new_tokens": tokens, "eos_token_id": None, "do_sample": False}
 
 
 def time_paths(

@@ -7,7 +7,8 @@ another dtype leaves them as they are: their storage format was chosen when they
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from itertools import chain
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,15 @@ def int8_head(rank: int) -> int:
     return PANEL * -(-rank // (32 * PANEL)) if rank >= 64 else 0
 
 
+class _Operands(NamedTuple):
+    """The lists that the operators take: the parts of one layer, or of several one after the other."""
+
+    u: list[Tensor]
+    vh: list[Tensor]
+    component_scales: list[Tensor]  # one per layer, or none
+    out_features: list[int]
+
+
 class FactoredWeight(_FrozenWeight):
     """The frozen factors of W = U diag(s) Vh, packed. Make one with `FactoredWeight.pack`.
 
@@ -84,7 +94,7 @@ class FactoredWeight(_FrozenWeight):
         self.rank = s.shape[0]
         self.bf16_products = bf16_products
         self.parts = len(u)
-        self._lists: tuple[list[Tensor], list[Tensor]] | None = None
+        self._kept_operands: _Operands | None = None
         for part, (u_part, vh_part) in enumerate(zip(u, vh, strict=True)):
             self.register_buffer(f"u{part}", u_part)
             self.register_buffer(f"vh{part}", vh_part)
@@ -92,29 +102,30 @@ class FactoredWeight(_FrozenWeight):
         self.register_buffer("component_scale", component_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._lists = None
+        self._kept_operands = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._lists = None
+        self._kept_operands = None
         super()._load_from_state_dict(*args)
 
-    def _part_lists(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _operands(self) -> _Operands:
         """Kept between calls: looking buffers up by name takes a microsecond."""
-        if self._lists is None:
+        if self._kept_operands is None:
             u, vh = ([getattr(self, f"{name}{part}") for part in range(self.parts)] for name in ("u", "vh"))
-            self._lists = u, vh
-        return self._lists
+            components = [] if self.component_scale is None else [self.component_scale]
+            self._kept_operands = _Operands(u, vh, components, [self.out_features])
+        return self._kept_operands
 
     @property
     def u(self) -> list[Tensor]:
         """Panels of the parts of U: leading components first."""
-        return self._part_lists()[0]
+        return self._operands().u
 
     @property
     def vh(self) -> list[Tensor]:
         """Panels of the parts of Vh: leading components first."""
-        return self._part_lists()[1]
+        return self._operands().vh
 
     @classmethod
     def pack(
@@ -216,12 +227,12 @@ class FactoredWeight(_FrozenWeight):
     def linear_unchecked(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
         """`linear` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return linear_group_unchecked((self,), x, (scales,), slots, (bias,))[0]
-        u, vh = self._part_lists()
+            return _run_group(self._operands(), x, (scales,), slots, (bias,), self.bf16_products)[0]
+        operands = self._operands()
         return ops.factored_linear(
             x,
-            u,
-            vh,
+            operands.u,
+            operands.vh,
             self.component_scale,
             scales,
             slots,
@@ -267,35 +278,49 @@ def linear_group(
         weight.check(x, scale, slots, bias)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, bias)):
             raise ValueError("x, scales, biases: expected tensors that need no gradient; call the layers one by one")
-    return linear_group_unchecked(weights, x, scales, slots, biases)
+    return FactoredGroup(weights).linear_unchecked(x, scales, slots, biases)
 
 
-def linear_group_unchecked(
-    weights: Sequence[FactoredWeight],
+class FactoredGroup:
+    """Layers of one kind that share their input, as `linear_group` takes them, for callers that call them often."""
+
+    def __init__(self, weights: Sequence[FactoredWeight]) -> None:
+        self.weights = list(weights)
+        self._made_of: list[_Operands] = []
+        self._joined = _Operands([], [], [], [])
+
+    def linear_unchecked(
+        self, x: Tensor, scales: Sequence[Tensor], slots: Tensor, biases: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """The same as `linear_group`, arguments unchecked; slots may be any divisor of x's rows."""
+        operands = [weight._operands() for weight in self.weights]
+        if not self._made_of or any(a is not b for a, b in zip(operands, self._made_of, strict=True)):
+            self._joined = _Operands(*(list(chain(*lists)) for lists in zip(*operands, strict=True)))
+            self._made_of = operands
+        return _run_group(self._joined, x, scales, slots, biases, self.weights[0].bf16_products)
+
+
+def _run_group(
+    operands: _Operands,
     x: Tensor,
     scales: Sequence[Tensor],
     slots: Tensor,
     biases: Sequence[Tensor | None],
+    bf16_products: bool,
 ) -> list[Tensor]:
-    """`linear_group` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
-    first = weights[0]
-    if len(weights) == 1:
-        u, vh = first._part_lists()
-    else:
-        u = [part for weight in weights for part in weight._part_lists()[0]]
-        vh = [part for weight in weights for part in weight._part_lists()[1]]
-    components = [weight.component_scale for weight in weights] if first.component_scale is not None else []
-    some = any(bias is not None for bias in biases)
+    given: list[Tensor] = []
+    if any(bias is not None for bias in biases):
+        given = [x.new_empty(0) if bias is None else bias for bias in biases]
     return ops.factored_linear_group(
         x,
-        u,
-        vh,
-        components,
+        operands.u,
+        operands.vh,
+        operands.component_scales,
         scales,
         slots,
-        [x.new_empty(0) if bias is None else bias for bias in biases] if some else [],
-        [weight.out_features for weight in weights],
-        first.bf16_products,
+        given,
+        operands.out_features,
+        bf16_products,
     )
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import t2
-from t2 import layers
 from t2.layers import PackedLinear, RoutedLinear
 from t2.svd import FactorCache
+from t2kernels.weights import FactoredGroup
 from tests.t2.conftest import CONFIGS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
@@ -498,8 +498,10 @@ def test_layers_that_share_an_input_run_as_one_call_with_the_same_bits(tiny_mode
     svf = wrap(tiny_model(), cache_dir)
     names = add_random_experts(svf, 3)
     calls = []
-    group = layers.linear_group_unchecked
-    monkeypatch.setattr(layers, "linear_group_unchecked", lambda w, *a: calls.append(len(w)) or group(w, *a))
+    group = FactoredGroup.linear_unchecked
+    monkeypatch.setattr(
+        FactoredGroup, "linear_unchecked", lambda self, *a: calls.append(len(self.weights)) or group(self, *a)
+    )
     with torch.no_grad():
         together = svf(input_ids=prompts(3), experts=names).logits
     assert calls == [3, 2] * 2
