@@ -224,7 +224,9 @@ def _check_rows(
 def _show_answers(out: Console, tokenizer: Any, questions: list[str], names: list[str], answers: Tensor) -> None:
     table = Table("request", "expert", "answer", title="One batch, an expert for every request (4 of them)")
     for row in range(min(4, len(questions))):
-        text = tokenizer.decode(answers[row], skip_special_tokens=True).replace("\n", " ")
+        ends = (answers[row] == tokenizer.eos_token_id).nonzero()
+        answer = answers[row, : int(ends[0])] if len(ends) else answers[row]
+        text = tokenizer.decode(answer, skip_special_tokens=True).replace("\n", " ")
         table.add_row(questions[row], names[row], text[:70])
     out.print(table)
 

@@ -40,23 +40,14 @@ def check_row(plain: Any, batch: Mapping[str, Tensor], generated: Any, row: int,
     answer = generated.sequences[row, width:]
     merged = plain(input_ids=torch.cat([prompt, answer])[None, :-1]).logits[0, len(prompt) - 1 :]
     own = torch.stack([step[row] for step in generated.logits])
-    return compare_row(merged, own, answer, plain.generation_config.eos_token_id, expert)
+    return compare_row(merged, own, answer, expert)
 
 
-def compare_row(
-    merged_logits: Tensor, logits: Tensor, tokens: Tensor, eos: int | list[int] | None, expert: str
-) -> RowCheck:
-    """merged_logits, logits: [tokens, vocabulary] at the positions that chose `tokens` [tokens] greedily.
-
-    eos: tokens that end a sequence, which generation of a fixed length leaves out.
-    """
-    merged_logits = merged_logits.clone()
-    if eos is not None:
-        merged_logits[:, eos] = -torch.inf
+def compare_row(merged_logits: Tensor, logits: Tensor, tokens: Tensor, expert: str) -> RowCheck:
+    """merged_logits, logits: [tokens, vocabulary] at the positions that chose `tokens` [tokens] greedily."""
     differs = (merged_logits.argmax(-1) != tokens).nonzero().flatten().tolist()
     until = differs[0] + 1 if differs else len(tokens)
-    finite = torch.isfinite(merged_logits[:until])
-    difference = float((merged_logits[:until] - logits[:until])[finite].abs().max())
+    difference = float((merged_logits[:until] - logits[:until]).abs().max())
     ties = []
     if differs:
         first, second = merged_logits[differs[0]].topk(2).values.tolist()

@@ -85,10 +85,9 @@ def test_compare_row_lets_only_ties_differ():
 
     merged = torch.tensor([[0.0, 1.0, 2.0], [3.0, 2.9999, 0.0], [5.0, 0.0, 0.0]])
     own = merged + 1e-3 * torch.tensor([[1.0, -1.0, 0.5], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    same = compare_row(merged, merged, torch.tensor([2, 0, 0]), None, "x")
+    same = compare_row(merged, merged, torch.tensor([2, 0, 0]), "x")
     assert same.equal and same.passed and same.logit_difference == 0
-    tie = compare_row(merged, own, torch.tensor([2, 1, 1]), None, "x")
+    tie = compare_row(merged, own, torch.tensor([2, 1, 1]), "x")
     assert not tie.equal and tie.passed and tie.ties[0][0] == 1
-    wrong = compare_row(merged, own, torch.tensor([0, 0, 0]), None, "x")
+    wrong = compare_row(merged, own, torch.tensor([0, 0, 0]), "x")
     assert not wrong.equal and not wrong.passed
-    assert compare_row(merged, merged, torch.tensor([1, 0, 0]), 2, "x").equal  # token 2 ends sequences
