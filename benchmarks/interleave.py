@@ -25,6 +25,8 @@ def cold(make: Callable[[int], Any], weight_bytes: int, run: Callable[[Any], Any
 def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], min_rounds: int = MIN_ROUNDS, **info: Any) -> None:
     """Times every path once a round, in turns, and the machine's limits with them; pytest-benchmark shows the first.
 
+    Each round starts with another path, since the first one after the limits finds caches and threads in their state.
+
     `extra_info` gets `info`, each path's seconds, and by round the bytes and multiply-adds a second that the machine
     managed just then.
     """
@@ -43,9 +45,12 @@ def in_turns(benchmark: Any, paths: Mapping[str, Callable[[], Any]], min_rounds:
             count = limits.multiply_adds(kind, 1)
             if count:
                 rates[kind].append((1 << 28) / timed(lambda kind=kind: limits.multiply_adds(kind, 1 << 28)))
-        for name, run in paths.items():
-            seconds[name].append(timed(run))
+        first = next(starts)
+        for name in (*names[first:], *names[:first]):
+            seconds[name].append(timed(paths[name]))
 
+    names = list(paths)
+    starts = itertools.cycle(range(len(names)))
     with torch.inference_mode():
         whole_round = sum(timed(run) for run in paths.values())
         rounds = max(min_rounds, min(MAX_ROUNDS, int(SECONDS / whole_round)))

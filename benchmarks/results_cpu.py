@@ -86,6 +86,15 @@ def share_of_arithmetic(result: dict[str, Any], path: str) -> float:
     return statistics.median(work(result)[1] / s / r for s, r in zip(result["seconds"][path], rates, strict=True))
 
 
+def ratio_at_limits(result: dict[str, Any], peer: str, path: str) -> float:
+    """Median over the rounds of the peer's time over the least that a path could take: reading its factors or
+    multiplying, whichever is longer, at what the machine managed in that round."""
+    entries, multiply_adds = work(result)
+    peaks = result["rates"][ARITHMETIC[path]] or result["rates"]["float32"]
+    limits = zip(result["seconds"][peer], result["rates"]["read"], peaks, strict=True)
+    return statistics.median(s / max(entries * BYTES[storage(path)] / r, multiply_adds / p) for s, r, p in limits)
+
+
 def plot(linear: Linear, to: Path) -> None:
     """Time against batch size, one panel per storage format, with the limits of reading and of arithmetic."""
     import matplotlib
