@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from t2.storage import FileFormatError, atomic_directory, cache_root
+from t2.storage import FileFormatError, atomic_directory
+from t2kernels.files import cache_root
 
 GGUF_MAGIC = b"GGUF"
 

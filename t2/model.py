@@ -44,7 +44,7 @@ class SVFConfig:
         too, stored as `dtype` (as float16 where that is int8: logits come straight out of them).
     cache: True keeps factors (and the base weights, which `merge` and `detach` need) in `cache_dir` instead of
         computing them at every start; False holds the base weights in memory beside the factors.
-    cache_dir: folder of the cache; None is `t2.storage.cache_root() / "factors"`.
+    cache_dir: folder of the cache; None is `t2kernels.files.cache_root() / "factors"`.
     progress: whether the decomposition shows a progress bar.
     """
 

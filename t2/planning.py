@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from t2.routing import LayerForm
-from t2.storage import cache_root, write_text
+from t2kernels.files import cache_root, write_text
 from t2kernels.planner import CostModel, DeltaWeight, Plan
 from t2kernels.weights import DenseWeight
 
@@ -18,7 +18,7 @@ from t2kernels.weights import DenseWeight
 def cost_model(path: Path | None = None) -> CostModel:
     """This machine's cost model: measured the first time (a second or two), then read from the cache.
 
-    `path` defaults to `t2.storage.cache_root() / "cost-model.json"`, which holds one model per instruction set, number
+    `path` defaults to `cache_root() / "cost-model.json"`, which holds one model per instruction set, number
     of threads and torch version; a file that cannot be read is measured anew.
     """
     path = cache_root() / "cost-model.json" if path is None else path

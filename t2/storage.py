@@ -1,12 +1,11 @@
-"""Files on disk: the cache root, atomic writes, and safetensors with clear errors. Never pickle."""
+"""Safetensors with clear errors, and folders that appear whole or not at all. Never pickle."""
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from t2kernels.files import replacing, sync, temporary_sibling
+
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
@@ -22,18 +23,10 @@ class FileFormatError(ValueError):
     """A file is not what it should be: of another format or version, truncated, or corrupt."""
 
 
-def cache_root() -> Path:
-    """Where this package keeps things between runs: `$T2_CACHE`, `$XDG_CACHE_HOME/t2` or `~/.cache/t2`."""
-    if root := os.environ.get("T2_CACHE"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "t2"
-
-
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` (any device or strides) and `metadata` to `path`, whole or not at all.
 
-    A temporary file beside `path` is written, synced and renamed over it, then the folder is synced: a reader sees the
-    old file or the new one, also after a crash. Folders above `path` are created.
+    As `t2kernels.files.replacing` does it: a reader sees the old file or the new one, also after a crash.
 
     Raises:
         TypeError, ValueError: a tensor or metadata entry that the format cannot hold.
@@ -50,33 +43,11 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
             raise ValueError(
                 f"tensors[{name!r}] is {tensor.layout} on {tensor.device}; expected a dense tensor with data"
             )
-    with _replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all, as `write_safetensors` does."""
-    with _replacing(Path(path)) as temporary:
-        temporary.write_text(text)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to, which takes its place when the block is left without an error."""
-    temporary = _temporary_sibling(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # with the permissions of a new file, which the library narrows to the owner's
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        _remove(temporary)
+    with replacing(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def read_safetensors(path: str | Path, what: str = "file") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -116,7 +87,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         OSError: the folder cannot be made; the message names the path and the cause.
     """
     path = Path(path)
-    temporary = _temporary_sibling(path)
+    temporary = temporary_sibling(path)
     try:
         try:
             temporary.mkdir(parents=True)
@@ -124,13 +95,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         yield temporary
         for entry in (*temporary.rglob("*"), temporary):
-            _sync(entry)
+            sync(entry)
         try:
             os.rename(temporary, path)
         except OSError as error:
             if not path.is_dir():
                 raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -139,20 +110,3 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in contiguous row-major order; no copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy declares the buffer protocol from 3.12 on
-
-
-def _temporary_sibling(path: Path) -> Path:
-    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # the parent may be a regular file
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from t2.storage import (
     FileFormatError,
-    cache_root,
     open_safetensors,
     raw_bytes,
     write_safetensors,
 )
 from t2kernels.decomposition import ALGORITHM, ROWS, Factors, check_weight, decompose
+from t2kernels.files import cache_root
 
 FORMAT, FORMAT_VERSION = "t2-factors", "1"
 MAX_ERROR = 1e-5  # reconstruction error above which stored factors are not a decomposition of their weight

@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 
 from t2 import loading
 from t2.loading import ALIASES, convert_gguf, load
-from t2.storage import FileFormatError, cache_root
+from t2.storage import FileFormatError
+from t2kernels.files import cache_root
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,10 @@ from t2 import storage
 from t2.storage import (
     FileFormatError,
     atomic_directory,
-    cache_root,
     read_safetensors,
     write_safetensors,
 )
+from t2kernels.files import cache_root
 
 
 def test_cache_root_follows_the_environment(monkeypatch, tmp_path):

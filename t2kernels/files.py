@@ -1,0 +1,60 @@
+"""Files that appear whole or not at all, and where this package keeps things between runs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """`$T2_CACHE`, `$XDG_CACHE_HOME/t2` or `~/.cache/t2`."""
+    if root := os.environ.get("T2_CACHE"):
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "t2"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all; OSError with the path and the cause if it can't be written."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to, which takes its place when the block is left without an error.
+
+    It is synced and renamed over `path`, then the folder is synced: a reader sees the old file or the new one, also
+    after a crash. Folders above `path` are created.
+    """
+    temporary = temporary_sibling(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # with the permissions of a new file, which a library may narrow to the owner's
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # the parent may be a regular file
+            temporary.unlink(missing_ok=True)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """A name beside `path` that nobody else uses."""
+    return path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+
+
+def sync(path: Path) -> None:
+    """Makes what was written to a file or folder survive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
