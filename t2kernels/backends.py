@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -36,7 +37,10 @@ def warn_reference(device: str) -> None:
     if device in _warned:
         return
     _warned.add(device)
-    reason = f"the C++ extension is not built ({_why_not})" if device == "cpu" else "it has no kernels yet"
+    reason = {
+        "cpu": f"the C++ extension is not built ({_why_not})",
+        "cuda": f"Triton kernels: {backends()['triton']}",
+    }.get(device, "it has no kernels yet")
     warnings.warn(
         f"t2kernels: no kernel for device {device!r}: {reason}. Operators run on the plain torch reference: right, "
         "but slow, without batch invariance, and with a temporary copy of each weight in float32.",
@@ -51,9 +55,48 @@ def backends() -> dict[str, str]:
     Keys: "cpu" (C++ kernels), "triton", "cuda", "reference" (plain torch, every device).
     """
     cpu = f"available ({extension.chosen_isa()})" if extension else f"extension not built: {_why_not}"
-    no_gpu = "no CUDA device" if not torch.cuda.is_available() else "no kernels in this version"
-    triton = no_gpu if importlib.util.find_spec("triton") else "triton is not installed"
-    return {"cpu": cpu, "triton": triton, "cuda": no_gpu, "reference": "available"}
+    _, triton = _load_triton()
+    cuda = "no CUDA device" if not torch.cuda.is_available() else _load_cuda()
+    return {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": "available"}
+
+
+@functools.cache
+def decode_kernel() -> bool:
+    """Whether T2KERNELS_DECODE=cuda asks for the CUDA decode kernel; RuntimeError if it is not built."""
+    wanted = os.environ.get("T2KERNELS_DECODE")
+    if wanted not in (None, "", "triton", "cuda"):
+        raise RuntimeError(f"T2KERNELS_DECODE: expected 'triton' or 'cuda', got {wanted!r}")
+    if wanted != "cuda":
+        return False
+    if not (found := _load_cuda()).startswith("available"):
+        raise RuntimeError(f"T2KERNELS_DECODE=cuda: the decode kernel is not there: {found}")
+    return True
+
+
+@functools.cache
+def _load_cuda() -> str:
+    try:
+        importlib.import_module("t2kernels._cuda")
+    except ImportError as error:
+        return f"extension not built: {error}"
+    return "available (decode, with T2KERNELS_DECODE=cuda)"
+
+
+def triton_kernels() -> ModuleType | None:
+    """The module of operators on Triton kernels, if they run on this machine's GPU."""
+    return _load_triton()[0]
+
+
+@functools.cache
+def _load_triton() -> tuple[ModuleType | None, str]:
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed"
+    if not torch.cuda.is_available():
+        return None, "no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if torch.version.hip is None and major < 8:
+        return None, f"expected a GPU of compute capability 8.0 or more, got {major}.{minor}"
+    return importlib.import_module("t2kernels.triton.launch"), f"available ({torch.cuda.get_device_name()})"
 
 
 def build_info() -> dict[str, object]:

@@ -27,6 +27,12 @@ Neither x nor anything of W's size is kept or built. U, Vh and bias-free factors
 
 `decode_attention` is what else reads memory in a decode step; `t2kernels.decode_attention` says what it computes. It
 has no gradient.
+
+On NVIDIA and AMD GPUs the operators run on the Triton kernels (`t2kernels.triton.launch` says what those round), but
+for `decode_attention`, which torch has kernels for there. With T2KERNELS_DECODE=cuda groups of at most 16 bfloat16 rows
+take `decode_linear_group` (csrc/cuda), one launch instead of two: it rounds float16 factors to bfloat16 and adds in an
+order of its own, so that a row's bits then depend on whether its batch has more than 16 rows. It returns nothing for
+what it does not do (other dtypes, sizes that are no multiples of 16), which Triton then does.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ import torch
 from torch import Tensor
 
 from t2kernels import reference
-from t2kernels.backends import extension, warn_reference
+from t2kernels.backends import decode_kernel, extension, triton_kernels, warn_reference
 
 _library = torch.library.Library("t2kernels", "DEF")
 _library.define(
@@ -46,6 +52,10 @@ _library.define(
 )
 _library.define(
     "factored_linear_group(Tensor x, Tensor[] u, Tensor[] vh, Tensor[] component_scales, Tensor[] scales, "
+    "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products) -> Tensor[]"
+)
+_library.define(
+    "decode_linear_group(Tensor x, Tensor[] u, Tensor[] vh, Tensor[] component_scales, Tensor[] scales, "
     "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products) -> Tensor[]"
 )
 _library.define(
@@ -60,15 +70,24 @@ _library.define("dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row
 _library.define("decode_attention(Tensor query, Tensor key, Tensor value, Tensor? allowed, float scale) -> Tensor")
 
 
-def _register_reference(name: str) -> None:
-    def run(*args: Any) -> Any:
+def _register(name: str) -> None:
+    def on_reference(*args: Any) -> Any:
         warn_reference(args[0].device.type)
         return getattr(reference, name)(*args)
 
+    def on_gpu(*args: Any) -> Any:
+        if name == "factored_linear_group" and decode_kernel():
+            ys = torch.ops.t2kernels.decode_linear_group.default(*args)
+            if ys:
+                return ys
+        run = getattr(triton_kernels(), name, None)
+        return on_reference(*args) if run is None else run(*args)
+
     if extension is None:
-        _library.impl(name, run, "CPU")
-    for key in ("CUDA", "XPU", "MPS"):
-        _library.impl(name, run, key)
+        _library.impl(name, on_reference, "CPU")
+    for key in ("XPU", "MPS"):
+        _library.impl(name, on_reference, key)
+    _library.impl(name, on_gpu, "CUDA")
 
 
 for _name in (
@@ -79,7 +98,7 @@ for _name in (
     "dense_linear_backward",
     "decode_attention",
 ):
-    _register_reference(_name)
+    _register(_name)
 
 
 @torch.library.register_fake("t2kernels::factored_linear")

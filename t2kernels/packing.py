@@ -1,9 +1,9 @@
-"""Storage of frozen matrices: panels of 16 output columns, and int8 quantisation.
+"""Storage of frozen matrices: panels of 16 output columns on the CPU, plain rows elsewhere; quantisation to 8 bits.
 
 The CPU kernels read a matrix [n, k] as `panels`: the 16 values that meet x[k] lie together, and a panel is one
 sequential stream. float32 and float16 panels are [ceil(n / 16), k, 16]; bfloat16 and int8 ones
 [ceil(n / 16), ceil(k / 2), 16, 2], two terms of a column side by side, as dot-product instructions take them. Columns
-past n and a term past k hold zeros.
+past n and a term past k hold zeros. GPUs read the row-major matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor
 
 PANEL = 16
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-
+GPU_STORAGE_DTYPES = (*STORAGE_DTYPES, torch.float8_e4m3fn)
+EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Formats with a scale per line, and their largest value."""
 
 _PAIRED = (torch.bfloat16, torch.int8)
 
@@ -38,6 +40,18 @@ def _pack_single(matrix: Tensor) -> Tensor:
     return panels
 
 
+def lay_out(stored: Tensor, n: int, k: int) -> Tensor:
+    """A stored matrix [n, k], panels or plain, as the kernels of its device read it."""
+    if stored.device.type == "cpu":
+        return pack_panels(stored) if stored.dim() == 2 else stored
+    return matrix_of(stored, n, k).contiguous()
+
+
+def matrix_of(stored: Tensor, n: int, k: int) -> Tensor:
+    """The stored matrix [n, k], panels or plain."""
+    return stored if stored.dim() == 2 else unpack_panels(stored, n, k)
+
+
 def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
     """Panels -> matrix [n, k]."""
     if panels.dim() == 4:
@@ -45,12 +59,13 @@ def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:
     return panels.transpose(1, 2).reshape(-1, panels.shape[1])[:n, :k]
 
 
-def quantize_int8(matrix: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one float32 scale per index along `dim`: matrix ~ int8 * scale.
+def quantize(matrix: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 or float8_e4m3fn with one float32 scale per index along `dim`: matrix ~ stored * scale.
 
-    Returns (int8 matrix, scale [matrix.shape[dim]]). An all-zero line gets scale 0.
+    Returns (stored matrix, scale [matrix.shape[dim]]). An all-zero line gets scale 0.
     """
-    matrix = matrix.float()
-    scale = matrix.abs().amax(dim=1 - dim) / 127.0
+    matrix, largest = matrix.float(), EIGHT_BITS[dtype]
+    scale = matrix.abs().amax(dim=1 - dim) / largest
     step = torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(1 - dim)
-    return (matrix / step).round().clamp(-127, 127).to(torch.int8), scale
+    steps = (matrix / step).clamp(-largest, largest)
+    return (steps.round() if dtype == torch.int8 else steps).to(dtype), scale

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from t2kernels.packing import PANEL, unpack_panels
+from t2kernels.packing import PANEL, matrix_of
 
 
 def svf_linear_ref(
@@ -35,7 +35,7 @@ def svf_linear_ref(
 
 
 def _float_matrix(factor: Tensor, n: int, k: int) -> Tensor:
-    matrix = factor if factor.dim() == 2 else unpack_panels(factor, n, k)
+    matrix = matrix_of(factor, n, k)
     return matrix.double() if matrix.dtype == torch.float64 else matrix.float()
 
 

@@ -1,6 +1,7 @@
 """Frozen weights laid out for the machine: `FactoredWeight` (U, Vh) and `DenseWeight` (W).
 
-Both are modules with buffers only, so they move with `.to(device)` and are saved with their owner. Casting a model to
+Both are modules with buffers only, so they move with `.to(device)`, taking the layout that the device's kernels read,
+and are saved with their owner. Casting a model to
 another dtype leaves them as they are: their storage format was chosen when they were packed.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from t2kernels import checks, ops
-from t2kernels.packing import PANEL, STORAGE_DTYPES, pack_panels, quantize_int8, unpack_panels
+from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, PANEL, STORAGE_DTYPES, lay_out, matrix_of, quantize
 
 
 class _FrozenWeight(nn.Module):
@@ -23,7 +24,25 @@ class _FrozenWeight(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtype, recurse)
+        for name, (n, k) in self._matrices().items():
+            stored = getattr(self, name)
+            if not stored.is_meta:
+                setattr(self, name, lay_out(stored, n, k))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes matrices that were saved from another kind of device."""
+        for name, (n, k) in self._matrices().items():
+            stored = state_dict.get(prefix + name)
+            if isinstance(stored, Tensor) and stored.dim() != getattr(self, name).dim():
+                stored = stored.to(getattr(self, name).device)
+                state_dict = {**state_dict, prefix + name: lay_out(stored, n, k)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        """The buffers that are stored matrices, and their shapes [n, k]."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
@@ -43,9 +62,11 @@ def _check_matrix(name: str, matrix: object, shape: str) -> Tensor:
     return matrix.detach()
 
 
-def _check_storage(dtype: torch.dtype) -> None:
-    if dtype not in STORAGE_DTYPES:
-        raise TypeError(f"dtype: expected float32, bfloat16, float16 or int8, got {dtype}")
+def _check_storage(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype not in (STORAGE_DTYPES if device.type == "cpu" else GPU_STORAGE_DTYPES):
+        raise TypeError(
+            f"dtype: expected float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn; got {dtype} on {device}"
+        )
 
 
 def _cast(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,6 +130,18 @@ class FactoredWeight(_FrozenWeight):
         self._kept_operands = None
         super()._load_from_state_dict(*args)
 
+    @property
+    def part_ranks(self) -> list[int]:
+        """Components of each part."""
+        head = int8_head(self.rank) if self.parts == 2 else 0
+        return [head, self.rank - head][-self.parts :]
+
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        shapes: dict[str, tuple[int, int]] = {}
+        for part, rank in enumerate(self.part_ranks):
+            shapes |= {f"u{part}": (self.out_features, rank), f"vh{part}": (rank, self.in_features)}
+        return shapes
+
     def _operands(self) -> _Operands:
         """Kept between calls: looking buffers up by name takes a microsecond."""
         if self._kept_operands is None:
@@ -140,12 +173,12 @@ class FactoredWeight(_FrozenWeight):
 
         Args:
             u: [out, r], s: [r], vh: [r, in]: float tensors with finite values.
-            dtype: storage of u and vh: float32, bfloat16, float16 or int8.
+            dtype: storage of u and vh: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn, with int8's scales.
             bf16_products: lets float32 and float16 activations be rounded to bfloat16 before they meet bfloat16
                 factors, where the processor has that dot product (twice the multiply-adds of float32).
         """
-        _check_storage(dtype)
         u = _check_matrix("u", u, "[out, r]")
+        _check_storage(dtype, u.device)
         vh = _check_matrix("vh", vh, "[r, in]")
         s = checks.check_tensor("s", s, "[r]").detach()
         if vh.shape[0] != u.shape[1]:
@@ -158,10 +191,10 @@ class FactoredWeight(_FrozenWeight):
         for name, value in (("s", s), ("vh", vh)):
             checks.check_device(name, value, u, "u")
         component_scale = None
-        if dtype == torch.int8:
+        if dtype in EIGHT_BITS:
             head = int8_head(len(s))
-            u_tail, u_scale = quantize_int8(u[:, head:], dim=1)
-            vh_tail, vh_scale = quantize_int8(vh[head:], dim=0)
+            u_tail, u_scale = quantize(u[:, head:], 1, dtype)
+            vh_tail, vh_scale = quantize(vh[head:], 0, dtype)
             component_scale = torch.cat([u_scale.new_ones(head), u_scale * vh_scale])
             u_parts, vh_parts = [u_tail], [vh_tail]
             if head:
@@ -170,9 +203,9 @@ class FactoredWeight(_FrozenWeight):
         else:
             u_parts, vh_parts = [_cast("u", u, dtype)], [_cast("vh", vh, dtype)]
         return cls(
-            [pack_panels(part) for part in u_parts],
+            [lay_out(part, *part.shape) for part in u_parts],
             s.float().clone(),
-            [pack_panels(part) for part in vh_parts],
+            [lay_out(part, *part.shape) for part in vh_parts],
             component_scale,
             u.shape[0],
             vh.shape[1],
@@ -188,11 +221,9 @@ class FactoredWeight(_FrozenWeight):
         """(u [out, r], s [r], vh [r, in]) in float32, as stored: u and vh with their rounding.
 
         An int8 scale belongs to a component; it is returned with u."""
-        head = self.vh[0].shape[0] * PANEL if self.parts == 2 else 0
-        ranks = [head, self.rank - head][-self.parts :]
-        parts = list(zip(self.u, self.vh, ranks, strict=True))
-        u = torch.cat([unpack_panels(u, self.out_features, rank).float() for u, _, rank in parts], 1)
-        vh = torch.cat([unpack_panels(vh, rank, self.in_features).float() for _, vh, rank in parts], 0)
+        parts = list(zip(self.u, self.vh, self.part_ranks, strict=True))
+        u = torch.cat([matrix_of(u, self.out_features, rank).float() for u, _, rank in parts], 1)
+        vh = torch.cat([matrix_of(vh, rank, self.in_features).float() for _, vh, rank in parts], 0)
         if self.component_scale is not None:
             u = u * self.component_scale
         return u, self.s.clone(), vh
@@ -351,14 +382,16 @@ class DenseWeight(_FrozenWeight):
 
         `bf16_products` as in `FactoredWeight.pack`.
         """
-        _check_storage(dtype)
         weight = _check_matrix("weight", weight, "[out, in]")
+        _check_storage(dtype, weight.device)
         row_scale = None
-        if dtype == torch.int8:
-            weight, row_scale = quantize_int8(weight, dim=0)
-        return cls(
-            pack_panels(_cast("weight", weight, dtype)), row_scale, weight.shape[0], weight.shape[1], bf16_products
-        )
+        if dtype in EIGHT_BITS:
+            weight, row_scale = quantize(weight, 0, dtype)
+        stored = lay_out(_cast("weight", weight, dtype), *weight.shape)
+        return cls(stored, row_scale, weight.shape[0], weight.shape[1], bf16_products)
+
+    def _matrices(self) -> dict[str, tuple[int, int]]:
+        return {"weight": (self.out_features, self.in_features)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -367,7 +400,7 @@ class DenseWeight(_FrozenWeight):
 
     def matrix(self) -> Tensor:
         """W [out, in] in float32, as stored."""
-        matrix = unpack_panels(self.weight, self.out_features, self.in_features).float()
+        matrix = matrix_of(self.weight, self.out_features, self.in_features).float()
         return matrix if self.row_scale is None else matrix * self.row_scale.unsqueeze(1)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,0 +1,327 @@
+"""The Triton kernels of the factored product and its gradients.
+
+All are one tiled product, `acc[m, n] = sum over k of a[m, k] * w[n, k]`, with different ends:
+
+    project   s = (x Vh^T) * scale[slot] * component_scale, and t = x Vh^T for the backward pass
+    expand    y = (s U^T) * row_scale + bias; with the factors read the other way round, dx = d Vh
+    pull      d = (g U) * scale[slot] * component_scale, and sums of t * (g U) for `gather`
+    gather    dscales = pull's sums, added up per slot
+
+Tiling. A program owns a tile of BLOCK_M rows and BLOCK_N columns and walks its columns' reduction from end to end in
+steps of BLOCK_K. Several matrices that share their input (q, k and v; gate and up; the two parts of int8 storage) are
+one launch: their tiles are numbered one after the other. Where programs are fewer than tiles they are persistent.
+Consecutive tiles share weights (GROUP_M row tiles before the next columns), so that they meet in L2.
+Data movement. Weights come as they are stored (bfloat16, float16, float32, int8, fp8) through `num_stages` buffers of
+shared memory and are widened on their way to the tensor core: for few rows every weight byte crosses the memory bus
+once. The scale is gathered per row at the end of the first product, so the number of experts changes no traffic but
+its own few kilobytes, and W' never exists.
+Order. A row's sum is one chain over k, in order, in float32: neither tile sizes nor the other rows have a part in it,
+as long as one kind of tensor core instruction does all of them (`tuning` sees to that). Splitting k over programs would
+shorten the chain of small matrices, but the same split would then bind every batch size; tiles of 16 to 32 columns fill
+the chip instead (6,144 columns of q, k and v are 192 to 384 of them).
+Limit. Few rows: reading the weights. Many: the tensor core, at the rate of the dtype that x has.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there bfloat16 is neither multiplied nor made from int8
+
+
+@triton.jit
+def _tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column tile number `index`, walked in groups of GROUP_M row tiles."""
+    group = index // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = index - group * GROUP_M * tiles_n
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _multiply(
+    acc,
+    a,  # [rows, k], k contiguous
+    lda,
+    m,  # this tile's row numbers, int64
+    rows,
+    w,  # [n, k], k contiguous; with TRANSPOSED [k, n], n contiguous
+    ldw,
+    n,  # this tile's column numbers
+    columns,
+    k,
+    ROUND_TO_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + a[m] w[n]^T, term after term: in a's 16-bit type if w fits into it, else in float32 as PRECISION says."""
+    a_type: tl.constexpr = tl.bfloat16 if ROUND_TO_BF16 else a.dtype.element_ty
+    w_type: tl.constexpr = w.dtype.element_ty
+    if a_type != tl.float32 and (w_type == a_type or w_type == tl.int8 or w_type == tl.float8e4nv):
+        term: tl.constexpr = a_type
+    else:
+        term: tl.constexpr = tl.float32
+    ks = tl.arange(0, BLOCK_K)
+    a_at = a + m[:, None] * lda + ks[None, :]
+    if TRANSPOSED:
+        w_at = w + ks.to(tl.int64)[:, None] * ldw + n[None, :]
+        w_step = BLOCK_K * ldw
+    else:
+        w_at = w + n.to(tl.int64)[None, :] * ldw + ks[:, None]
+        w_step = BLOCK_K
+    m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
+    for k0 in range(0, k, BLOCK_K):
+        if EVEN_K:
+            a_tile = tl.load(a_at, mask=m_inside, other=0.0)
+            w_tile = tl.load(w_at, mask=n_inside, other=0.0)
+        else:
+            a_tile = tl.load(a_at, mask=m_inside & (ks < k - k0)[None, :], other=0.0)
+            w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[:, None], other=0.0)
+        if ROUND_TO_BF16:
+            a_tile = a_tile.to(tl.bfloat16)
+        if INTERPRETED:
+            a_tile, w_tile = a_tile.to(tl.float32).to(term).to(tl.float32), w_tile.to(tl.float32)
+        else:
+            a_tile, w_tile = a_tile.to(term), w_tile.to(term)
+        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+        a_at += BLOCK_K
+        w_at += w_step
+    return acc
+
+
+@triton.jit
+def _scale_of(scales, ld_scales, slots, rows_per_slot, component, m, rows, n, columns, HAS_COMPONENT: tl.constexpr):
+    """[tile rows, tile columns] float32: each row's scale, times the columns' component scale."""
+    slot = tl.load(slots + m // rows_per_slot, mask=m < rows, other=0)
+    inside = (m < rows)[:, None] & (n < columns)[None, :]
+    scale = tl.load(scales + slot[:, None] * ld_scales + n[None, :], mask=inside, other=0.0)
+    if HAS_COMPONENT:
+        scale *= tl.load(component + n, mask=n < columns, other=0.0)[None, :]
+    return scale
+
+
+@triton.jit
+def project(
+    x,  # [rows, k]
+    ldx,
+    ws,  # for each matrix [columns, k], contiguous
+    scales,  # for each matrix [slots, columns] float32
+    ld_scales,  # for each matrix
+    components,  # for each matrix [columns] float32, if HAS_COMPONENT
+    slots,  # int64, one for rows_per_slot consecutive rows
+    rows_per_slot,
+    s,  # for each matrix [rows, columns], of row stride lds
+    lds,
+    t,  # like s, float32, of row stride ldt, if HAS_T
+    ldt,
+    rows,
+    columns,  # for each matrix
+    k,
+    COUNT: tl.constexpr,  # matrices
+    HAS_COMPONENT: tl.constexpr,
+    HAS_T: tl.constexpr,
+    ROUND_TO_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles = 0
+    for i in tl.static_range(COUNT):
+        tiles += tiles_m * tl.cdiv(columns[i], BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        first = 0
+        for i in tl.static_range(COUNT):
+            own = tiles_m * tl.cdiv(columns[i], BLOCK_N)
+            if COUNT == 1 or (index >= first and index < first + own):
+                tile_m, tile_n = _tile_of(index - first, tiles_m, tl.cdiv(columns[i], BLOCK_N), GROUP_M)
+                m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                acc = _multiply(
+                    acc, x, ldx, m, rows, ws[i], k, n, columns[i], k, ROUND_TO_BF16, PRECISION, False, EVEN_K, BLOCK_K
+                )
+                inside = (m < rows)[:, None] & (n < columns[i])[None, :]
+                if HAS_T:
+                    tl.store(t[i] + m[:, None] * ldt + n[None, :], acc, mask=inside)
+                scaled = acc * _scale_of(
+                    scales[i], ld_scales[i], slots, rows_per_slot, components[i], m, rows, n, columns[i], HAS_COMPONENT
+                )
+                tl.store(s[i] + m[:, None] * lds + n[None, :], scaled.to(s[i].dtype.element_ty), mask=inside)
+            first += own
+
+
+@triton.jit
+def expand(
+    s,  # for each matrix [rows, k], of row stride lds
+    lds,
+    w0,  # for each matrix its first part along k: [columns, k0], with TRANSPOSED [k0, columns], contiguous
+    k0,  # for each matrix
+    w1,  # for each matrix its second part, if PARTS is 2
+    k1,
+    row_scale,  # [columns] float32, if HAS_ROW_SCALE
+    biases,  # for each matrix [columns], if HAS_BIAS
+    y,  # for each matrix [rows, columns], contiguous
+    rows,
+    columns,  # for each matrix
+    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROUND_TO_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles = 0
+    for i in tl.static_range(COUNT):
+        tiles += tiles_m * tl.cdiv(columns[i], BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        first = 0
+        for i in tl.static_range(COUNT):
+            own = tiles_m * tl.cdiv(columns[i], BLOCK_N)
+            if COUNT == 1 or (index >= first and index < first + own):
+                tile_m, tile_n = _tile_of(index - first, tiles_m, tl.cdiv(columns[i], BLOCK_N), GROUP_M)
+                m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+                n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                ld0 = columns[i] if TRANSPOSED else k0[i]
+                acc = _multiply(
+                    acc,
+                    s[i],
+                    lds,
+                    m,
+                    rows,
+                    w0[i],
+                    ld0,
+                    n,
+                    columns[i],
+                    k0[i],
+                    ROUND_TO_BF16,
+                    PRECISION,
+                    TRANSPOSED,
+                    EVEN_K,
+                    BLOCK_K,
+                )
+                if PARTS == 2:
+                    ld1 = columns[i] if TRANSPOSED else k1[i]
+                    acc = _multiply(
+                        acc,
+                        s[i] + k0[i],
+                        lds,
+                        m,
+                        rows,
+                        w1[i],
+                        ld1,
+                        n,
+                        columns[i],
+                        k1[i],
+                        ROUND_TO_BF16,
+                        PRECISION,
+                        TRANSPOSED,
+                        EVEN_K,
+                        BLOCK_K,
+                    )
+                if HAS_ROW_SCALE:
+                    acc *= tl.load(row_scale + n, mask=n < columns[i], other=0.0)[None, :]
+                if HAS_BIAS:
+                    acc += tl.load(biases[i] + n, mask=n < columns[i], other=0.0).to(tl.float32)[None, :]
+                inside = (m < rows)[:, None] & (n < columns[i])[None, :]
+                tl.store(y[i] + m[:, None] * columns[i] + n[None, :], acc.to(y[i].dtype.element_ty), mask=inside)
+            first += own
+
+
+@triton.jit
+def pull(
+    g,  # [rows, k]
+    ldg,
+    w,  # U [k, columns], contiguous
+    scales,  # [slots, columns] float32
+    ld_scales,
+    component,  # [columns] float32, if HAS_COMPONENT
+    slots,
+    rows_per_slot,
+    t,  # [rows, columns] float32, of row stride ldt
+    ldt,
+    d,  # [rows, columns], of row stride ldd, if NEED_D
+    ldd,
+    sums,  # [row tiles, span, columns of all parts] float32, of row stride ldsums, if NEED_SUMS
+    ld_sums,
+    span,  # slot entries that the rows of one tile belong to, at most
+    rows,
+    columns,
+    k,
+    HAS_COMPONENT: tl.constexpr,
+    NEED_D: tl.constexpr,
+    NEED_SUMS: tl.constexpr,
+    ROUND_TO_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP_M)
+        m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        h = _multiply(h, g, ldg, m, rows, w, columns, n, columns, k, ROUND_TO_BF16, PRECISION, True, EVEN_K, BLOCK_K)
+        inside = (m < rows)[:, None] & (n < columns)[None, :]
+        if NEED_D:
+            scaled = h * _scale_of(
+                scales, ld_scales, slots, rows_per_slot, component, m, rows, n, columns, HAS_COMPONENT
+            )
+            tl.store(d + m[:, None] * ldd + n[None, :], scaled.to(d.dtype.element_ty), mask=inside)
+        if NEED_SUMS:
+            th = h * tl.load(t + m[:, None] * ldt + n[None, :], mask=inside, other=0.0)
+            if HAS_COMPONENT:
+                th *= tl.load(component + n, mask=n < columns, other=0.0)[None, :]
+            entry = m // rows_per_slot - tile_m.to(tl.int64) * BLOCK_M // rows_per_slot
+            sums_at = sums + tile_m.to(tl.int64) * span * ld_sums + n
+            for j in range(span):
+                own = tl.where((entry == j)[:, None], th, 0.0)
+                tl.store(sums_at + j * ld_sums, tl.sum(own, axis=0), mask=n < columns)
+
+
+@triton.jit
+def gather(
+    sums,  # [row tiles, span, columns] float32 of `pull`
+    slots,
+    dscales,  # [slots, columns] float32
+    entries,  # of slots
+    rows_per_slot,
+    span,
+    columns,
+    BLOCK_M: tl.constexpr,  # of `pull`
+    BLOCK_N: tl.constexpr,
+):
+    """One program per slot and block of columns adds what belongs to the slot, entry after entry, tile after tile."""
+    slot = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for entry in range(entries):
+        if tl.load(slots + entry) == slot:
+            begin = entry * rows_per_slot
+            for tile in range(begin // BLOCK_M, (begin + rows_per_slot - 1) // BLOCK_M + 1):
+                j = entry - tile * BLOCK_M // rows_per_slot
+                line = tl.full([], 0, tl.int64) + tile * span + j
+                total += tl.load(sums + line * columns + n, mask=n < columns, other=0.0)
+    tl.store(dscales + slot.to(tl.int64) * columns + n, total, mask=n < columns)

@@ -1,0 +1,213 @@
+"""Tile sizes: a table per kind of chip, and what `tune` measured on this one.
+
+A table names tiles by the rows they are for. Along a table one kind of tensor core instruction does the sums (mma on
+sm_80, wgmma from BLOCK_M 64 on sm_90, tcgen05 on sm_100, mfma on gfx942), since a row's bits may not depend on how
+many others are there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from t2kernels.files import cache_root, write_text
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one launch cuts its work: rows x columns of a program's tile, the step along k, warps, buffers in flight.
+
+    `group_m` row tiles take turns before the next columns. A persistent launch has as many programs as the chip has
+    multiprocessors, each walking over tiles.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+    persistent: bool = False
+
+
+Entries = tuple[tuple[float, Tile], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Tiles by the largest number of rows they are for; the last takes all others."""
+
+    project: Entries  # products of 16-bit terms, by kernel: scales and sums at their end take registers
+    expand: Entries
+    pull: Entries
+    wide: Entries  # products of float32 and tf32 terms
+
+    def entries(self, kernel: str, half: bool) -> Entries:
+        return {"project": self.project, "expand": self.expand, "pull": self.pull}[kernel] if half else self.wide
+
+
+_MMA_WIDE = ((16, Tile(16, 32, 64, 4, 3)), (math.inf, Tile(64, 32, 32, 4, 3)))
+_MFMA = ((16, Tile(16, 32, 128, 4, 2)), (64, Tile(64, 64, 64, 4, 2)), (math.inf, Tile(128, 128, 64, 8, 2)))
+_WIDE = ((math.inf, Tile(64, 32, 32, 4, 3)),)
+TABLES = {
+    "sm_80": Table(
+        project=(
+            (16, Tile(16, 32, 128, 4, 5)),
+            (64, Tile(64, 64, 64, 4, 4)),
+            (math.inf, Tile(128, 128, 32, 8, 4)),
+        ),
+        pull=((16, Tile(16, 32, 128, 4, 5)), (math.inf, Tile(128, 64, 32, 8, 4))),
+        expand=(
+            (16, Tile(16, 32, 128, 4, 5)),
+            (64, Tile(64, 64, 64, 8, 4)),
+            (math.inf, Tile(128, 128, 32, 8, 4)),
+        ),
+        wide=_MMA_WIDE,
+    ),
+    "sm_90": Table(
+        project=(
+            (64, Tile(64, 32, 128, 4, 5)),
+            (256, Tile(64, 128, 64, 8, 4)),
+            (math.inf, Tile(128, 128, 64, 8, 3)),
+        ),
+        pull=((256, Tile(64, 128, 64, 8, 4)), (math.inf, Tile(128, 64, 64, 8, 4))),
+        expand=(
+            (64, Tile(64, 32, 128, 4, 5)),
+            (256, Tile(64, 128, 64, 4, 4)),
+            (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
+        ),
+        wide=_WIDE,
+    ),
+    "sm_100": Table(
+        project=((128, Tile(128, 32, 128, 4, 4)), (math.inf, Tile(128, 128, 64, 8, 3))),
+        expand=((128, Tile(128, 32, 64, 8, 4)), (math.inf, Tile(128, 256, 64, 8, 3, persistent=True))),
+        pull=((math.inf, Tile(128, 128, 64, 8, 3)),),
+        wide=_WIDE,
+    ),
+    "gfx942": Table(
+        project=_MFMA,
+        expand=_MFMA,
+        pull=_MFMA,
+        wide=_MMA_WIDE,
+    ),
+}
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """The table that fits a device; the interpreter on the CPU uses sm_90's."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100" if major == 10 else "sm_80")
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs of a persistent launch; the interpreter has a few, so that each walks over several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a tile is chosen by."""
+
+    kernel: str
+    rows: int
+    columns: tuple[int, ...]
+    k: tuple[int, ...]
+    half: bool
+    dtypes: tuple[torch.dtype, ...]  # of the left side and the weights
+
+    @property
+    def key(self) -> str:
+        """Launches whose rows round up to the same power of two share a measured tile."""
+        bucket = 1 << max(0, self.rows - 1).bit_length()
+        dtypes = " x ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+        return f"{self.kernel} rows<={bucket} columns={self.columns} k={self.k} {dtypes}"
+
+
+_chosen: dict[tuple[Launch, torch.device], Tile] = {}
+
+
+def tile_for(launch: Launch, device: torch.device) -> Tile:
+    """The measured tile if there is one, else the table's; looked up once for each launch."""
+    tile = _chosen.get((launch, device))
+    if tile is None:
+        tile = _chosen[launch, device] = _measured(_path(device)).get(launch.key) or table_tile(launch, device)
+    return tile
+
+
+def table_tile(launch: Launch, device: torch.device) -> Tile:
+    entries = TABLES[chip(device)].entries(launch.kernel, launch.half)
+    return next(tile for most, tile in entries if launch.rows <= most)
+
+
+def tune(
+    run: Callable[[], Any], seconds: Callable[[Callable[[], Any]], float], device: torch.device
+) -> dict[str, Tile]:
+    """Tries tiles for every launch that `run` makes, one launch after the other, and keeps the fastest on disk.
+
+    seconds: times a call. A tile that does not compile or does not fit this chip is passed over.
+    """
+    _chosen.clear()
+    run()
+    best = {}
+    for launch in [launch for launch, _ in _chosen]:
+        times: dict[Tile, float] = {}
+        for tile in candidates(launch, device):
+            _chosen[launch, device] = tile
+            try:
+                times[tile] = seconds(run)
+            except (OutOfResources, CompilationError, PTXASError):
+                continue
+        best[launch.key] = _chosen[launch, device] = min(times, key=lambda tile: times[tile])
+        save({launch.key: best[launch.key]}, device)
+    return best
+
+
+def candidates(launch: Launch, device: torch.device) -> list[Tile]:
+    """Tiles to try: the table's, and the same with other depths, widths and numbers of buffers."""
+    base = table_tile(launch, device)
+    tiles = {base}
+    for block_n in (16, 32, 64, 128, 256):
+        for block_k in (32, 64, 128, 256):
+            for stages in (3, 4, 5):
+                if base.block_m * block_n <= 1 << 15 and (base.block_m + block_n) * block_k * stages * 2 <= 200 << 10:
+                    warps = 8 if base.block_m * block_n >= 1 << 14 else 4
+                    tiles.add(Tile(base.block_m, block_n, block_k, warps, stages, base.group_m, base.persistent))
+    return sorted(tiles, key=lambda tile: tuple(asdict(tile).values()))
+
+
+def save(measured: dict[str, Tile], device: torch.device) -> Path:
+    """Adds measured tiles to the device's file, whole or not at all, and uses them from now on."""
+    path = _path(device)
+    merged = {**_measured(path), **measured}
+    write_text(path, json.dumps({key: asdict(tile) for key, tile in sorted(merged.items())}, indent=1))
+    _measured.cache_clear()
+    _chosen.clear()
+    return path
+
+
+@functools.cache
+def _measured(path: Path) -> dict[str, Tile]:
+    try:
+        return {key: Tile(**tile) for key, tile in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+
+
+def _path(device: torch.device) -> Path:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return cache_root() / "tuning" / f"{name.replace(' ', '-')}.json"

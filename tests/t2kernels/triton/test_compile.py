@@ -1,0 +1,38 @@
+"""The tiles of the tuning tables as machine code for their chips; no GPU needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+TOOL = Path(__file__).parents[3] / "benchmarks" / "triton_compile.py"
+
+
+def compiled(out, *options):
+    """What the tool found; a process of its own, since the kernels here are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, TOOL, "--out", out, *options], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads(out.read_text())["launches"]
+
+
+def test_decode_tiles_compile_without_spills_to_tensor_core_code(tmp_path):
+    launches = compiled(tmp_path / "some.json", "--some")
+    assert {each["chip"] for each in launches} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert all(each["spilled_bytes"] == 0 for each in launches)
+
+
+@pytest.mark.slow
+def test_every_tile_compiles_without_spills_to_tensor_core_code(tmp_path):
+    launches = compiled(tmp_path / "all.json")
+    assert {each["kernel"] for each in launches} == {"project", "expand", "pull"}
+    prefill = [each for each in launches if each["chip"] == "sm_90" and each["tile"].startswith("128 x 256")]
+    assert prefill and all("HGMMA" in each["tensor_core"] for each in prefill)

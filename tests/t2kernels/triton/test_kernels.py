@@ -1,0 +1,282 @@
+"""Every Triton kernel, run by the interpreter, against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from t2kernels import reference
+from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, quantize
+from tests.t2kernels.problems import ACTIVATIONS, problem
+
+triton = pytest.importorskip("triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("on a GPU: TRITON_INTERPRET=1 pytest tests/t2kernels/triton", allow_module_level=True)
+from t2kernels.triton import launch, tuning  # noqa: E402
+
+SHAPES = [(1, 1, 1), (7, 1, 5), (1, 7, 577), (48, 64, 128), (577, 300, 131)]  # out, rank, in
+BATCHES = [0, 1, 3, 17, 300]
+EXPERTS = [1, 7, 64]
+# Rounding of x, of the scaled projection and of the result to 16 bits.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+class Factors:
+    """Random factors as a GPU holds them: matrices, in one part, or of 8-bit formats in two."""
+
+    def __init__(self, shape, storage, parts=1, seed=0):
+        p = problem(shape, 1, seed=seed)
+        self.component = None
+        if storage in EIGHT_BITS:
+            u, u_scale = quantize(p.u, 1, storage)
+            vh, vh_scale = quantize(p.vh, 0, storage)
+            self.component = u_scale * vh_scale
+        else:
+            u, vh = p.u.to(storage), p.vh.to(storage)
+        self.u, self.vh = [u], [vh]
+        if parts == 2:
+            head = shape[1] // 3
+            self.component[:head] = 1.0
+            self.u = [p.u[:, :head].half(), u[:, head:].contiguous()]
+            self.vh = [p.vh[:head].half(), vh[head:].contiguous()]
+
+    @property
+    def full(self):
+        return torch.cat([part.float() for part in self.u], 1).double(), torch.cat(
+            [part.float() for part in self.vh], 0
+        ).double()
+
+
+def close(actual, expected, dtype):
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.double(), expected, atol=tolerance * scale, rtol=tolerance)
+
+
+def row_scales(p, factors, slots=None):
+    slots = p.ids if slots is None else slots
+    scales = p.scales.double()[slots].repeat_interleave(p.x.shape[0] // max(len(slots), 1), 0)
+    return scales if factors.component is None else scales * factors.component.double()
+
+
+def expected_forward(p, factors, slots=None):
+    u, vh = factors.full
+    t = p.x.double() @ vh.T
+    return (t * row_scales(p, factors, slots)) @ u.T + p.bias.double(), t
+
+
+@pytest.mark.parametrize("storage", GPU_STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(shape, dtype, storage):
+    factors = Factors(shape, storage)
+    for batch in BATCHES if dtype == torch.bfloat16 or storage == torch.float32 else (1, 17):
+        p = problem(shape, batch, dtype=dtype)
+        y, t = launch.factored_linear(
+            p.x, factors.u, factors.vh, factors.component, p.scales, p.ids, p.bias, shape[0], False
+        )
+        expected, expected_t = expected_forward(p, factors)
+        assert y.dtype == dtype and t.dtype == torch.float32
+        close(y, expected, dtype)
+        close(t, expected_t, torch.float32)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_forward_with_every_number_of_experts(experts):
+    factors = Factors((48, 64, 128), torch.bfloat16)
+    for batch in BATCHES:
+        p = problem((48, 64, 128), batch, experts=experts, dtype=torch.bfloat16)
+        y, _ = launch.factored_linear(p.x, factors.u, factors.vh, None, p.scales, p.ids, None, 48, False)
+        expected, _ = expected_forward(p, factors)
+        close(y, expected - p.bias.double(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("storage", EIGHT_BITS, ids=str)
+def test_two_parts(dtype, storage):
+    shape = (40, 192, 130)
+    factors = Factors(shape, storage, parts=2)
+    for batch in (1, 17, 300):
+        p = problem(shape, batch, dtype=dtype)
+        arguments = (p.x, factors.u, factors.vh, factors.component, p.scales, p.ids, p.bias, 40, False)
+        y, t = launch.factored_linear(*arguments)
+        expected, expected_t = expected_forward(p, factors)
+        close(y, expected, dtype)
+        close(t, expected_t, torch.float32)
+
+
+def test_several_rows_per_slot_strided_scales_and_inputs():
+    shape = (48, 64, 128)
+    factors = Factors(shape, torch.float32)
+    p = problem(shape, 12)
+    wide = torch.randn(12, 2 * 128)
+    p.x = wide[:, ::2]
+    table = torch.randn(5, 200)
+    table[:, 20:84] = p.scales
+    slots = torch.tensor([4, 0, 2])
+    u, vh = factors.u[0].T.contiguous().T, factors.vh[0].T.contiguous().T
+    y, _ = launch.factored_linear(p.x.view(3, 4, 128), [u], [vh], None, table[:, 20:84], slots, p.bias, 48, False)
+    close(y.reshape(12, 48), expected_forward(p, factors, slots)[0], torch.float32)
+
+
+def test_bf16_products_round_activations_and_nothing_else():
+    shape = (48, 64, 128)
+    factors = Factors(shape, torch.bfloat16)
+    p = problem(shape, 17)
+    exact, rounded = (
+        launch.factored_linear(p.x, factors.u, factors.vh, None, p.scales, p.ids, None, 48, flag)[0]
+        for flag in (False, True)
+    )
+    expected = expected_forward(p, factors)[0] - p.bias.double()
+    close(exact, expected, torch.float32)
+    close(rounded, expected, torch.bfloat16)
+    assert not torch.equal(exact, rounded)
+    p.x = p.x.bfloat16().float()
+    t = launch.factored_linear(p.x, factors.u, factors.vh, None, p.scales, p.ids, None, 48, True)[1]
+    close(t, expected_forward(p, factors)[1], torch.float32)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8], ids=str)
+def test_group_is_its_layers(storage):
+    shapes = [(96, 64, 128), (32, 32, 128), (33, 31, 128)]
+    layers = [Factors(shape, storage, seed=i) for i, shape in enumerate(shapes)]
+    for batch in (0, 1, 17, 300):
+        ps = [problem(shape, batch, seed=i, dtype=torch.bfloat16) for i, shape in enumerate(shapes)]
+        x, ids = ps[0].x, ps[0].ids
+        biases = [ps[0].bias, ps[1].bias[:0], ps[2].bias]
+        components = [layer.component for layer in layers] if storage == torch.int8 else []
+        ys = launch.factored_linear_group(
+            x,
+            [part for layer in layers for part in layer.u],
+            [part for layer in layers for part in layer.vh],
+            components,
+            [p.scales for p in ps],
+            ids,
+            biases,
+            [shape[0] for shape in shapes],
+            False,
+        )
+        for y, p, layer, bias, shape in zip(ys, ps, layers, biases, shapes, strict=True):
+            alone, _ = launch.factored_linear(
+                x, layer.u, layer.vh, layer.component, p.scales, ids, bias if len(bias) else None, shape[0], False
+            )
+            assert y.is_contiguous() and torch.equal(y, alone)
+
+
+@pytest.mark.parametrize("storage", GPU_STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backward(shape, dtype, storage):
+    factors = Factors(shape, storage)
+    check_backward(shape, dtype, factors, BATCHES if storage == torch.bfloat16 else (1, 17))
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("requests", [1, 2, 25, 300])
+def test_backward_of_requests_that_span_and_share_tiles(requests, experts):
+    check_backward((48, 64, 128), torch.float32, Factors((48, 64, 128), torch.float32), [300], requests, experts)
+
+
+@pytest.mark.parametrize("storage", EIGHT_BITS, ids=str)
+def test_backward_of_two_parts(storage):
+    shape = (40, 192, 130)
+    check_backward(shape, torch.bfloat16, Factors(shape, storage, parts=2), (1, 17, 300))
+
+
+def check_backward(shape, dtype, factors, batches, requests=None, experts=5):
+    u, vh = factors.full
+    for batch in batches:
+        p = problem(shape, batch, experts=experts)
+        slots = p.ids if requests is None else p.ids[:requests]
+        g = torch.randn(batch, shape[0], generator=torch.Generator().manual_seed(7)).to(dtype)
+        t = (p.x.double() @ vh.T).float()
+        h = g.double() @ u
+        owners = slots.repeat_interleave(batch // max(len(slots), 1))
+        th = t.double() * h if factors.component is None else t.double() * h * factors.component.double()
+        expected_dscales = torch.zeros(p.scales.shape, dtype=torch.float64).index_add_(0, owners, th)
+        expected_dx = (h * row_scales(p, factors, slots)) @ vh
+        for need_dx, need_dscales in ((True, True), (True, False), (False, True)):
+            dx, dscales = launch.factored_linear_backward(
+                g, t, factors.u, factors.vh, factors.component, p.scales, slots, shape[2], need_dx, need_dscales
+            )
+            if need_dx:
+                assert dx.dtype == dtype
+                close(dx, expected_dx, dtype)
+            if need_dscales:
+                close(dscales, expected_dscales, torch.float32)
+            else:
+                assert dscales.shape == (0, shape[1])
+
+
+@pytest.mark.parametrize("storage", GPU_STORAGE_DTYPES, ids=str)
+def test_dense(storage):
+    for n, k in ((1, 7), (577, 131)):
+        w = torch.randn(n, k, generator=torch.Generator().manual_seed(3))
+        stored, row_scale = quantize(w, 0, storage) if storage in EIGHT_BITS else (w.to(storage), None)
+        full = stored.double() if row_scale is None else stored.double() * row_scale.double()[:, None]
+        for batch in BATCHES:
+            p = problem((n, 1, k), batch)
+            close(
+                launch.dense_linear(p.x, stored, row_scale, p.bias, n, False), p.x.double() @ full.T + p.bias, p.x.dtype
+            )
+            g = torch.randn(batch, n)
+            close(launch.dense_linear_backward(g, stored, row_scale, k), g.double() @ full, g.dtype)
+
+
+def test_kernels_agree_with_the_eager_reference_of_the_operators():
+    """The same call, argument for argument, as `t2kernels.ops` makes it."""
+    factors = Factors((577, 300, 131), torch.float32)
+    p = problem((577, 300, 131), 17)
+    arguments = (p.x, factors.u, factors.vh, None, p.scales, p.ids, p.bias, 577, False)
+    for ours, eager in zip(launch.factored_linear(*arguments), reference.factored_linear(*arguments), strict=True):
+        torch.testing.assert_close(ours, eager, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", tuning.TABLES)
+def test_every_tile_of_the_tables_computes_the_same(name, monkeypatch):
+    monkeypatch.setattr(tuning, "chip", lambda device: name)
+    shape = (150, 140, 200)
+    factors = Factors(shape, torch.bfloat16)
+    for batch in (1, 40, 80, 150, 300):
+        p = problem(shape, batch, dtype=torch.bfloat16)
+        y, _ = launch.factored_linear(p.x, factors.u, factors.vh, None, p.scales, p.ids, p.bias, 150, False)
+        close(y, expected_forward(p, factors)[0], torch.bfloat16)
+
+
+def test_tuning_keeps_the_fastest_tile_of_every_launch(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2_CACHE", str(tmp_path))
+    cpu, shape = torch.device("cpu"), (48, 64, 128)
+    factors, p = Factors(shape, torch.bfloat16), problem(shape, 3, dtype=torch.bfloat16)
+
+    def run():
+        return launch.factored_linear(p.x, factors.u, factors.vh, None, p.scales, p.ids, None, 48, False)
+
+    wanted = {"project": (128, 4), "expand": (16, 3)}  # block_n and stages: the fastest, says this clock
+
+    def seconds(run):
+        run()
+        return sum(
+            abs(tile.block_n - wanted[launch.kernel][0]) + abs(tile.stages - wanted[launch.kernel][1])
+            for (launch, _), tile in tuning._chosen.items()
+        )
+
+    best = tuning.tune(run, seconds, cpu)
+    assert {key.split()[0]: (tile.block_n, tile.stages) for key, tile in best.items()} == wanted
+    tuning._chosen.clear()
+    run()
+    assert {launch.key: tile for (launch, _), tile in tuning._chosen.items()} == best
+
+
+def test_measured_tiles_are_kept_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("T2_CACHE", str(tmp_path))
+    cpu = torch.device("cpu")
+    wanted = tuning.Launch("project", 3, (48,), (128,), True, (torch.bfloat16,))
+    same_bucket = tuning.Launch("project", 4, (48,), (128,), True, (torch.bfloat16,))
+    other = tuning.Launch("project", 5, (48,), (128,), True, (torch.bfloat16,))
+    tile = tuning.Tile(64, 16, 32, 4, 2)
+    assert tuning.tile_for(wanted, cpu) != tile
+    path = tuning.save({wanted.key: tile}, cpu)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert tuning.tile_for(wanted, cpu) == tuning.tile_for(same_bucket, cpu) == tile
+    assert tuning.tile_for(other, cpu) != tile
+    assert {each.block_m for each in tuning.candidates(wanted, cpu)} == {64}  # one kind of instruction for all rows
