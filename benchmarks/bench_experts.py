@@ -8,26 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 from benchmarks.bench_linear import SHAPES, SQUARE, Layer, requests
 from benchmarks.interleave import in_turns
+from benchmarks.popularity import popular
 from t2kernels import FactoredWeight
-
-
-def popular(kind: str, batch: int) -> Tensor:
-    """Expert of each request, as Punica draws them: identical, uniform, zipf (1.5) or distinct."""
-    rng = numpy.random.default_rng(0)
-    if kind == "identical":
-        return torch.zeros(batch, dtype=torch.int64)
-    if kind == "distinct":
-        return torch.arange(batch)
-    if kind == "uniform":  # as many experts as the square root of the batch
-        return torch.from_numpy(rng.integers(0, round(batch**0.5), batch))
-    return torch.from_numpy((rng.zipf(1.5, batch) - 1) % batch)
 
 
 @pytest.mark.parametrize("batch", (32, 64))

@@ -307,6 +307,32 @@ def memory() -> str:
     )
 
 
+def triton_compile() -> str:
+    """One row for each tile of the tables: the worst of its launches."""
+    results = read("triton-compile.json")
+    tiles: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for each in results["launches"]:
+        tiles.setdefault((each["chip"], each["tile"], each["factors"]), []).append(each)
+    rows = [
+        [
+            chip,
+            tile,
+            factors,
+            str(len(found)),
+            str(max(each["registers"] for each in found)),
+            str(sum(each["spilled_bytes"] for each in found)),
+            f"{max(each['shared_bytes'] for each in found) / 1024:.0f}",
+            ", ".join(sorted({word for each in found for word in each["tensor_core"].split()})),
+        ]
+        for (chip, tile, factors), found in tiles.items()
+    ]
+    head = ["chip", "rows x columns x k", "factors", "launches", "registers", "spilled bytes", "shared KB", "products"]
+    return (
+        f"Triton {results['triton']} (`python benchmarks/triton_compile.py`), the most that any launch of a "
+        "tile takes:\n\n" + table(head, rows)
+    )
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
     "docs/cpu.md": {
@@ -318,6 +344,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "attention": attention,
         "plans": plans,
     },
+    "docs/gpu.md": {"triton-compile": triton_compile},
 }
 
 

@@ -1,0 +1,232 @@
+"""Every tile of the tuning tables, compiled ahead of time for its chip: no GPU needed.
+
+    python benchmarks/triton_compile.py [--some] [--out benchmarks/results/triton-compile.json]
+
+The launches are those that `t2kernels.triton.launch` makes, with a driver in place of the GPU's that says which chip it
+is and stops before anything runs. What ptxas made of them is read from the machine code: registers, spills to local
+memory, shared memory, and which tensor core instructions do the products.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from t2kernels.files import write_text  # noqa: E402
+from t2kernels.triton import kernels, launch, tuning  # noqa: E402
+from t2kernels.triton.tuning import Tile  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TENSOR_CORE = {  # instructions of 16-bit products
+    "sm_80": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "gfx942": "v_mfma",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One launch as machine code."""
+
+    chip: str
+    kernel: str
+    factors: str
+    tile: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_core: str
+
+    @property
+    def problems(self) -> list[str]:
+        found = []
+        if self.spilled_bytes:
+            found.append(f"{self.spilled_bytes} bytes spilled")
+        if self.shared_bytes > SHARED_BYTES[self.chip]:
+            found.append(f"{self.shared_bytes} bytes of shared memory, {SHARED_BYTES[self.chip]} there are")
+        if self.factors != "float32" and TENSOR_CORE[self.chip] not in self.tensor_core:
+            found.append(f"no {TENSOR_CORE[self.chip]}")
+        return found
+
+
+class _NoGpu:
+    """A driver that knows its chip and has nothing to run on. Each chip is a device: kernels are cached by device."""
+
+    def __init__(self, chip: str) -> None:
+        self.target, self.device = TARGETS[chip], list(TARGETS).index(chip)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+
+@contextmanager
+def compiling_for(chip: str, tile: Tile, only: tuple[str, ...]) -> Iterator[list[tuple[str, Any]]]:
+    """Launches of these kernels made inside are compiled for the chip with this tile, and collected."""
+    made: list[tuple[str, Any]] = []
+
+    class Collect:
+        def __init__(self, kernel: Any, name: str) -> None:
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def compile_only(*args: Any, **options: Any) -> None:
+                if self.name in only:
+                    made.append((self.name, self.kernel.warmup(*args, grid=grid, **options)))
+
+            return compile_only
+
+    before = launch.kernels, launch.tile_for
+    driver.set_active(_NoGpu(chip))
+
+    class Kernels:
+        project, expand, pull, gather = (
+            Collect(getattr(kernels, name), name) for name in ("project", "expand", "pull", "gather")
+        )
+
+    launch.kernels, launch.tile_for = Kernels, lambda *_: tile  # type: ignore[assignment]
+    try:
+        yield made
+    finally:
+        launch.kernels, launch.tile_for = before
+
+
+def launches(storage: torch.dtype, tile: Tile) -> None:
+    """The launches of a forward and a backward pass of one layer, and of q, k and v together."""
+    rows, features = 2 * tile.block_m, 1024
+    x = torch.zeros(rows, features, dtype=torch.float32 if storage == torch.float32 else torch.bfloat16)
+    scales, slots = torch.ones(4, features), torch.zeros(rows, dtype=torch.int64)
+    eight_bits = storage.itemsize == 1
+
+    def factors(n: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(n, n, dtype=storage), torch.zeros(n, features, dtype=storage)
+
+    group = [features, 256, 256]
+    us, vhs = zip(*(factors(n) for n in group), strict=True)
+    components = [torch.ones(n) for n in group] if eight_bits else []
+    launch.factored_linear_group(x, us, vhs, components, [scales[:, :n] for n in group], slots, [], group, False)
+    u, vh = factors(features)
+    component = torch.ones(features) if eight_bits else None
+    _, t = launch.factored_linear(x, [u], [vh], component, scales, slots, None, features, False)
+    launch.factored_linear_backward(x, t, [u], [vh], component, scales, slots, features, True, True)
+
+
+def tool(name: str) -> str:
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return str(folder / name)
+
+
+def read_nvidia(compiled: Any) -> tuple[int, int, str]:
+    """(registers, bytes of stack and local memory, instructions of products)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert found is not None, usage.stdout
+    spilled = max(int(found[2]) + int(found[3]), 4 * len(re.findall(r"\bSTL\b", sass)))
+    names = re.findall(r"\b(HMMA|HGMMA|IGMMA|QGMMA|UTCHMMA|UTCQMMA|FFMA)\b", sass)
+    return int(found[1]), spilled, " ".join(sorted(set(names)))
+
+
+def read_amd(compiled: Any) -> tuple[int, int, str]:
+    assembly = compiled.asm["amdgcn"]
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", assembly)
+    spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)
+    assert registers is not None and spilled is not None
+    return int(registers[1]), int(spilled[1]), " ".join(sorted(set(re.findall(r"v_mfma_\w+", assembly))))
+
+
+KERNELS = ("project", "expand", "pull")
+
+
+def tiles() -> Iterator[tuple[str, Tile, tuple[str, ...], tuple[torch.dtype, ...]]]:
+    """Every tile of the tables: its chip, the kernels it is for, and storage formats."""
+    halves = (torch.bfloat16, torch.int8)
+    for chip, table in tuning.TABLES.items():
+        for kernel in KERNELS:
+            yield from ((chip, tile, (kernel,), halves) for _, tile in table.entries(kernel, half=True))
+        yield from ((chip, tile, KERNELS, (torch.float32,)) for _, tile in table.wide)
+
+
+def compile_all(some: bool) -> list[Compiled]:
+    """Every tile with its formats; or `some`: each chip's first, with int8."""
+    wanted = list(tiles())
+    if some:
+        firsts = (next(entry for entry in wanted if entry[0] == chip) for chip in TARGETS)
+        wanted = [(chip, tile, only, (torch.int8,)) for chip, tile, only, _ in firsts]
+    found, seen = [], set()
+    for chip, tile, only, storages in tqdm(wanted, desc="tiles"):
+        for storage in storages:
+            with compiling_for(chip, tile, only) as made:
+                launches(storage, tile)
+            for name, compiled in made:
+                if compiled.hash in seen:
+                    continue
+                seen.add(compiled.hash)
+                read = read_nvidia if TARGETS[chip].backend == "cuda" else read_amd
+                registers, spilled, tensor_core = read(compiled)
+                label = f"{tile.block_m} x {tile.block_n} x {tile.block_k}, {tile.warps} warps, {tile.stages} stages"
+                factors = str(storage).removeprefix("torch.")
+                shared = compiled.metadata.shared
+                found.append(Compiled(chip, name, factors, label, registers, spilled, shared, tensor_core))
+    return found
+
+
+def main(some: bool = False, out: Path = ROOT / "benchmarks" / "results" / "triton-compile.json") -> None:
+    """Args:
+    some: one tile for each chip.
+    out: the JSON file.
+    """
+    compiled = compile_all(some)
+    table = Table("chip", "kernel", "factors", "tile", "registers", "spilled", "shared", "tensor core", "problem")
+    for each in compiled:
+        values = list(asdict(each).values())
+        table.add_row(*(str(value) for value in values), "; ".join(each.problems))
+    Console(width=180).print(table)
+    figures = {"triton": triton.__version__, "launches": [asdict(each) for each in compiled]}
+    write_text(out, json.dumps(figures, indent=1) + "\n")
+    problems = sum(bool(each.problems) for each in compiled)
+    print(f"{len(compiled)} launches of Triton {triton.__version__}, {problems} with a problem; wrote {out}")
+    raise SystemExit(problems > 0)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
