@@ -16,11 +16,11 @@ import torch
 import triton
 from torch import Tensor
 
+from t2kernels.packing import EIGHT_BITS
 from t2kernels.triton import kernels
 from t2kernels.triton.tuning import Launch, Tile, multiprocessors, tile_for
 
 HALVES = (torch.bfloat16, torch.float16)
-EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
