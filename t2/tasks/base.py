@@ -1,0 +1,54 @@
+"""What a task is: problems in three splits, a metric, and the reward that training maximises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One prompt, and what is needed to judge an answer to it.
+
+    messages: the conversation, as {"role": ..., "content": ...}.
+    reference: whatever the task's own metric needs.
+    solution: a right answer in the words a model should use, for the next-token objective; None if there is none.
+    """
+
+    messages: tuple[dict[str, str], ...]
+    reference: Any = None
+    solution: str | None = None
+
+
+class Task(ABC):
+    """A set of problems with a metric. Splits are the same in every process and at every call."""
+
+    name: str
+    max_new_tokens: int
+    """Room for an answer, in tokens."""
+
+    @abstractmethod
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """The problems of a split; a ValueError says which splits there are if it is not one of them."""
+
+    @abstractmethod
+    def scores(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
+        """The metric of each answer, in [0, 1]: 1 is right."""
+
+    def rewards(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
+        """What training maximises: 1 for a right answer, -1 for any other (arXiv 2501.06252, section 3.1)."""
+        return [1.0 if score == 1.0 else -1.0 for score in self.scores(problems, answers)]
+
+
+def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The prompt as the model reads it: through the chat template, or the contents one below the other without one."""
+    if tokenizer.chat_template is None:
+        return "\n\n".join(message["content"] for message in problem.messages) + "\n\n"
+    messages = [dict(message) for message in problem.messages]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
