@@ -113,21 +113,23 @@ def _append(buffer: Tensor | None, filled: Tensor, new: Tensor) -> tuple[Tensor,
     return buffer, buffer[..., :length, :]
 
 
-def growing_cache(model: nn.Module) -> DynamicCache | None:
-    """The cache that `generate` would make for this model, with layers that grow in place where they keep everything.
-
-    None for what is better left to `generate`: other devices, encoder-decoders, states that are not keys and values.
-    """
+def new_cache(model: nn.Module) -> DynamicCache | None:
+    """The cache that `generate` would make for this model, if all it holds is keys and values; None otherwise."""
     if (
         not isinstance(model, PreTrainedModel)
-        or model.device.type != "cpu"
         or model.config.is_encoder_decoder
         or "past_key_values" not in inspect.signature(model.forward).parameters
         or not getattr(model, "_supports_default_dynamic_cache", lambda: False)()
     ):
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
+
+
+def growing_cache(model: nn.Module) -> DynamicCache | None:
+    """`new_cache` with layers that grow in place where they keep everything; None also off the CPU."""
+    cache = new_cache(model)
+    if cache is None or model.device.type != "cpu":
         return None
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -12,6 +12,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from t2.training.options import TrainOptions
+
 Storage = Literal["float32", "bfloat16", "float16", "int8"]
 Targets = Annotated[
     tuple[str, ...],
@@ -137,6 +139,31 @@ def generate(
     out = svf.generate(**batch, experts=experts, max_new_tokens=max_new_tokens, do_sample=sample)
     for text, row in zip(prompt, out[:, batch["input_ids"].shape[1] :], strict=True):
         print(f"> {text}\n{str(tokenizer.decode(row, skip_special_tokens=True)).strip()}\n")
+    return 0
+
+
+@app.command
+def train(model: tyro.conf.Positional[str], options: tyro.conf.OmitArgPrefixes[TrainOptions]) -> int:
+    """Train an expert for a task with REINFORCE and a KL penalty. Ctrl-C saves; --resume goes on.
+
+    Example: t2 train smollm2-135m-instruct --task reasoning-gym:chain_sum --output runs/sums
+
+    Args:
+        model: Alias, Hub id, local folder or GGUF file.
+        options: All knobs.
+    """
+    from t2.training.trainer import train as run
+
+    out = Console()
+    result = run(model, options)
+    if not result.finished:
+        out.print(f"Stopped at step {result.state.step}. The same command with --resume goes on from there.")
+        return 0
+    out.print(f"{result.expert}: step {result.state.best_step}, validation {result.state.best_score:.1%}")
+    for name, found in (("base", result.base), ("trained", result.best)):
+        if found is not None:
+            low, high = found.interval
+            out.print(f"{name}: {found.accuracy:.1%} of {len(found.scores)} test problems ({low:.1%} to {high:.1%})")
     return 0
 
 

@@ -164,6 +164,11 @@ class SVFModel(nn.Module):
         return self
 
     @property
+    def sigma(self) -> Tensor:
+        """The singular values [R] float32 of all decomposed matrices, in the order of the layout."""
+        return self._table.sigma
+
+    @property
     def weight_keys(self) -> dict[str, str]:
         """The key of each decomposed weight in the factor cache, by module name."""
         return {name: target.key for name, target in self._targets.items()}

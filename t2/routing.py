@@ -28,9 +28,7 @@ class Route:
         self.table = table
         self.slots = slots
         self.requires_grad = table.requires_grad
-        self.windows = [
-            table.narrow(1, offset, rank) for offset, rank in zip(layout.offsets, layout.ranks, strict=True)
-        ]
+        self.windows = table.split(list(layout.ranks), dim=1)
 
     def check(self, rows: int) -> None:
         """ValueError unless the rows are the requests, each repeated the same number of times."""

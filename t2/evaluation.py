@@ -1,0 +1,85 @@
+"""A model's score on a task: greedy answers, the task's own metric, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from t2.tasks import Problem, Task, prompt_text
+
+Answerer = Callable[[Sequence[Tensor], int], list[Tensor]]
+"""Greedy answers to prompts, both as token ids [length]: (prompts, longest answer) -> answers."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores in [0, 1] and answers, in the order of the problems."""
+
+    scores: tuple[float, ...]
+    answers: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """The mean score."""
+        return sum(self.scores) / len(self.scores) if self.scores else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval of the accuracy."""
+        return wilson_interval(self.accuracy, len(self.scores))
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval that holds the true share with 95% (z = 1.96) confidence (E. B. Wilson, 1927)."""
+    if count < 1:
+        return 0.0, 1.0
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """The prompt's token ids [length]."""
+    ids: Tensor = tokenizer(prompt_text(problem, tokenizer), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return ids[0]
+
+
+def evaluate(
+    answerer: Answerer,
+    task: Task,
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    new_tokens: int | None = None,
+    token_budget: int = 4096,
+    announce: Callable[[int], object] = lambda done: None,
+) -> Evaluation:
+    """Answers every problem, in batches of prompts of like length, and scores all of them.
+
+    Args:
+        answerer: gives greedy answers.
+        task: whose metric counts.
+        problems: of one of its splits.
+        new_tokens: longest answer; default the task's own.
+        token_budget: most tokens of a batch, padding and answers included; one problem always fits.
+        announce: called with the number of problems answered so far.
+    """
+    room = new_tokens or task.max_new_tokens
+    prompts = [encode(problem, tokenizer) for problem in problems]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    answers, start = [""] * len(prompts), 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * (len(prompts[order[end]]) + room) <= token_budget:
+            end += 1
+        indices = order[start:end]
+        for index, answer in zip(indices, answerer([prompts[i] for i in indices], room), strict=True):
+            answers[index] = str(tokenizer.decode(answer, skip_special_tokens=True))
+        start = end
+        announce(start)
+    return Evaluation(tuple(task.scores(problems, answers)), tuple(answers))

@@ -1,0 +1,134 @@
+"""The knobs of training: one dataclass, which is also the command line of `t2 train`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Method = Literal["svf", "lora", "dense-compose"]
+Objective = Literal["policy-gradient", "next-token"]
+Parametrisation = Literal["free", "sigmoid"]
+Baseline = Literal["none", "leave-one-out", "group"]
+Storage = Literal["float32", "bfloat16", "float16", "int8"]
+Alarm = Literal["warn", "lower", "stop"]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How one expert is trained. Options named "published" have the value of the runs of arXiv 2501.06252."""
+
+    task: str
+    """What to train on: a name that `t2.tasks.get` knows, such as reasoning-gym:chain_sum, gsm8k, or jsonl:FILE."""
+    output: Path
+    """Folder of the run: checkpoint, experts, metrics and curves."""
+    task_options: str = "{}"
+    """Options of the task, as JSON."""
+    resume: bool = False
+    """Continue the run in the output folder from its checkpoint."""
+
+    method: Method = "svf"
+    """What is trained: an SVF expert, PEFT's LoRA, or SVF the published way (W' is built, its full gradient kept)."""
+    objective: Objective = "policy-gradient"
+    """REINFORCE on the task's reward (section 3.1), or the likelihood of its solutions (the paper's ablation)."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """all-linear, attention, mlp, one regular expression, or several name suffixes."""
+    dtype: Storage = "float32"
+    """Storage of the factors (svf only)."""
+    parametrisation: Parametrisation = "free"
+    """z itself is learnt, from 1 on; or z = c sigmoid(p), with c such that sum(sigma z) = sum(sigma) (published)."""
+    lora_rank: int = 16
+    """Rank of the adapters (lora only)."""
+
+    steps: int = 40
+    """Updates."""
+    prompts_per_step: int = 16
+    """Prompts of one update, drawn in a fixed order of the seed; the published runs take 256."""
+    samples_per_prompt: int = 4
+    """Answers sampled to each prompt; 1 in the published runs, more give a baseline that needs no second model."""
+    max_new_tokens: int | None = None
+    """Longest answer; the task's own room if none is given."""
+    temperature: float = 1.0
+    """Of the policy that answers are drawn from, and of the likelihoods and the KL penalty."""
+    baseline: Baseline = "leave-one-out"
+    """What is taken off a reward: nothing (published), the mean of the prompt's other answers, or of all of them."""
+    normalise_rewards: bool = False
+    """Divide advantages by their standard deviation over the step."""
+    clip_rewards: float | None = None
+    """Bound on the absolute value of an advantage; none in the published runs."""
+    kl_coefficient: float = 0.1
+    """Weight lambda of KL(policy || base), exact over the vocabulary and added up over an answer's tokens. The paper
+    sweeps 0 to 0.3."""
+
+    learning_rate: float = 2e-3
+    """Of Adam (published)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    decay: bool = False
+    """Lower the learning rate to 0 along a cosine over the steps."""
+    max_grad_norm: float = 1e-3
+    """Gradients longer than this are cut (published); Adam makes this a step of even length."""
+    token_budget: int = 4096
+    """Most tokens, padding included, whose activations are held at once."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+
+    validate_every: int = 5
+    """Steps between validations; the best checkpoint by their score is the result."""
+    validation_size: int = 100
+    """Problems of the validation split that are used."""
+    test_size: int = 200
+    """Problems of the test split that the base and the result answer at the end; 0 leaves that out."""
+    save_every: int = 1
+    """Steps between checkpoints."""
+
+    entropy_alarm: float = 0.1
+    """An alarm is raised when the policy's entropy falls below this share of its first value."""
+    kl_alarm: float = 2.0
+    """An alarm is raised when the KL to the base exceeds this many nats a token."""
+    on_alarm: Alarm = "lower"
+    """What an alarm does: a line in the log, or also half the learning rate from the best checkpoint on, or an end."""
+
+    seed: int = 0
+    """Of the order of prompts and of all answers drawn."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside the folder: trackers of accelerate."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast of what is not ours: attention, norms, the embedding."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "prompts_per_step", "samples_per_prompt", "token_budget", "validate_every")
+        for name in (*at_least_one, "validation_size", "save_every", "lora_rank"):
+            self._check(name, getattr(self, name) >= 1, "an integer >= 1")
+        for name in ("warmup_steps", "test_size", "kl_coefficient"):
+            self._check(name, getattr(self, name) >= 0, "a number >= 0")
+        for name in ("temperature", "learning_rate", "max_grad_norm"):
+            self._check(name, getattr(self, name) > 0, "a number > 0")
+        self._check("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "an integer >= 1")
+        self._check("clip_rewards", self.clip_rewards is None or self.clip_rewards > 0, "a number > 0")
+        self._check(
+            "samples_per_prompt",
+            self.samples_per_prompt > 1 or self.baseline != "leave-one-out" or self.objective == "next-token",
+            "at least 2 for the leave-one-out baseline",
+        )
+        try:
+            self._check("task_options", isinstance(json.loads(self.task_options), dict), "a JSON object")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"task_options: expected a JSON object, got {self.task_options!r} ({error})") from error
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options that shape the run, as JSON holds them: not where it is, nor whether it is resumed."""
+        options = asdict(self)
+        del options["output"], options["resume"]
+        as_json: dict[str, Any] = json.loads(json.dumps(options))  # tuples become lists
+        return as_json
+
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """The names of options that a saved run had otherwise; more steps are no difference."""
+        free = {"steps", "test_size", "trackers", "token_budget", "save_every"}
+        return [name for name, value in self.to_dict().items() if name not in free and value != saved.get(name)]

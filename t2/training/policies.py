@@ -1,0 +1,267 @@
+"""What is trained, behind one interface: an SVF expert, PEFT's LoRA, or SVF the published way.
+
+The loop in `t2.training.trainer` knows parameters, and four ways to run the model: with them and their gradient, with
+them for answers alone, as the base, and the end of a step's gradients. Everything else about a method is here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from t2.experts import Expert
+from t2.layout import Layout, fingerprint
+from t2.model import SVFConfig, SVFModel
+from t2.storage import atomic_directory
+from t2.svd import FactorCache, decompose_weights
+from t2.targets import select_targets, weight_matrix
+from t2.training.options import TrainOptions
+from t2.training.parametrisation import initial_parameters, z_from
+from t2kernels.files import write_text
+
+
+class Policy(ABC):
+    """A model with few trainable numbers.
+
+    `model` is called with input ids and the like; `parameters` are the leaves that the optimiser moves.
+    """
+
+    model: nn.Module
+    parameters: list[Tensor]
+
+    @property
+    @abstractmethod
+    def transformer(self) -> PreTrainedModel:
+        """The transformers model that runs at the moment."""
+
+    @abstractmethod
+    def learning(self) -> AbstractContextManager[None]:
+        """Within the block the model runs with the parameters, and a backward pass reaches them."""
+
+    @abstractmethod
+    def acting(self, prompt_tokens: int, new_tokens: int, rows: int) -> AbstractContextManager[None]:
+        """Within the block the model runs with the parameters as they are, without gradient, for a phase so long."""
+
+    @abstractmethod
+    def base(self) -> AbstractContextManager[None]:
+        """Within the block the model runs as the base."""
+
+    def finish_gradients(self) -> None:  # noqa: B027  # most methods have nothing left to do
+        """After the backward passes of a step, before its gradients are used."""
+
+    @abstractmethod
+    def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
+        """Writes what was learnt to `path` with the method's own suffix, and returns that file or folder."""
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers are learnt."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def load_parameters(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data.copy_(value)
+
+
+class SVFPolicy(Policy):
+    """An expert on the fused ops: no weight and no gradient of a weight's size exists (DESIGN section 2)."""
+
+    def __init__(self, model: PreTrainedModel, options: TrainOptions, config: SVFConfig | None = None) -> None:
+        self.svf = SVFModel(model, config or svf_config(options))
+        self.svf.requires_grad_(False)
+        self.model = self.svf
+        self.kind = options.parametrisation
+        self.layout = self.svf.layout
+        self.sigma = self.svf.sigma
+        self.parameters = [initial_parameters(self.kind, self.layout).to(self.sigma.device).requires_grad_()]
+
+    @property
+    def transformer(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.svf.model)
+
+    def z(self) -> Tensor:
+        return z_from(self.kind, self.parameters[0], self.sigma, self.layout)
+
+    def learning(self) -> AbstractContextManager[None]:
+        return self.svf.route(self.z())
+
+    @contextmanager
+    def acting(self, prompt_tokens: int, new_tokens: int, rows: int) -> Iterator[None]:
+        """In the form that the planner finds fastest: merged weights pay when one policy answers many prompts."""
+        z = self.z().detach()
+        plan = None
+        if self.sigma.device.type == "cpu":  # the cost model is the processor's
+            plan = self.svf.plan(z, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=rows)
+            plan = plan if set(plan.plan.forms()) != {"factored"} else None
+        with self.svf.route(z, plan):
+            yield
+
+    def base(self) -> AbstractContextManager[None]:
+        return self.svf.route(None)
+
+    def expert(self, metadata: Mapping[str, str]) -> Expert:
+        return Expert(self.z(), self.layout, metadata)
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
+        path = path.with_suffix(".safetensors")
+        self.expert(metadata).save(path)
+        return path
+
+
+class LoRAPolicy(Policy):
+    """PEFT's LoRA on the same layers."""
+
+    def __init__(self, model: PreTrainedModel, options: TrainOptions) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        names = list(select_targets(model, target_modules(options)))
+        config = LoraConfig(
+            r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules=names, task_type="CAUSAL_LM"
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(options.seed)
+            self.peft: Any = get_peft_model(model, config).eval()
+        self.model = self.peft
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def transformer(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.peft.get_base_model())
+
+    def learning(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def acting(self, prompt_tokens: int, new_tokens: int, rows: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def base(self) -> AbstractContextManager[None]:
+        return cast(AbstractContextManager[None], self.peft.disable_adapter())
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
+        shutil.rmtree(path, ignore_errors=True)
+        with atomic_directory(path) as temporary:
+            self.peft.save_pretrained(temporary)
+            write_text(temporary / "metadata.json", json.dumps(dict(metadata), indent=1) + "\n")
+        return path
+
+
+class DenseComposePolicy(Policy):
+    """SVF the published way: every step builds all W' = U diag(sigma z) Vh, autograd makes a full dW', and that is
+    projected to z. The KL needs a second, untouched model. The reference for speed, memory and gradients.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: TrainOptions) -> None:
+        targets = select_targets(model, target_modules(options))
+        weights = {name: weight_matrix(layer) for name, layer in targets.items()}
+        cache = FactorCache()
+        done = decompose_weights(weights, cache)
+        self.layout = Layout(
+            names=tuple(targets),
+            ranks=tuple(min(weight.shape) for weight in weights.values()),
+            fingerprint=fingerprint({name: entry.key for name, entry in done.items()}),
+            base_model=str(getattr(model, "name_or_path", "") or type(model).__name__),
+        )
+        device = next(iter(weights.values())).device
+        self.factors = {name: [f.to(device) for f in cache.load(entry.key)] for name, entry in done.items()}
+        self.sigma = torch.cat([s for _, s, _ in self.factors.values()])
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self._policy = model.requires_grad_(False)
+        self._targets = targets
+        self.kind = options.parametrisation
+        self.parameters = [initial_parameters(self.kind, self.layout).to(device).requires_grad_()]
+        self._composed: list[Tensor] = []
+        self._running = self._policy
+        self.model = _Switch(self)
+
+    @property
+    def transformer(self) -> PreTrainedModel:
+        return self._running
+
+    def z(self) -> Tensor:
+        return z_from(self.kind, self.parameters[0], self.sigma, self.layout)
+
+    def _compose(self) -> None:
+        z = self.z()
+        self._composed = []
+        for name, (u, s, vh) in self.factors.items():
+            composed = (u * (s * z[self.layout.window(name)])) @ vh
+            layer = self._targets[name]
+            layer.weight.data = (composed if isinstance(layer, nn.Linear) else composed.T).detach().to(layer.weight)
+            self._composed.append(composed if isinstance(layer, nn.Linear) else composed.T)
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        if not self._composed:
+            self._compose()
+            for layer in self._targets.values():
+                layer.weight.requires_grad_()
+        yield
+
+    def finish_gradients(self) -> None:
+        layers = list(self._targets.values())
+        reached = [(w, layer.weight.grad) for w, layer in zip(self._composed, layers, strict=True)]
+        reached = [(w, grad) for w, grad in reached if grad is not None]
+        if reached:
+            torch.autograd.backward(*zip(*reached, strict=True))
+        for layer in layers:
+            layer.weight.grad = None
+            layer.weight.requires_grad_(False)
+        self._composed = []
+
+    def acting(self, prompt_tokens: int, new_tokens: int, rows: int) -> AbstractContextManager[None]:
+        with torch.no_grad():
+            self._compose()
+        self._composed = []
+        return nullcontext()
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        self._running = self.reference
+        try:
+            yield
+        finally:
+            self._running = self._policy
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
+        path = path.with_suffix(".safetensors")
+        Expert(self.z(), self.layout, metadata).save(path)
+        return path
+
+
+class _Switch(nn.Module):
+    """Stands for the model that runs at the moment: the composed one or the untouched one."""
+
+    def __init__(self, policy: DenseComposePolicy) -> None:
+        super().__init__()
+        self.__dict__["policy"] = policy
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.policy._running(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["policy"]._running, name)
+
+
+def target_modules(options: TrainOptions) -> str | list[str]:
+    """As `SVFConfig.target_modules` takes them."""
+    return options.target_modules[0] if len(options.target_modules) == 1 else list(options.target_modules)
+
+
+def svf_config(options: TrainOptions) -> SVFConfig:
+    return SVFConfig(target_modules=target_modules(options), dtype=getattr(torch, options.dtype))
+
+
+def make_policy(model: PreTrainedModel, options: TrainOptions) -> Policy:
+    """The policy of the options' method around a model from `t2.load`, which it changes in place."""
+    makers: dict[str, type[Policy]] = {"svf": SVFPolicy, "lora": LoRAPolicy, "dense-compose": DenseComposePolicy}
+    return makers[options.method](model, options)  # type: ignore[call-arg]

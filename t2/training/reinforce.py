@@ -1,0 +1,143 @@
+"""REINFORCE with a KL penalty (arXiv 2501.06252, section 3.1), and its loss over the vocabulary in one pass.
+
+    J = E[ r(y) log pi_z(y | x) ] - lambda KL(pi_z || pi_base)
+
+with log pi(y | x) and the KL added up over the tokens of an answer. The KL is exact at every token that was drawn: the
+whole vocabulary of both models, not an estimate from the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2.training.options import Baseline
+
+
+def advantages(
+    rewards: Tensor, baseline: Baseline = "none", *, normalise: bool = False, clip: float | None = None
+) -> Tensor:
+    """What each answer's log-likelihood is multiplied with.
+
+    Args:
+        rewards: [prompts, samples].
+        baseline: "none"; "group" takes the mean of a prompt's answers off each of them; "leave-one-out" the mean of
+            the others, which leaves the gradient's expectation as it is.
+        normalise: divides by the standard deviation over the whole batch, unless it is 0.
+        clip: bound on the absolute value, applied last.
+
+    Returns:
+        [prompts, samples] float32.
+    """
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards: expected shape [prompts, samples], got {list(rewards.shape)}")
+    samples = rewards.shape[1]
+    values = rewards.float()
+    if baseline != "none":
+        if baseline == "leave-one-out" and samples < 2:
+            raise ValueError(f"rewards: expected at least 2 samples a prompt to leave one out, got {samples}")
+        values = values - values.mean(dim=1, keepdim=True)
+        if baseline == "leave-one-out":
+            values = values * (samples / (samples - 1))
+    if normalise:
+        spread = values.std(correction=0)
+        values = values / spread if spread > 0 else values
+    return values if clip is None else values.clamp(-clip, clip)
+
+
+@dataclass
+class TokenStatistics:
+    """Sums over tokens, without gradient."""
+
+    tokens: int = 0
+    log_likelihood: float = 0.0
+    kl: float = 0.0
+    entropy: float = 0.0
+
+    def __add__(self, other: TokenStatistics) -> TokenStatistics:
+        return TokenStatistics(
+            self.tokens + other.tokens,
+            self.log_likelihood + other.log_likelihood,
+            self.kl + other.kl,
+            self.entropy + other.entropy,
+        )
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """sum_i ( -weight_i log p_i[token_i] + kl_weight KL(p_i || q_i) ) over rows of logits [tokens, vocabulary].
+
+    Autograd would keep half a dozen arrays of the logits' size. The gradient is known in closed form,
+
+        dL/dlogit = weight (p - onehot(token)) + kl_weight p (log p - log q - KL)
+
+    so the forward pass leaves it in the logits' own memory, some rows at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, weights: Tensor, base: Tensor | None, kl_weight: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        sums = torch.zeros(4, dtype=torch.float64, device=logits.device)  # loss, log-likelihood, KL, entropy
+        gradient = torch.empty_like(logits)
+        for start in range(0, logits.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            index, weight = tokens[rows].unsqueeze(1), weights[rows].unsqueeze(1).float()
+            log_p = torch.log_softmax(logits[rows].float(), dim=-1)
+            p = log_p.exp()
+            chosen = log_p.gather(1, index)
+            entropy = -(p * log_p).sum(dim=1, keepdim=True)
+            change = weight * p
+            change.scatter_add_(1, index, -weight)
+            kl = torch.zeros_like(entropy)
+            if base is not None:
+                ratio = log_p.sub_(torch.log_softmax(base[rows].float(), dim=-1))
+                kl = (p * ratio).sum(dim=1, keepdim=True)
+                change.addcmul_(p, ratio.sub_(kl), value=kl_weight)
+            gradient[rows] = change
+            loss = (kl_weight * kl - weight * chosen).sum()
+            sums += torch.stack([loss, chosen.sum(), kl.sum(), entropy.sum()]).double()
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(sums)
+        return sums[0].to(logits.dtype), sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss, None, None, None, None, None
+
+
+def policy_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    base_logits: Tensor | None = None,
+    kl_weight: float = 0.0,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, TokenStatistics]:
+    """sum over tokens of -weight log pi(token) + kl_weight KL(pi || pi_base), and what happened on the way.
+
+    Args:
+        logits: of the policy [tokens, vocabulary], already divided by the temperature.
+        tokens: int64 [tokens], what was drawn.
+        weights: [tokens], each token's advantage with everything it is to be averaged over.
+        base_logits: of the base model, as `logits`, without gradient; None leaves the KL out (and counts it as 0).
+        kl_weight: as `weights`, of the penalty.
+        chunk: rows whose float32 temporaries are held at once.
+
+    Returns:
+        The loss, a scalar with gradient for `logits`; and sums over the tokens.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"logits: expected shape [tokens, vocabulary], got {list(logits.shape)}")
+    for name, tensor in (("tokens", tokens), ("weights", weights)):
+        if tensor.shape != logits.shape[:1]:
+            raise ValueError(f"{name}: expected shape [{logits.shape[0]}], got {list(tensor.shape)}")
+    if base_logits is not None and base_logits.shape != logits.shape:
+        raise ValueError(f"base_logits: expected shape {list(logits.shape)}, got {list(base_logits.shape)}")
+    loss, sums = _PolicyLoss.apply(logits, tokens, weights, base_logits, float(kl_weight), chunk)
+    _, log_likelihood, kl, entropy = sums.tolist()
+    return loss, TokenStatistics(logits.shape[0], log_likelihood, kl, entropy)

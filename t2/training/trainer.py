@@ -1,0 +1,500 @@
+"""The training loop: answers, rewards, one update, and now and then a validation; interruptible at every step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from t2.evaluation import Evaluation, encode, evaluate
+from t2.tasks import Problem, Task
+from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
+from t2.training.curves import Metrics, Row, plot
+from t2.training.guard import Guard
+from t2.training.options import TrainOptions
+from t2.training.policies import make_policy
+from t2.training.reinforce import TokenStatistics, advantages, policy_loss
+from t2.training.rollouts import (
+    Generator,
+    Group,
+    answer_logits,
+    answer_tokens,
+    end_tokens,
+    micro_batches,
+    uniforms,
+)
+from t2kernels.files import write_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to. `expert` is the best checkpoint by validation score: a file, or a folder for LoRA."""
+
+    finished: bool
+    expert: Path
+    state: State
+    base: Evaluation | None = None
+    best: Evaluation | None = None
+
+
+class Trainer:
+    """Trains one expert for `options.task`.
+
+    Several processes (`torchrun`, `accelerate launch`) share the prompts of a step; the result is that of one process,
+    up to the order in which gradients are added.
+
+    Args:
+        model: from `t2.load`, changed in place.
+        tokenizer: its tokenizer.
+        task: problems and rewards.
+        options: all knobs; `options.task` only names the task.
+        accelerator: default one of its own.
+        console: for progress.
+
+    Raises:
+        ValueError: an option does not fit the task or the checkpoint; the output folder holds a run and `resume` is
+            not given.
+        FileNotFoundError: there is no checkpoint to resume from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        options: TrainOptions,
+        *,
+        accelerator: Accelerator | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.options, self.task, self.tokenizer = options, task, tokenizer
+        self.accelerator = accelerator or make_accelerator(options)
+        self.console = console or Console(quiet=not self.accelerator.is_main_process)
+        self.problems = task.problems("train")
+        self.validation = task.problems("validation")[: options.validation_size]
+        if not len(self.problems) or not len(self.validation):
+            raise ValueError(
+                f"task: expected problems to train on and to validate with, got {len(self.problems)} and "
+                f"{len(self.validation)} of {task.name}"
+            )
+        if options.objective == "next-token" and all(problem.solution is None for problem in self.problems):
+            raise ValueError(f"objective: next-token expects a task with solutions, got {task.name}, which has none")
+        self._check_folder()
+        self.new_tokens = options.max_new_tokens or task.max_new_tokens
+        ends = end_tokens(model, tokenizer)
+        if not ends or tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: expected one with an end token and a padding token, as `t2.load` gives it")
+        self.policy = make_policy(model, options)
+        if options.gradient_checkpointing:
+            self.policy.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+            self.policy.transformer.train()
+            for module in self.policy.transformer.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        device = self.policy.parameters[0].device
+        self.generator = Generator(self.policy, device, int(tokenizer.pad_token_id), tuple(ends))
+        self.optimizer = torch.optim.Adam(self.policy.parameters, lr=options.learning_rate)
+        self.guard = Guard(options.entropy_alarm, options.kl_alarm)
+        self.state = State()
+        self.best = [parameter.detach().clone() for parameter in self.policy.parameters]
+        self.metrics = self._start()
+        self._stopping = False
+
+    # The folder
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.options.output / "checkpoint.safetensors"
+
+    def _check_folder(self) -> None:
+        exists = self._checkpoint.is_file()
+        if exists and not self.options.resume:
+            raise ValueError(
+                f"output: expected a folder without a run, got {self.options.output}; --resume continues it"
+            )
+        if self.options.resume and not exists:
+            raise FileNotFoundError(f"output: expected a run to resume in {self.options.output}, found no checkpoint")
+
+    def _start(self) -> Metrics:
+        path = self.options.output / "metrics.jsonl" if self.accelerator.is_main_process else None
+        if not self.options.resume:
+            return Metrics(path)
+        checkpoint = Checkpoint.load(self._checkpoint)
+        if other := self.options.differences(checkpoint.options):
+            said = ", ".join(f"{name} {checkpoint.options.get(name)!r}" for name in other)
+            raise ValueError(f"resume: expected the options that the run was started with ({said}), got others")
+        self.policy.load_parameters(checkpoint.parameters)
+        load_optimizer(self.optimizer, checkpoint.optimizer)
+        self.state = checkpoint.state
+        self.best = [value.to(old) for value, old in zip(checkpoint.best, self.best, strict=True)]
+        return Metrics(path, self.state.step)
+
+    def _metadata(self, step: int) -> dict[str, str]:
+        return {
+            "task": self.task.name,
+            "step": str(step),
+            "validation": str(self.state.best_score if step == self.state.best_step else ""),
+            "options": json.dumps(self.options.to_dict()),
+        }
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        parameters = [parameter.detach() for parameter in self.policy.parameters]
+        options = self.options.to_dict()
+        Checkpoint(self.state, parameters, self.best, optimizer_tensors(self.optimizer), options).save(self._checkpoint)
+
+    def _save_experts(self) -> None:
+        """The last parameters and the best ones, as files of their own."""
+        if not self.accelerator.is_main_process:
+            return
+        last = [parameter.detach().clone() for parameter in self.policy.parameters]
+        self.policy.save(self.options.output / "last", self._metadata(self.state.step))
+        self.policy.load_parameters(self.best)
+        self.policy.save(self._expert, self._metadata(self.state.best_step))
+        self.policy.load_parameters(last)
+
+    @property
+    def _expert(self) -> Path:
+        return self.options.output / "best"
+
+    # The loop
+
+    def run(self) -> Result:
+        """Trains to the last step, or until SIGINT, after which the checkpoint holds everything."""
+        with self._interruptible(), self._progress() as announce:
+            if self.state.base_score is None:
+                announce("validating the base")
+                self._validate({"step": 0})
+                self._save()
+            while self.state.step < self.options.steps and not self._stopping:
+                row = self._step()
+                if self._alarmed(row):
+                    announce("stopped by an alarm")
+                    break
+                announce(_summary(row, self.state))
+        self._save()
+        self._save_experts()
+        self._plot()
+        self.accelerator.end_training()
+        expert = self._expert if self.options.method == "lora" else self._expert.with_suffix(".safetensors")
+        if self._stopping and self.state.step < self.options.steps:
+            return Result(False, expert, self.state)
+        base, best = self._test()
+        return Result(True, expert, self.state, base, best)
+
+    def _step(self) -> Row:
+        start = time.perf_counter()
+        groups, row = self._drawn() if self.options.objective == "policy-gradient" else self._solved()
+        answered = time.perf_counter()
+        row |= self._update(groups)
+        self.state.step += 1
+        seconds = {"seconds": time.perf_counter() - start, "rollout_seconds": answered - start}
+        row = {"step": self.state.step} | row | seconds
+        if self.state.step % self.options.validate_every == 0 or self.state.step == self.options.steps:
+            self._validate(row)
+        else:
+            self._record(row)
+        self._stopping = self._agreed(self._stopping)
+        if self.state.step % self.options.save_every == 0:
+            self._save()
+        return row
+
+    def _mine(self, items: Sequence[Any]) -> Sequence[Any]:
+        """This process' share."""
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _indices(self) -> list[int]:
+        """Which problems the next step takes: every one once before any comes again, in an order of the seed."""
+        count, first = len(self.problems), self.state.step * self.options.prompts_per_step
+        return [
+            int(self._order(position // count)[position % count])
+            for position in range(first, first + self.options.prompts_per_step)
+        ]
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.problems), generator=generator)
+
+    def _drawn(self) -> tuple[list[Group], Row]:
+        """Answers drawn from the policy, weighted by their advantages; this process' share of them."""
+        options, samples = self.options, self.options.samples_per_prompt
+        places = self._mine(range(options.prompts_per_step))
+        indices = self._indices()
+        mine: list[Problem] = [self.problems[indices[place]] for place in places]
+        prompts = [encode(problem, self.tokenizer) for problem in mine]
+        drawn: list[tuple[Tensor, ...]] = []
+        if mine:
+            numbers = uniforms(options.seed, self.state.step, places, samples, self.new_tokens)
+            drawn = self.generator.answers(
+                prompts, self.new_tokens, samples=samples, draw=numbers, temperature=options.temperature
+            )
+        texts = [str(self.tokenizer.decode(a, skip_special_tokens=True)) for answers in drawn for a in answers]
+        judged = self.task.rewards([problem for problem in mine for _ in range(samples)], texts)
+        rewards = [judged[i : i + samples] for i in range(0, len(judged), samples)]
+        table = dict(self._gathered(list(zip(places, rewards, strict=True))))
+        all_rewards = torch.tensor([table[place] for place in range(options.prompts_per_step)])
+        values = advantages(
+            all_rewards, options.baseline, normalise=options.normalise_rewards, clip=options.clip_rewards
+        )
+        weights = (values / values.numel()).tolist()
+        groups = [
+            Group(prompt, answers, tuple(weights[place]))
+            for place, prompt, answers in zip(places, prompts, drawn, strict=True)
+        ]
+        lengths = self._gathered([(len(a), int(a[-1]) in self.generator.ends) for answers in drawn for a in answers])
+        return groups, {
+            "reward": float(all_rewards.mean()),
+            "mixed": float((all_rewards.amax(1) != all_rewards.amin(1)).float().mean()),
+            "length": statistics.fmean(length for length, _ in lengths),
+            "truncated": statistics.fmean(not ended for _, ended in lengths),
+        }
+
+    def _solved(self) -> tuple[list[Group], Row]:
+        """The task's solutions, each token with the same weight; this process' share of them."""
+        indices = self._indices()
+        encoded: list[tuple[Tensor, Tensor]] = []
+        for index in indices:
+            problem = self.problems[index]
+            if problem.solution is not None:
+                ids = self.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+                answer = torch.tensor([*ids, self.tokenizer.eos_token_id])
+                encoded.append((encode(problem, self.tokenizer), answer))
+        tokens = sum(len(answer) for _, answer in encoded)
+        groups = [Group(prompt, (answer,), (1.0 / tokens,)) for prompt, answer in encoded]
+        return list(self._mine(groups)), {"length": tokens / max(len(encoded), 1)}
+
+    def _update(self, groups: Sequence[Group]) -> Row:
+        """One step of Adam along the gradient of `policy_loss` over all groups of all processes."""
+        options = self.options
+        rewarded = options.objective == "policy-gradient"
+        answers = options.prompts_per_step * options.samples_per_prompt
+        kl_weight = options.kl_coefficient / answers if rewarded else 0.0
+        with_base = kl_weight > 0 or (self.state.step + 1) % options.validate_every == 0
+        if not with_base:
+            groups = [group for group in groups if any(group.weights)]
+        total, loss_sum = TokenStatistics(), 0.0
+        self.optimizer.zero_grad()
+        for batch in micro_batches(groups, options.token_budget):
+            tokens = answer_tokens(batch, self.generator.pad_token, self.generator.device)
+            weights = tokens.per_token(
+                torch.tensor([w for group in batch.groups for w in group.weights], device=self.generator.device)
+            )
+            share = not options.gradient_checkpointing
+            base = None
+            if with_base:
+                with torch.no_grad(), self.policy.base(), self.accelerator.autocast():
+                    base = answer_logits(self.policy, tokens, share_prefix=share) / options.temperature
+            with self.policy.learning():
+                with self.accelerator.autocast():
+                    logits = answer_logits(self.policy, tokens, share_prefix=share) / options.temperature
+                loss, seen = policy_loss(logits, tokens.targets, weights, base, kl_weight)
+                del logits, base
+                loss.backward()
+            total += seen
+            loss_sum += float(loss.detach())
+        self.policy.finish_gradients()
+        gradients = [
+            parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            for parameter in self.policy.parameters
+        ]
+        if self.accelerator.num_processes > 1:
+            gradients = [self.accelerator.reduce(gradient, "sum") for gradient in gradients]
+            parts = self._gathered([(total, loss_sum)])
+            total = sum((part for part, _ in parts), TokenStatistics())
+            loss_sum = sum(part for _, part in parts)
+        for parameter, gradient in zip(self.policy.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, options.max_grad_norm))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient of step {self.state.step + 1} is not finite; nothing was changed")
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return {
+            "loss": loss_sum,
+            "kl": total.kl / total.tokens if with_base and total.tokens else None,
+            "entropy": total.entropy / total.tokens if total.tokens else None,
+            "gradient_norm": norm,
+            "learning_rate": rate,
+        }
+
+    def _rate(self) -> float:
+        options, step = self.options, self.state.step
+        rate = options.learning_rate * self.state.rate_scale
+        if step < options.warmup_steps:
+            rate *= (step + 1) / options.warmup_steps
+        return rate * (0.5 + 0.5 * math.cos(math.pi * step / options.steps)) if options.decay else rate
+
+    def _validate(self, row: Row) -> None:
+        """Adds the policy's validation accuracy to the row; keeps the parameters if none were better before."""
+        score = self._score(self.validation, base=False).accuracy
+        if self.state.base_score is None:
+            self.state.base_score = score
+        if self.state.best_score is None or score > self.state.best_score:
+            self.state.best_score, self.state.best_step = score, self.state.step
+            self.best = [parameter.detach().clone() for parameter in self.policy.parameters]
+        self._record(row | {"validation": score})
+        self._plot()
+
+    def _score(self, problems: Sequence[Problem], *, base: bool) -> Evaluation:
+        def answer(prompts: Sequence[Tensor], room: int) -> list[Tensor]:
+            return [answers[0] for answers in self.generator.answers(prompts, room, base=base)]
+
+        mine = evaluate(
+            answer,
+            self.task,
+            self._mine(problems),
+            self.tokenizer,
+            new_tokens=self.new_tokens,
+            token_budget=self.options.token_budget,
+        )
+        places = self._mine(range(len(problems)))
+        found = sorted(self._gathered(list(zip(places, mine.scores, mine.answers, strict=True))))
+        return Evaluation(tuple(score for _, score, _ in found), tuple(text for _, _, text in found))
+
+    def _test(self) -> tuple[Evaluation | None, Evaluation | None]:
+        """The base and the best checkpoint on the test split, written to `result.json`."""
+        problems = self.task.problems("test")[: self.options.test_size] if self.options.test_size else []
+        if not len(problems):
+            return None, None
+        self.policy.load_parameters(self.best)
+        base, best = self._score(problems, base=True), self._score(problems, base=False)
+        if self.accelerator.is_main_process:
+            write_text(self.options.output / "result.json", json.dumps(self._figures(base, best), indent=1) + "\n")
+        return base, best
+
+    def _figures(self, base: Evaluation, best: Evaluation) -> dict[str, Any]:
+        _, seconds = self.metrics.series("seconds")
+        return {
+            "task": self.task.name,
+            "base": {"accuracy": base.accuracy, "interval": base.interval},
+            "best": {"accuracy": best.accuracy, "interval": best.interval, "step": self.state.best_step},
+            "test_problems": len(best.scores),
+            "trainable": self.policy.trainable,
+            "steps": self.state.step,
+            "seconds_per_step": statistics.median(seconds) if seconds else None,
+            "training_seconds": sum(seconds),
+            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "options": self.options.to_dict(),
+        }
+
+    # Alarms, records, processes, signals
+
+    def _alarmed(self, row: Row) -> bool:
+        """Whether an alarm ends the run; where it is to lower the rate, training goes on from the best parameters."""
+        cause = self.guard.alarm(self.state, row.get("entropy"), row.get("kl"))
+        if cause is None:
+            return False
+        action = {
+            "warn": "going on",
+            "lower": f"going on from step {self.state.best_step} with half the learning rate",
+            "stop": "stopping",
+        }[self.options.on_alarm]
+        self.console.print(f"step {self.state.step}: {cause}; {action}", style="yellow")
+        log.warning("step %d: %s; %s", self.state.step, cause, action)
+        if self.options.on_alarm == "lower":
+            self.state.rate_scale /= 2
+            self.policy.load_parameters(self.best)
+            self.optimizer.state.clear()
+        self._save()
+        return self.options.on_alarm == "stop"
+
+    def _record(self, row: Row) -> None:
+        self.metrics.add(row)
+        numbers = {name: value for name, value in row.items() if name != "step" and value is not None}
+        self.accelerator.log(numbers, step=row["step"])
+
+    def _plot(self) -> None:
+        if self.accelerator.is_main_process:
+            title = f"{self.task.name}: {self.options.method}, {self.options.objective}, seed {self.options.seed}"
+            plot(self.metrics, self.options.output / "curve.png", title, self.state.best_step)
+
+    def _gathered(self, items: list[Any]) -> list[Any]:
+        """The items of all processes."""
+        return gather_object(items) if self.accelerator.num_processes > 1 else items
+
+    def _agreed(self, stopping: bool) -> bool:
+        """Whether any process has been told to stop: all stop after the same step."""
+        return any(self._gathered([stopping]))
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """SIGINT ends the loop after the step that runs; a second one ends the program at once."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, before)
+            self._stopping = True
+            self.console.print("stopping after this step; once more ends at once")
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[str], None]]:
+        times = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn(self.task.name), BarColumn(20), *times, TextColumn("{task.description}"))
+        with Progress(*columns, console=self.console) as bar:
+            line = bar.add_task("", total=self.options.steps, completed=self.state.step)
+            yield lambda text: bar.update(line, completed=self.state.step, description=text)
+
+
+def _summary(row: Row, state: State) -> str:
+    parts = [
+        f"{name} {row[key]:.3g}"
+        for name, key in (("reward", "reward"), ("loss", "loss"), ("KL", "kl"), ("entropy", "entropy"))
+        if row.get(key) is not None and (key != "loss" or "reward" not in row)
+    ]
+    if state.best_score is not None and state.base_score is not None:
+        parts.append(f"best {state.best_score:.1%} at {state.best_step} (base {state.base_score:.1%})")
+    return ", ".join(parts)
+
+
+def make_accelerator(options: TrainOptions) -> Accelerator:
+    """An accelerator that logs to the run's folder, with its trackers started."""
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with=list(options.trackers) or None,
+        project_dir=options.output if options.trackers else None,
+    )
+    if options.trackers:
+        config = options.to_dict().items()
+        plain = {name: value if isinstance(value, int | float) else str(value) for name, value in config}
+        accelerator.init_trackers("t2", plain)
+    return accelerator
+
+
+def train(model_name: str, options: TrainOptions, *, console: Console | None = None) -> Result:
+    """Loads model and task by name and trains (`t2 train`). Raises as `t2.load`, `t2.tasks.get` and `Trainer` do."""
+    from t2.loading import load
+    from t2.tasks import get
+
+    accelerator = make_accelerator(options)
+    task = get(options.task, **json.loads(options.task_options))
+    model, tokenizer = load(model_name, device=accelerator.device)
+    return Trainer(model, tokenizer, task, options, accelerator=accelerator, console=console).run()
