@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2.training.policies import Policy, make_policy
+from t2.training.rollouts import (
+    Generator,
+    Group,
+    MicroBatch,
+    Sampler,
+    answer_logits,
+    answer_tokens,
+    end_tokens,
+    micro_batches,
+    uniforms,
+)
+from tests.t2.training.toy import toy_model, toy_tokenizer
+
+PROMPTS = [torch.tensor(ids) for ids in ([4, 5], [4, 4, 4, 6], [7], [4, 8, 9])]
+GROUPS = tuple(
+    Group(prompt, tuple(torch.tensor(a) for a in answers), tuple(0.1 * (i + 1) for i in range(len(answers))))
+    for prompt, answers in zip(PROMPTS, ([[5, 2], [6, 7, 2]], [[8]], [[2], [9, 10, 11, 2], [3, 2]], [[5]]), strict=True)
+)
+
+
+@pytest.fixture
+def policy(make_options) -> Policy:
+    policy = make_policy(toy_model(), make_options())
+    with torch.no_grad():
+        policy.parameters[0].add_(0.2 * torch.randn(policy.trainable, generator=torch.Generator().manual_seed(1)))
+    return policy
+
+
+@pytest.fixture
+def generator(policy: Policy) -> Generator:
+    return Generator(policy, torch.device("cpu"), 0, (2,))
+
+
+def test_the_sampler_draws_each_token_as_often_as_it_should():
+    torch.manual_seed(0)
+    scores = 2 * torch.randn(1, 11)
+    count = 20_000
+    grid = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    drawn = Sampler(grid, 3, 0.7)(torch.zeros(count, 3, dtype=torch.int64), scores.expand(count, -1)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=11) / count
+    torch.testing.assert_close(shares, torch.softmax(scores[0] / 0.7, -1), atol=2 / count, rtol=0)
+
+
+def test_the_sampler_draws_only_what_is_possible():
+    scores = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(3, -1)
+    edges = torch.tensor([[0.0], [0.5], [1.0 - 1e-16]], dtype=torch.float64)
+    drawn = Sampler(edges, 1, 1.0)(torch.zeros(3, 1, dtype=torch.int64), scores).argmax(-1)
+    assert set(drawn.tolist()) <= {1, 3}
+
+
+def test_uniform_numbers_belong_to_a_prompt_of_a_step():
+    every = uniforms(5, 3, range(4), 2, 6)
+    assert torch.equal(uniforms(5, 3, [2], 2, 6), every[4:6])
+    assert not torch.equal(uniforms(5, 4, range(4), 2, 6), every)
+    assert not torch.equal(uniforms(6, 3, range(4), 2, 6), every)
+    assert every.min() >= 0 and every.max() < 1
+
+
+def test_drawn_answers_do_not_depend_on_the_batch_around_them(generator: Generator):
+    draw = uniforms(0, 0, range(4), 3, 5)
+    together = generator.answers(PROMPTS, 5, samples=3, draw=draw)
+    for i, prompt in enumerate(PROMPTS):
+        (alone,) = generator.answers([prompt], 5, samples=3, draw=draw[3 * i : 3 * i + 3])
+        assert [a.tolist() for a in alone] == [a.tolist() for a in together[i]]
+    assert len({tuple(a.tolist()) for answers in together for a in answers}) > 4
+
+
+def test_answers_that_share_a_prefix_are_those_that_do_not(generator: Generator):
+    shared = generator.answers(PROMPTS, 6, samples=2)
+    for prompt, answers in zip(PROMPTS, shared, strict=True):
+        ((alone,),) = generator.answers([prompt], 6)
+        assert all(answer.tolist() == alone.tolist() for answer in answers)
+
+
+def test_answers_end_with_their_end_token(generator: Generator):
+    for answers in generator.answers(PROMPTS, 30, samples=4, draw=uniforms(1, 0, range(4), 4, 30)):
+        for answer in answers:
+            ends = (answer == 2).nonzero().flatten().tolist()
+            assert ends in ([], [len(answer) - 1]) and (ends or len(answer) == 30)
+
+
+def test_the_base_answers_where_it_is_asked(generator: Generator):
+    base = make_greedy(toy_model(), PROMPTS)
+    found = [answers[0] for answers in generator.answers(PROMPTS, 5, base=True)]
+    assert [a.tolist() for a in found] == base
+    assert [answers[0].tolist() for answers in generator.answers(PROMPTS, 5)] != base
+
+
+def make_greedy(model, prompts: list[Tensor]) -> list[list[int]]:
+    answers = []
+    for prompt in prompts:
+        ids, answer = prompt.tolist(), []
+        while len(answer) < 5 and (not answer or answer[-1] != 2):
+            answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        answers.append(answer)
+    return answers
+
+
+def one_by_one(policy: Policy, groups: tuple[Group, ...]) -> Tensor:
+    """Every answer behind its own prompt, without a batch, a cache or padding."""
+    rows = []
+    for group in groups:
+        for answer in group.answers:
+            logits = policy.model(input_ids=torch.cat([group.prompt, answer]).unsqueeze(0)).logits[0]
+            rows.append(logits[len(group.prompt) - 1 : -1])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("method", ["svf", "lora", "dense-compose"])
+def test_logits_and_gradients_are_those_of_answers_one_by_one(make_options, method: str, share_prefix: bool):
+    policy = make_policy(toy_model(), make_options(method=method))
+    with torch.no_grad():
+        for parameter in policy.parameters:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    tokens = answer_tokens(MicroBatch(GROUPS), 0, torch.device("cpu"))
+    assert tokens.targets.tolist() == [t for g in GROUPS for a in g.answers for t in a.tolist()]
+    gradients = []
+    weights = torch.randn(len(tokens.targets), 14, generator=torch.Generator().manual_seed(2))
+    for together in (True, False):
+        with policy.learning():
+            shared = {"share_prefix": share_prefix}
+            logits = answer_logits(policy, tokens, **shared) if together else one_by_one(policy, GROUPS)
+            (logits * weights).sum().backward()
+        policy.finish_gradients()
+        gradients.append((logits.detach(), *[p.grad.clone() for p in policy.parameters]))
+        for parameter in policy.parameters:
+            parameter.grad = None
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_values_of_answers_reach_their_tokens():
+    tokens = answer_tokens(MicroBatch(GROUPS), 0, torch.device("cpu"))
+    values = torch.arange(7.0)
+    lengths = [len(a) for g in GROUPS for a in g.answers]
+    assert tokens.per_token(values).tolist() == [float(i) for i, n in enumerate(lengths) for _ in range(n)]
+
+
+def contents(groups: Sequence[Group]) -> list[tuple[list[int], list[int], float]]:
+    """Prompt, answer and weight of every answer."""
+    pairs = [(g.prompt, a, w) for g in groups for a, w in zip(g.answers, g.weights, strict=True)]
+    return sorted((prompt.tolist(), answer.tolist(), weight) for prompt, answer, weight in pairs)
+
+
+@pytest.mark.parametrize("budget", [9, 12, 20, 1000])
+def test_micro_batches_hold_every_answer_once_within_the_budget(budget: int):
+    batches = list(micro_batches(GROUPS, budget))
+    assert all(batch.tokens <= budget for batch in batches)
+    assert contents([group for batch in batches for group in batch.groups]) == contents(GROUPS)
+    assert len(batches) == 1 or budget < 1000
+
+
+def test_a_budget_too_small_for_one_answer_is_refused():
+    with pytest.raises(ValueError, match=r"token_budget: .* 4 \+ 1 tokens, got 4"):
+        list(micro_batches(GROUPS[1:2], 4))
+    assert list(micro_batches([], 4)) == []
+
+
+def test_end_tokens_are_the_models_and_the_tokenizers():
+    model = toy_model()
+    model.generation_config.eos_token_id = [2, 9]
+    assert end_tokens(model, toy_tokenizer()) == [2, 9]
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, toy_tokenizer()) == [2]

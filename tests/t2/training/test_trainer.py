@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import t2
+from t2.storage import FileFormatError, read_safetensors
+from t2.training import Result, Trainer, TrainOptions
+from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
+
+TIMES = ("seconds", "rollout_seconds")
+
+
+def run(options: TrainOptions, **kwargs: Any) -> Result:
+    return Trainer(toy_model(), toy_tokenizer(), kwargs.pop("task", SayTheWord()), options, **kwargs).run()
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return read_safetensors(folder / "checkpoint.safetensors")[0]
+
+
+def start(options: TrainOptions, *launcher: str) -> subprocess.Popen[str]:
+    given = {name: getattr(options, name) for name in ("steps", "seed", "resume", "learning_rate", "validate_every")}
+    given |= {"output": str(options.output), "prompts_per_step": options.prompts_per_step}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "tests.t2.training.run_toy", json.dumps(given)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_reinforce_teaches_the_toy_task(make_options):
+    options = make_options(steps=30, validate_every=5, prompts_per_step=8, samples_per_prompt=8, kl_coefficient=0.01)
+    result = run(options)
+    assert result.finished and result.base is not None and result.best is not None
+    assert result.base.accuracy <= 0.5 and result.best.accuracy >= result.base.accuracy + 0.4
+    rows = curve(options.output)
+    assert [row["step"] for row in rows] == list(range(31))
+    assert rows[-1]["reward"] > rows[1]["reward"] + 0.5
+    assert (options.output / "curve.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads((options.output / "result.json").read_text())
+    assert figures["best"]["accuracy"] == result.best.accuracy and figures["trainable"] == 340
+
+
+def test_the_result_is_the_best_checkpoint_and_serves(make_options):
+    options = make_options(steps=8)
+    result = run(options)
+    best = t2.Expert.load(result.expert)
+    rows = [row for row in curve(options.output) if "validation" in row]
+    top = max(row["validation"] for row in rows)
+    assert result.state.best_score == top
+    assert result.state.best_step == next(row["step"] for row in rows if row["validation"] == top)
+    assert torch.equal(best.z, parameters(options.output)["best.0"])
+    last = t2.Expert.load(options.output / "last.safetensors")
+    assert torch.equal(last.z, parameters(options.output)["parameters.0"])
+    svf = t2.SVFModel(toy_model(), t2.SVFConfig(progress=False))
+    svf.add_expert("say", best)
+
+
+@pytest.mark.parametrize("method", ["lora", "dense-compose"])
+def test_other_methods_learn_under_the_same_loop(make_options, method: str):
+    rate = 5e-2 if method == "dense-compose" else 2e-2
+    options = make_options(method=method, steps=20, prompts_per_step=8, samples_per_prompt=8, learning_rate=rate)
+    result = run(options)
+    assert result.best is not None and result.best.accuracy >= result.base.accuracy + 0.2
+    assert result.expert.exists()
+
+
+def test_the_next_token_objective_learns(make_options):
+    options = make_options(objective="next-token", steps=20, learning_rate=5e-2)
+    result = run(options)
+    rows = curve(options.output)
+    assert rows[-1]["loss"] < 0.7 * rows[1]["loss"]
+    assert result.best is not None and result.best.accuracy > result.base.accuracy
+
+
+def test_next_token_needs_solutions(make_options):
+    with pytest.raises(ValueError, match="next-token expects a task with solutions, got say"):
+        run(make_options(objective="next-token"), task=SayTheWord(solutions=False))
+
+
+def test_token_budget_and_checkpointing_leave_the_update_as_it_is(make_options, tmp_path):
+    runs = {
+        "whole": make_options(steps=2, output=tmp_path / "whole"),
+        "small": make_options(steps=2, output=tmp_path / "small", token_budget=24),
+        "again": make_options(steps=2, output=tmp_path / "again", gradient_checkpointing=True),
+    }
+    for options in runs.values():
+        run(options)
+    whole = parameters(tmp_path / "whole")["parameters.0"]
+    assert (whole - 1).abs().max() > 0.01
+    for name in ("small", "again"):
+        torch.testing.assert_close(parameters(tmp_path / name)["parameters.0"], whole, atol=2e-3, rtol=0)
+
+
+def test_a_resumed_run_goes_on_with_the_same_curve(make_options, tmp_path):
+    whole = make_options(steps=6, output=tmp_path / "whole")
+    run(whole)
+    part = make_options(steps=3, output=tmp_path / "part")
+    run(part)
+    run(replace(part, steps=6, resume=True))
+    expected = [row for row in curve(whole.output)]
+    found = [row | ({"validation": None} if row["step"] == 3 else {}) for row in curve(part.output)]
+    assert [row["gradient_norm"] for row in found[1:]] == [row["gradient_norm"] for row in expected[1:]]
+    assert torch.equal(parameters(part.output)["parameters.0"], parameters(whole.output)["parameters.0"])
+
+
+def test_a_killed_run_goes_on_with_the_same_curve(make_options, tmp_path):
+    whole = make_options(steps=40, output=tmp_path / "whole", learning_rate=1e-2)
+    run(whole)
+    killed = replace(whole, output=tmp_path / "killed")
+    process = start(killed)
+    metrics = killed.output / "metrics.jsonl"
+    while process.poll() is None and (not metrics.is_file() or metrics.read_text().count("\n") < 9):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 8 <= len(curve(killed.output)) < 41
+    assert not list(killed.output.glob("*.tmp")) or parameters(killed.output)
+    run(replace(killed, resume=True))
+    assert curve(killed.output) == curve(whole.output)
+    assert torch.equal(parameters(killed.output)["parameters.0"], parameters(whole.output)["parameters.0"])
+
+
+def test_sigint_saves_and_ends_well(make_options, tmp_path):
+    options = make_options(steps=5000, output=tmp_path / "run", validate_every=1000)
+    process = start(options)
+    metrics = options.output / "metrics.jsonl"
+    while process.poll() is None and (not metrics.is_file() or metrics.read_text().count("\n") < 4):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    state = json.loads(read_safetensors(options.output / "checkpoint.safetensors")[1]["state"])
+    assert f"stopped {state['step']}" in out
+    assert len(curve(options.output)) == state["step"] + 1
+    assert (options.output / "last.safetensors").is_file() and (options.output / "best.safetensors").is_file()
+
+
+def test_two_processes_train_as_one_does(make_options, tmp_path):
+    alone = make_options(steps=3, output=tmp_path / "alone", prompts_per_step=5, learning_rate=2e-3)
+    run(alone)
+    two = replace(alone, output=tmp_path / "two")
+    process = start(two, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    for found, expected in zip(curve(two.output), curve(alone.output), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    found, expected = (parameters(o.output)["parameters.0"] for o in (two, alone))
+    assert (found - expected).abs().max() < 0.02 * (expected - 1).abs().max()
+
+
+def test_an_alarm_lowers_the_rate_and_goes_back(make_options, capsys):
+    options = make_options(steps=12, learning_rate=0.5, kl_alarm=0.05, kl_coefficient=0.01)
+    result = run(options)
+    assert result.state.rate_scale < 1
+    rates = [row["learning_rate"] for row in curve(options.output)[1:]]
+    assert rates[0] == 0.5 and rates[-1] == 0.5 * result.state.rate_scale
+    assert "half the learning rate" in capsys.readouterr().out
+
+
+def test_an_alarm_can_end_the_run(make_options):
+    options = make_options(steps=12, learning_rate=0.5, kl_alarm=0.05, on_alarm="stop")
+    assert run(options).state.step < 12
+
+
+def test_a_folder_with_a_run_is_left_alone(make_options):
+    options = make_options(steps=1)
+    run(options)
+    before = (options.output / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"output: expected a folder without a run, got .*--resume"):
+        run(options)
+    with pytest.raises(ValueError, match=r"options that the run was started with \(seed 0\)"):
+        run(replace(options, resume=True, seed=1))
+    assert (options.output / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_needs_a_whole_checkpoint(make_options):
+    options = make_options(resume=True)
+    with pytest.raises(FileNotFoundError, match="found no checkpoint"):
+        run(options)
+    options.output.mkdir()
+    (options.output / "checkpoint.safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(FileFormatError, match="truncated or corrupt"):
+        run(options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a number > 0, got 0.0"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt: expected at least 2 for the leave-one-out baseline, got 1"),
+        ({"task_options": "[1]"}, r"task_options: expected a JSON object, got '\[1\]'"),
+        ({"task_options": "{"}, "task_options: expected a JSON object, got '{'"),
+        ({"kl_coefficient": -0.1}, "kl_coefficient: expected a number >= 0, got -0.1"),
+    ],
+)
+def test_options_refuse(make_options, changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        make_options(**changes)
