@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ class SVFModel(nn.Module):
         self.router = Router(self._table)
         self.bank = ExpertBank(self.layout)
         self._slots: dict[str, int] = {}
+        self.z: nn.Parameter | None = None
         self._lock = threading.RLock()
         self._targets: dict[str, _Target] = {}
         self._packed: dict[str, tuple[PackedLinear, Linear]] = {}
@@ -220,8 +221,9 @@ class SVFModel(nn.Module):
 
         A batch of B entries also serves k * B rows (beams, return sequences), each entry repeated k times in place.
         A single choice that is not a list serves every row. Where an entry is a tensor that requires grad, the
-        gradient reaches it; with activation checkpointing, which runs layers again in the backward pass, call
-        backward inside the block. Routes belong to the thread or task that entered them, and may be nested.
+        gradient reaches it; activation checkpointing is turned on by this model's own `gradient_checkpointing_enable`,
+        or else backward is called inside the block. Routes belong to the thread or task that entered them, and may be
+        nested.
 
         With a `plan` (inference only) layers run in the form it chose; a ValueError says if it was made for others.
         """
@@ -233,8 +235,7 @@ class SVFModel(nn.Module):
                 self._check_plan(plan, choices)
                 forms = {index: form.bind(route.table) for index, form in self._built(plan).items()}
                 route = Route(route.table, route.slots, self.layout, forms)
-            token = self.router.enter(route)
-            held.callback(self.router.exit, token)
+            held.enter_context(self.router.within(route))
             yield
 
     def _resolve(self, choices: list[ExpertChoice], held: ExitStack) -> Route:
@@ -264,6 +265,52 @@ class SVFModel(nn.Module):
         if isinstance(choice, Mapping):
             return tuple(sorted((str(name), weight) for name, weight in choice.items()))
         return choice if choice is None or isinstance(choice, str) else id(choice)
+
+    # An expert in training
+
+    def start_training(self, start: ExpertChoice = None) -> nn.Parameter:
+        """Makes an expert the one trainable parameter `z` [R] of this module, and returns it.
+
+        Until `finish_training`, calls without `experts` outside a `route` run with it, and a backward pass reaches it:
+        any loop that trains an nn.Module trains the expert, transformers' and TRL's trainers among them. Nothing else
+        of the model requires grad.
+
+        Args:
+            start: what z starts as; None is the base, z = 1.
+        """
+        self._check_attached()
+        if self.z is not None:
+            raise RuntimeError("an expert is in training already; finish_training() ends that")
+        first = self.z_of(start).detach().to(self.sigma.device).clone()
+        self.requires_grad_(False)
+        self.z = nn.Parameter(first)
+        return self.z
+
+    def finish_training(self, metadata: Mapping[str, str] | None = None) -> Expert:
+        """The expert as it was trained since `start_training`; calls without `experts` are the base's again."""
+        if self.z is None:
+            raise RuntimeError("no expert is in training; start_training() begins that")
+        trained, self.z = Expert(self.z, self.layout, metadata), None
+        return trained
+
+    def _default_route(self) -> AbstractContextManager[None]:
+        """What a call without `experts` runs with: the route around it, else the expert in training, else the base."""
+        return nullcontext() if self.z is None or self.router.active else self.route(self.z)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """As the wrapped model's method; layers run again in the backward pass find the route of their forward pass.
+
+        Raises:
+            ValueError: reentrant checkpoints are asked for, which have no place for a route.
+        """
+        options = {"use_reentrant": False} | dict(gradient_checkpointing_kwargs or {})
+        if options["use_reentrant"]:
+            raise ValueError("use_reentrant: expected False, got True")
+        self.model.gradient_checkpointing_enable(options | {"context_fn": self._checkpoint_contexts})  # type: ignore[operator]
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """For the forward pass, and for when it is run again, which may be in another thread."""
+        return nullcontext(), self.router.within(self.router.route)
 
     # Plans
 
@@ -409,7 +456,8 @@ class SVFModel(nn.Module):
         """
         if experts is None:
             self._check_attached()
-            return self.model(*args, **kwargs)
+            with self._default_route():
+                return self.model(*args, **kwargs)
         self._check_count(experts, args, kwargs)
         with self.route(experts):
             return self.model(*args, **kwargs)
@@ -436,6 +484,8 @@ class SVFModel(nn.Module):
             if experts is not None or plan is not None:
                 self._check_count(experts, args, kwargs)
                 held.enter_context(self.route(experts, plan))
+            else:
+                held.enter_context(self._default_route())
             if not self._returns_more_than_tokens(kwargs):
                 kwargs = self._with_growing_cache(kwargs)
                 held.enter_context(torch.inference_mode())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -101,8 +102,16 @@ class Router:
     def route(self) -> Route:
         return self._active.get() or self._base
 
-    def enter(self, route: Route) -> object:
-        return self._active.set(route)
+    @property
+    def active(self) -> bool:
+        """Whether the current context has a route of its own."""
+        return self._active.get() is not None
 
-    def exit(self, token: object) -> None:
-        self._active.reset(token)  # type: ignore[arg-type]
+    @contextmanager
+    def within(self, route: Route) -> Iterator[None]:
+        """Within the block, in this thread or task, layers run with the route."""
+        token = self._active.set(route)
+        try:
+            yield
+        finally:
+            self._active.reset(token)

@@ -56,6 +56,18 @@ class Policy(ABC):
     def base(self) -> AbstractContextManager[None]:
         """Within the block the model runs as the base."""
 
+    def enable_checkpointing(self) -> None:
+        """Activations are computed again in the backward pass. transformers does that in training mode alone, so
+        dropout is taken out of the model."""
+        model: Any = self.model
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.transformer.train()
+        for module in self.transformer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+
     def finish_gradients(self) -> None:  # noqa: B027  # most methods have nothing left to do
         """After the backward passes of a step, before its gradients are used."""
 

@@ -106,11 +106,7 @@ class Trainer:
             raise ValueError("tokenizer: expected one with an end token and a padding token, as `t2.load` gives it")
         self.policy = make_policy(model, options)
         if options.gradient_checkpointing:
-            self.policy.transformer.gradient_checkpointing_enable({"use_reentrant": False})
-            self.policy.transformer.train()
-            for module in self.policy.transformer.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+            self.policy.enable_checkpointing()
         device = self.policy.parameters[0].device
         self.generator = Generator(self.policy, device, int(tokenizer.pad_token_id), tuple(ends))
         self.optimizer = torch.optim.Adam(self.policy.parameters, lr=options.learning_rate)
