@@ -184,7 +184,7 @@ class Trainer:
                 self._validate({"step": 0})
                 self._save()
             while self.state.step < self.options.steps and not self._stopping:
-                row = self._step()
+                row = self.step()
                 if self._alarmed(row):
                     announce("stopped by an alarm")
                     break
@@ -199,7 +199,8 @@ class Trainer:
         base, best = self._test()
         return Result(True, expert, self.state, base, best)
 
-    def _step(self) -> Row:
+    def step(self) -> Row:
+        """One update: answers, rewards, gradient; a validation where one is due. Returns the step's metrics."""
         start = time.perf_counter()
         groups, row = self._drawn() if self.options.objective == "policy-gradient" else self._solved()
         answered = time.perf_counter()
