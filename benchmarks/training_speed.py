@@ -109,7 +109,7 @@ def main(method: str | None = None, rounds: int = 5) -> None:
             row = workers[name].step()
             if turn:
                 steps[name].append(row)
-    table = Table("method", "numbers learnt", "s a step", "of it answers", "SVF / this", "peak, MB")
+    table = Table("method", "numbers learnt", "s a step", "of it answers", "this / SVF", "peak, MB")
     results: dict[str, object] = {}
     for name in names:
         rows = steps[name]

@@ -1,0 +1,142 @@
+"""Trains experts in three domains, and SVF against LoRA at equal rollouts, with `t2 train`.
+
+    python benchmarks/train_experts.py                    # all runs, one after the other; hours
+    python benchmarks/train_experts.py --only sums        # the runs whose name starts so
+
+A run that is finished is not made again, one that was interrupted goes on. Everything a run writes is in its folder
+below `runs/`. Writes benchmarks/results/training.json and docs/training-*.png from the runs that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from t2.throughput import machine
+from t2kernels.files import replacing, write_text
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MODEL = "smollm2-135m-instruct"
+SEEDS = (0, 1, 2)
+
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sums": ("reasoning-gym:chain_sum", {"config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}),
+    "letters": ("reasoning-gym:letter_counting", {"config": {"min_words": 2, "max_words": 4}}),
+    "logic": ("reasoning-gym:syllogism", {}),
+}
+SHARED = ("--prompts-per-step", "16", "--samples-per-prompt", "6", "--steps", "60", "--trackers")
+"""The rollouts of every run."""
+
+
+def runs() -> dict[str, tuple[str, list[str]]]:
+    """The task and further options of each run, by name."""
+    made: dict[str, tuple[str, list[str]]] = {}
+    for seed in SEEDS:
+        made[f"sums-svf-{seed}"] = "sums", ["--seed", str(seed)]
+    made["letters-svf-0"] = "letters", []
+    made["logic-svf-0"] = "logic", []
+    variants = {
+        "lora": ["--method", "lora", "--learning-rate", "2e-4"],
+        "svf-mlp": ["--target-modules", "mlp"],
+        "svf-attention": ["--target-modules", "attention"],
+        "svf-next-token": ["--objective", "next-token"],
+        "lora-next-token": ["--method", "lora", "--learning-rate", "2e-4", "--objective", "next-token"],
+    }
+    for name, options in variants.items():
+        for seed in SEEDS[:2]:
+            made[f"sums-{name}-{seed}"] = "sums", [*options, "--seed", str(seed)]
+    return made
+
+
+def command(task: str, options: list[str], output: Path) -> list[str]:
+    name, task_options = TASKS[task]
+    command = ["train", MODEL, "--task", name, "--task-options", json.dumps(task_options), "--output", str(output)]
+    return [*command, *options, *SHARED]
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    """The curve and result of every finished run."""
+    found: dict[str, Any] = {}
+    for name, (task, options) in runs().items():
+        result = folder / name / "result.json"
+        if result.is_file():
+            rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+            arguments = command(task, options, Path("runs") / name)
+            found[name] = json.loads(result.read_text()) | {"curve": rows, "command": " ".join(["t2", *arguments])}
+    return found
+
+
+def plot(found: dict[str, Any], prefix: str, path: Path) -> None:
+    """Validation accuracy and reward of the runs whose name starts so."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, run in found.items():
+        if not name.startswith(prefix):
+            continue
+        rows = run["curve"]
+        validated = [(row["step"], 100 * row["validation"]) for row in rows if row.get("validation") is not None]
+        (line,) = left.plot(*zip(*validated, strict=True), marker="o", markersize=3, label=name)
+        left.axhline(validated[0][1], linestyle="--", linewidth=0.8, color=line.get_color())
+        rewarded = [(row["step"], row["reward"]) for row in rows if row.get("reward") is not None]
+        if rewarded:
+            right.plot(*zip(*rewarded, strict=True), color=line.get_color())
+    left.set_ylabel("validation accuracy, % (dashed: base)")
+    right.set_ylabel("mean reward of the drawn answers")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def show(found: dict[str, Any]) -> None:
+    table = Table("run", "base", "trained", "at step", "s a step", "minutes", "numbers learnt", "peak, MB")
+    for name, run in found.items():
+        table.add_row(
+            name,
+            f"{run['base']['accuracy']:.1%}",
+            f"{run['best']['accuracy']:.1%}",
+            f"{run['best']['step']} of {run['steps']}",
+            f"{run['seconds_per_step']:.1f}",
+            f"{run['training_seconds'] / 60:.1f}",
+            f"{run['trainable']:,}",
+            f"{run['peak_resident_bytes'] / 1e6:,.0f}",
+        )
+    Console().print(table)
+
+
+def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) -> None:
+    """Args:
+    only: Makes the runs whose name starts so.
+    folder: Where the runs are.
+    collect: Makes none, but writes results from the finished ones.
+    """
+    for name, (task, options) in runs().items():
+        output = folder / name
+        if collect or not name.startswith(only) or (output / "result.json").is_file():
+            continue
+        again = ["--resume"] if (output / "checkpoint.safetensors").is_file() else []
+        print(name, flush=True)
+        subprocess.run([sys.executable, "-m", "t2.cli", *command(task, options, output), *again], check=True)
+    found = collected(folder)
+    write_text(RESULTS / "training.json", json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
+    for prefix in ("sums-svf-", "sums-lora", "letters", "logic"):
+        if any(name.startswith(prefix) for name in found):
+            plot(found, prefix, ROOT / "docs" / f"training-{prefix.strip('-')}.png")
+    show(found)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
