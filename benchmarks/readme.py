@@ -333,6 +333,58 @@ def triton_compile() -> str:
     )
 
 
+def training_speed() -> str:
+    results = read("training-speed.json")
+    machine = results["machine"]
+    rows = [
+        [
+            name,
+            f"{found['trainable']:,}",
+            f"{statistics.median(found['seconds']):.1f}",
+            f"{statistics.median(found['rollout_seconds']):.1f}",
+            f"{found['over_svf']:.2f}",
+            f"{found['peak_anonymous_bytes'] / 1e6:,.0f}",
+        ]
+        for name, found in results["methods"].items()
+    ]
+    head = ["method", "numbers learnt", "s a step", "of it answers", "this / SVF", "peak anonymous, MB"]
+    return (
+        f"One step of SmolLM2-135M-Instruct: {results['rollouts']} answers of {results['new_tokens']} tokens and the "
+        f"update with its exact KL, float32, {machine['threads']} cores of {machine['processor']}; processes that take "
+        f"turns, median of {results['rounds']} (`python benchmarks/training_speed.py`):\n\n" + table(head, rows)
+    )
+
+
+def training() -> str:
+    """Runs in groups of seeds: medians, and the single runs' accuracies."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for name, run in read("training.json")["runs"].items():
+        runs.setdefault(name.rpartition("-")[0], []).append(run)
+    rows = []
+    for name, group in runs.items():
+        base = statistics.median(run["base"]["accuracy"] for run in group)
+        best = statistics.median(run["best"]["accuracy"] for run in group)
+        rows.append(
+            [
+                name,
+                f"{base:.1%}",
+                f"**{best:.1%}**",
+                ", ".join(f"{run['best']['accuracy']:.1%}" for run in group),
+                ", ".join(str(run["best"]["step"]) for run in group),
+                f"{statistics.median(run['seconds_per_step'] for run in group):.1f}",
+                f"{statistics.median(run['training_seconds'] for run in group) / 60:.1f}",
+                f"{group[0]['trainable']:,}",
+                f"{max(run['peak_resident_bytes'] for run in group) / 1e6:,.0f}",
+            ]
+        )
+    head = ["run", "base", "trained", "by seed", "best step", "s a step", "minutes", "numbers learnt", "peak, MB"]
+    some = next(iter(runs.values()))[0]
+    return (
+        f"SmolLM2-135M-Instruct, accuracy of greedy answers to {some['test_problems']} test problems that no other "
+        "split has, medians over the seeds (`python benchmarks/train_experts.py`):\n\n" + table(head, rows)
+    )
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
     "docs/cpu.md": {
@@ -345,6 +397,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "plans": plans,
     },
     "docs/gpu.md": {"triton-compile": triton_compile},
+    "docs/training.md": {"training": training, "training-speed": training_speed},
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from t2.routing import Route, Router
+from t2.targets import Linear, weight_matrix
 from t2kernels import DenseWeight, FactoredWeight
 from t2kernels.weights import FactoredGroup
 
@@ -26,7 +27,7 @@ class RoutedLinear(nn.Module):
         self.shared_input: SharedInput | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        route = self.router.route
+        route = self.router.of_layer(self.index)
         route.check(x.shape[0])
         if self.shared_input is not None and not torch.compiler.is_compiling():
             y = self.shared_input.linear(self, x, route)
@@ -85,13 +86,21 @@ def _version(x: Tensor) -> int:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer that is not decomposed, on the same kernels: the output embedding, or one beside the targets."""
+    """A linear layer that is not decomposed, on the same kernels: the output embedding, or one beside the targets.
 
-    def __init__(self, weight: DenseWeight, bias: Tensor | None) -> None:
+    `weight` and `bias` are those of the layer it stands for, which others may read.
+    """
+
+    def __init__(self, packed: DenseWeight, layer: Linear) -> None:
         super().__init__()
-        self.weight = weight
-        self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.bias = bias
+        self.packed = packed
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.bias = layer.bias
+        self.__dict__["_layer"] = layer  # not a submodule: its weight is another's, or not in use
+
+    @property
+    def weight(self) -> Tensor:
+        return weight_matrix(self.__dict__["_layer"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight.linear_unchecked(x, self.bias)
+        return self.packed.linear_unchecked(x, self.bias)

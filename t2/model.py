@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from t2.experts import Expert, ExpertBank, check_z
 from t2.layers import PackedLinear, RoutedLinear, SharedInput
 from t2.layout import Layout, fingerprint
 from t2.planning import Delta, Merged, ServingPlan, cost_model
-from t2.routing import Route, Router, SlotTable
+from t2.routing import Route, Router, SlotTable, TrainedRoute
 from t2.svd import FactorCache, decompose_weights, weight_key
 from t2.targets import Linear, groups_of_one_input, other_linears, select_targets, weight_matrix
 from t2kernels import DenseWeight, FactoredWeight, Factors, decompose
@@ -150,7 +150,7 @@ class SVFModel(nn.Module):
             dtype = self.svf_config.dtype or weight.dtype
             dtype = torch.float16 if dtype == torch.int8 else dtype
             packed = DenseWeight.pack(weight, dtype=dtype, bf16_products=self.svf_config.bf16_products)
-            routed = PackedLinear(packed.to(weight.device), layer.bias).train(layer.training)
+            routed = PackedLinear(packed.to(weight.device), layer).train(layer.training)
             self._packed[name] = routed, layer
             self.model.set_submodule(name, routed)
 
@@ -160,6 +160,8 @@ class SVFModel(nn.Module):
             targets = list(self._targets.values())
             self._table.to(targets[0].layer.weight.s.device)
             self.router = Router(self._table)
+            if self.z is not None:
+                self.router.default = TrainedRoute(self.z, self.sigma, self.layout)
             for target in targets:
                 target.layer.router = self.router
         return self
@@ -271,9 +273,9 @@ class SVFModel(nn.Module):
     def start_training(self, start: ExpertChoice = None) -> nn.Parameter:
         """Makes an expert the one trainable parameter `z` [R] of this module, and returns it.
 
-        Until `finish_training`, calls without `experts` outside a `route` run with it, and a backward pass reaches it:
-        any loop that trains an nn.Module trains the expert, transformers' and TRL's trainers among them. Nothing else
-        of the model requires grad.
+        Until `finish_training` it takes the base's place: calls without `experts` outside a `route` run with it, those
+        of the wrapped model included, and a backward pass reaches it. So any loop that trains an nn.Module trains the
+        expert, transformers' and TRL's trainers among them. Nothing else of the model requires grad.
 
         Args:
             start: what z starts as; None is the base, z = 1.
@@ -284,18 +286,15 @@ class SVFModel(nn.Module):
         first = self.z_of(start).detach().to(self.sigma.device).clone()
         self.requires_grad_(False)
         self.z = nn.Parameter(first)
+        self.router.default = TrainedRoute(self.z, self.sigma, self.layout)
         return self.z
 
     def finish_training(self, metadata: Mapping[str, str] | None = None) -> Expert:
         """The expert as it was trained since `start_training`; calls without `experts` are the base's again."""
         if self.z is None:
             raise RuntimeError("no expert is in training; start_training() begins that")
-        trained, self.z = Expert(self.z, self.layout, metadata), None
+        trained, self.z, self.router.default = Expert(self.z, self.layout, metadata), None, None
         return trained
-
-    def _default_route(self) -> AbstractContextManager[None]:
-        """What a call without `experts` runs with: the route around it, else the expert in training, else the base."""
-        return nullcontext() if self.z is None or self.router.active else self.route(self.z)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """As the wrapped model's method; layers run again in the backward pass find the route of their forward pass.
@@ -310,7 +309,8 @@ class SVFModel(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For the forward pass, and for when it is run again, which may be in another thread."""
-        return nullcontext(), self.router.within(self.router.route)
+        route = self.router.lasting
+        return self.router.within(route), self.router.within(route)
 
     # Plans
 
@@ -456,8 +456,7 @@ class SVFModel(nn.Module):
         """
         if experts is None:
             self._check_attached()
-            with self._default_route():
-                return self.model(*args, **kwargs)
+            return self.model(*args, **kwargs)
         self._check_count(experts, args, kwargs)
         with self.route(experts):
             return self.model(*args, **kwargs)
@@ -484,8 +483,6 @@ class SVFModel(nn.Module):
             if experts is not None or plan is not None:
                 self._check_count(experts, args, kwargs)
                 held.enter_context(self.route(experts, plan))
-            else:
-                held.enter_context(self._default_route())
             if not self._returns_more_than_tokens(kwargs):
                 kwargs = self._with_growing_cache(kwargs)
                 held.enter_context(torch.inference_mode())
@@ -512,7 +509,10 @@ class SVFModel(nn.Module):
         ):
             return kwargs
         cache = growing_cache(self.model)
-        return kwargs if cache is None else {**kwargs, "past_key_values": cache, "cache_implementation": None}
+        if cache is None:
+            return kwargs
+        named = self._generation_option(kwargs, "cache_implementation") is not None
+        return kwargs | {"past_key_values": cache} | ({"cache_implementation": None} if named else {})
 
     @staticmethod
     def _check_count(experts: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -593,7 +593,7 @@ class SVFModel(nn.Module):
             target.module.weight.data = weights[name]
             self.model.set_submodule(name, target.module.train(target.layer.training))
         for name, (packed, module) in self._packed.items():
-            self.model.set_submodule(name, module.to(packed.weight.weight.device).train(packed.training))
+            self.model.set_submodule(name, module.to(packed.packed.weight.device).train(packed.training))
         set_attention(self.model, "sdpa", instead_of=ATTENTION)
         self._targets, self._packed = {}, {}
 

@@ -89,23 +89,54 @@ class SlotTable:
             self._references[slot] -= 1
 
 
+class TrainedRoute:
+    """The route of an expert in training: sigma * z, through which the gradient reaches z, anew in each forward pass.
+
+    Layers ask for it in the order of their index, so one that is not above the last one's begins another pass.
+    """
+
+    def __init__(self, z: Tensor, sigma: Tensor, layout: Layout) -> None:
+        self._z, self._sigma, self._layout = z, sigma, layout
+        self._slots = torch.zeros(1, dtype=torch.int64, device=sigma.device)
+        self._last = -1
+        self._learning = False
+        self._route: Route | None = None
+
+    def anew(self) -> Route:
+        return Route((self._sigma * self._z).unsqueeze(0), self._slots, self._layout)
+
+    def of_layer(self, index: int) -> Route:
+        learning = torch.is_grad_enabled()
+        if self._route is None or index <= self._last or learning != self._learning:
+            self._route = self.anew()
+        self._last, self._learning = index, learning
+        return self._route
+
+
 class Router:
-    """What the layers ask: the route of the current context (thread or task), or the base for every row."""
+    """What the layers ask: the route of the current context (thread or task), or the default for every row.
+
+    `default` is an expert in training; None is the base.
+    """
 
     def __init__(self, table: SlotTable) -> None:
         self.table = table
+        self.default: TrainedRoute | None = None
         base = torch.zeros(1, dtype=torch.int64, device=table.sigma.device)
         self._base = Route(table.sigma.unsqueeze(0), base, table.layout)
         self._active: ContextVar[Route | None] = ContextVar("t2_route", default=None)
 
     @property
-    def route(self) -> Route:
-        return self._active.get() or self._base
+    def lasting(self) -> Route:
+        """A route for a part of the model that is to run twice with the same one."""
+        return self._active.get() or (self._base if self.default is None else self.default.anew())
 
-    @property
-    def active(self) -> bool:
-        """Whether the current context has a route of its own."""
-        return self._active.get() is not None
+    def of_layer(self, index: int) -> Route:
+        """The route that the layer with this index runs with."""
+        active = self._active.get()
+        if active is not None:
+            return active
+        return self._base if self.default is None else self.default.of_layer(index)
 
     @contextmanager
     def within(self, route: Route) -> Iterator[None]:

@@ -57,11 +57,10 @@ class Policy(ABC):
         """Within the block the model runs as the base."""
 
     def enable_checkpointing(self) -> None:
-        """Activations are computed again in the backward pass. transformers does that in training mode alone, so
-        dropout is taken out of the model."""
+        """Activations are computed again in the backward pass, which transformers does in training mode alone: the
+        update puts the model in that mode, without dropout."""
         model: Any = self.model
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.transformer.train()
         for module in self.transformer.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

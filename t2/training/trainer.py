@@ -292,6 +292,7 @@ class Trainer:
             groups = [group for group in groups if any(group.weights)]
         total, loss_sum = TokenStatistics(), 0.0
         self.optimizer.zero_grad()
+        self.policy.transformer.train(options.gradient_checkpointing)
         for batch in micro_batches(groups, options.token_budget):
             tokens = answer_tokens(batch, self.generator.pad_token, self.generator.device)
             weights = tokens.per_token(
@@ -310,6 +311,7 @@ class Trainer:
                 loss.backward()
             total += seen
             loss_sum += float(loss.detach())
+        self.policy.transformer.eval()
         self.policy.finish_gradients()
         gradients = [
             parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)

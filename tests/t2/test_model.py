@@ -521,7 +521,10 @@ def test_a_wrong_guess_about_shared_inputs_costs_one_call(tiny_model, cache_dir)
         assert torch.equal(k(other), of_other)  # not what q's call prepared
         x.zero_()
         assert not torch.equal(k(x), of_x)  # nor for a tensor that was written to
-        assert torch.equal(q(other), q(other.clone())) and q.shared_input.linear(q, x, svf.router.route) is None
+        assert (
+            torch.equal(q(other), q(other.clone()))
+            and q.shared_input.linear(q, x, svf.router.of_layer(q.index)) is None
+        )
 
 
 def test_bf16_products_are_close_and_shared_by_every_layer(tiny_model, cache_dir):
@@ -529,5 +532,9 @@ def test_bf16_products_are_close_and_shared_by_every_layer(tiny_model, cache_dir
     fast = wrap(tiny_model(), cache_dir, dtype=torch.bfloat16, bf16_products=True)
     a, b = (svf(input_ids=prompts(3)).logits for svf in (plain, fast))
     assert (a - b).norm() / a.norm() < 0.05
-    flags = {m.weight.bf16_products for m in fast.model.modules() if isinstance(m, RoutedLinear | PackedLinear)}
+    flags = {
+        (m.weight if isinstance(m, RoutedLinear) else m.packed).bf16_products
+        for m in fast.model.modules()
+        if isinstance(m, RoutedLinear | PackedLinear)
+    }
     assert flags == {True}
