@@ -223,8 +223,8 @@ class SVFModel(nn.Module):
 
         A batch of B entries also serves k * B rows (beams, return sequences), each entry repeated k times in place.
         A single choice that is not a list serves every row. Where an entry is a tensor that requires grad, the
-        gradient reaches it; activation checkpointing is turned on by this model's own `gradient_checkpointing_enable`,
-        or else backward is called inside the block. Routes belong to the thread or task that entered them, and may be
+        gradient reaches it; activation checkpointing is turned on by this model's `activation_checkpointing_enable`, or
+        else backward is called inside the block. Routes belong to the thread or task that entered them, and may be
         nested.
 
         With a `plan` (inference only) layers run in the form it chose; a ValueError says if it was made for others.
@@ -296,16 +296,24 @@ class SVFModel(nn.Module):
         trained, self.z, self.router.default = Expert(self.z, self.layout, metadata), None, None
         return trained
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
         """As the wrapped model's method; layers run again in the backward pass find the route of their forward pass.
 
         Raises:
             ValueError: reentrant checkpoints are asked for, which have no place for a route.
         """
-        options = {"use_reentrant": False} | dict(gradient_checkpointing_kwargs or {})
-        if options["use_reentrant"]:
+        arguments = {"use_reentrant": False} | dict(activation_checkpointing_kwargs or {})
+        if arguments["use_reentrant"]:
             raise ValueError("use_reentrant: expected False, got True")
-        self.model.gradient_checkpointing_enable(options | {"context_fn": self._checkpoint_contexts})  # type: ignore[operator]
+        model: Any = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(arguments | {"context_fn": self._checkpoint_contexts}, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """The name of `activation_checkpointing_enable` before transformers 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For the forward pass, and for when it is run again, which may be in another thread."""

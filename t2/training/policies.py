@@ -60,7 +60,8 @@ class Policy(ABC):
         """Activations are computed again in the backward pass, which transformers does in training mode alone: the
         update puts the model in that mode, without dropout."""
         model: Any = self.model
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         for module in self.transformer.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

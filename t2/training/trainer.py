@@ -192,12 +192,11 @@ class Trainer:
         self._save()
         self._save_experts()
         self._plot()
+        finished = not (self._stopping and self.state.step < self.options.steps)
+        base, best = self._test() if finished else (None, None)
         self.accelerator.end_training()
         expert = self._expert if self.options.method == "lora" else self._expert.with_suffix(".safetensors")
-        if self._stopping and self.state.step < self.options.steps:
-            return Result(False, expert, self.state)
-        base, best = self._test()
-        return Result(True, expert, self.state, base, best)
+        return Result(finished, expert, self.state, base, best)
 
     def step(self) -> Row:
         """One update: answers, rewards, gradient; a validation where one is due. Returns the step's metrics."""
@@ -477,6 +476,7 @@ def _summary(row: Row, state: State) -> str:
 def make_accelerator(options: TrainOptions) -> Accelerator:
     """An accelerator that logs to the run's folder, with its trackers started."""
     accelerator = Accelerator(
+        cpu=torch.accelerator.current_accelerator(check_available=True) is None,
         mixed_precision=options.mixed_precision,
         log_with=list(options.trackers) or None,
         project_dir=options.output if options.trackers else None,
