@@ -66,7 +66,7 @@ class Policy(ABC):
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.0
+                setattr(module, "attention_dropout", 0.0)  # noqa: B010  # nn.Module declares tensors and modules alone
 
     def finish_gradients(self) -> None:  # noqa: B027  # most methods have nothing left to do
         """After the backward passes of a step, before its gradients are used."""
