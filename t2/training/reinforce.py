@@ -106,7 +106,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, None, None, None, None, None
+        return gradient if grad_loss == 1 else gradient * grad_loss, None, None, None, None, None
 
 
 def policy_loss(

@@ -33,6 +33,7 @@ from t2.training.options import TrainOptions
 from t2.training.policies import make_policy
 from t2.training.reinforce import TokenStatistics, advantages, policy_loss
 from t2.training.rollouts import (
+    AnswerTokens,
     Generator,
     Group,
     answer_logits,
@@ -297,14 +298,13 @@ class Trainer:
             weights = tokens.per_token(
                 torch.tensor([w for group in batch.groups for w in group.weights], device=self.generator.device)
             )
-            share = not options.gradient_checkpointing
             base = None
             if with_base:
                 with torch.no_grad(), self.policy.base(), self.accelerator.autocast():
-                    base = answer_logits(self.policy, tokens, share_prefix=share) / options.temperature
+                    base = self._logits(tokens)
             with self.policy.learning():
                 with self.accelerator.autocast():
-                    logits = answer_logits(self.policy, tokens, share_prefix=share) / options.temperature
+                    logits = self._logits(tokens)
                 loss, seen = policy_loss(logits, tokens.targets, weights, base, kl_weight)
                 del logits, base
                 loss.backward()
@@ -337,6 +337,11 @@ class Trainer:
             "gradient_norm": norm,
             "learning_rate": rate,
         }
+
+    def _logits(self, tokens: AnswerTokens) -> Tensor:
+        """At the temperature of the policy."""
+        logits = answer_logits(self.policy, tokens, share_prefix=not self.options.gradient_checkpointing)
+        return logits if self.options.temperature == 1.0 else logits / self.options.temperature
 
     def _rate(self) -> float:
         options, step = self.options, self.state.step
