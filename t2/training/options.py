@@ -36,6 +36,9 @@ class TrainOptions:
     """all-linear, attention, mlp, one regular expression, or several name suffixes."""
     dtype: Storage = "float32"
     """Storage of the factors (svf only)."""
+    bf16_products: bool = False
+    """Let activations be rounded to bfloat16 where they meet bfloat16 factors (svf only): twice the arithmetic on
+    processors that have it."""
     parametrisation: Parametrisation = "free"
     """z itself is learnt, from 1 on; or z = c sigmoid(p), with c such that sum(sigma z) = sum(sigma) (published)."""
     lora_rank: int = 16

@@ -270,7 +270,11 @@ def target_modules(options: TrainOptions) -> str | list[str]:
 
 
 def svf_config(options: TrainOptions) -> SVFConfig:
-    return SVFConfig(target_modules=target_modules(options), dtype=getattr(torch, options.dtype))
+    return SVFConfig(
+        target_modules=target_modules(options),
+        dtype=getattr(torch, options.dtype),
+        bf16_products=options.bf16_products,
+    )
 
 
 def make_policy(model: PreTrainedModel, options: TrainOptions) -> Policy:
