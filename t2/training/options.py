@@ -70,8 +70,9 @@ class TrainOptions:
     """Steps over which the learning rate rises from 0."""
     decay: bool = False
     """Lower the learning rate to 0 along a cosine over the steps."""
-    max_grad_norm: float = 1e-3
-    """Gradients longer than this are cut (published); Adam makes this a step of even length."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are cut. The published 1e-3 cuts every one, so that a step of few answers, or none
+    that are right, weighs as much as any other: for their 256 prompts a step, not for a dozen."""
     token_budget: int = 4096
     """Most tokens, padding included, whose activations are held at once."""
     gradient_checkpointing: bool = False
