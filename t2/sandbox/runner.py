@@ -1,0 +1,461 @@
+"""The sandbox as the rest of the package sees it: `run_program`, its limits, and the tools that isolate.
+
+Every run gets namespaces of its own (processes, mounts, network, IPC, host name, users), a root folder in memory that
+holds the Python interpreter and the system's libraries, read-only, and a /tmp of its own; a user id without
+privileges; a seccomp filter (`launcher.py`); and limits. bubblewrap makes the namespaces where it is installed,
+otherwise the launcher does, with the same system calls. Before the first program runs, a probe tries to break out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from t2.sandbox import launcher
+
+Status = Literal["exited", "signal", "timeout", "output"]
+SETUP_SECONDS = 30.0  # for the namespaces, on a busy machine
+END_SECONDS = 10.0  # for killed processes to be gone
+SMALLEST_MEMORY = 64 << 20
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+UNSANDBOXED = "none"
+
+
+class SandboxError(OSError):
+    """A program could not be run."""
+
+
+class SandboxUnavailable(SandboxError):
+    """Nothing on this machine isolates a program."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    timeout: seconds by the clock. Each process may use as many processor seconds, rounded up, and one more.
+    memory_bytes: address space of each process.
+    output_bytes: of standard output and standard error together.
+    disk_bytes: of its folder /tmp, which is in memory, and of a file.
+    processes: at once, threads included. Before Linux 5.14 all processes of the user count.
+    """
+
+    timeout: float = 3.0
+    memory_bytes: int = 512 << 20
+    output_bytes: int = 1 << 20
+    disk_bytes: int = 16 << 20
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.timeout, int | float) and math.isfinite(self.timeout) and self.timeout > 0):
+            raise ValueError(f"timeout: expected seconds > 0, got {self.timeout!r}")
+        least = {"memory_bytes": SMALLEST_MEMORY, "output_bytes": 1, "disk_bytes": 1 << 16, "processes": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name}: expected an integer >= {smallest:,}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a program ended.
+
+    status: "exited" by itself, "signal" that killed it, "timeout" or "output" for the limit at which all its processes
+        were killed.
+    returncode: its exit code, or minus the signal; None if it was killed at a limit.
+    stdout, stderr: the first `Limits.output_bytes` of what it wrote.
+    seconds: by the clock, from its start to the end of its last process.
+    """
+
+    status: Status
+    returncode: int | None
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether it exited with code 0. It says so itself: see `t2.tasks.code` for what tests can rely on."""
+        return self.status == "exited" and self.returncode == 0
+
+
+def run_program(source: str, limits: Limits | None = None, *, allow_unsandboxed: bool = False) -> Result:
+    """Runs a Python program in a sandbox and returns when none of its processes is left.
+
+    The program has the interpreter that runs this process, and the standard library. Its environment is empty but for
+    a fixed hash seed, standard input too.
+
+    Args:
+        source: the program.
+        limits: default `Limits()`.
+        allow_unsandboxed: where nothing isolates, run the program all the same, with the rights of this process
+            (a warning says so). Time, output and memory stay limited; files, network and processes do not.
+
+    Raises:
+        TypeError: `source` is not a string.
+        SandboxUnavailable: nothing isolates programs here, and `allow_unsandboxed` is not set.
+        SandboxError: the sandbox could not be set up this time.
+    """
+    return run_programs([source], limits, allow_unsandboxed=allow_unsandboxed)[0]
+
+
+def run_programs(
+    sources: Sequence[str],
+    limits: Limits | None = None,
+    *,
+    parallel: int | None = None,
+    allow_unsandboxed: bool = False,
+) -> list[Result]:
+    """Runs programs, each in a sandbox of its own, `parallel` at a time (default: one for each processor).
+
+    Everything else as in `run_program`.
+    """
+    limits = limits or Limits()
+    parallel = len(os.sched_getaffinity(0)) if parallel is None else parallel
+    if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
+        raise ValueError(f"parallel: expected an integer >= 1, got {parallel!r}")
+    if isinstance(sources, str):
+        raise TypeError("sources: expected a list of programs, got one string")
+    for index, source in enumerate(sources):
+        if not isinstance(source, str):
+            raise TypeError(f"program {index}: expected a string, got {type(source).__name__}")
+    try:
+        name = backend()
+    except SandboxUnavailable as error:
+        if not allow_unsandboxed:
+            raise
+        warnings.warn(f"programs run with the rights of this process: {error}", RuntimeWarning, stacklevel=2)
+        name = UNSANDBOXED
+    with ThreadPoolExecutor(min(parallel, max(1, len(sources)))) as pool:
+        return list(pool.map(lambda source: run_with(name, source, limits), sources))
+
+
+def backend() -> str:
+    """The name of the first tool that isolates programs on this machine.
+
+    Raises:
+        SandboxUnavailable: there is none; the message has the reason for each, and what to do.
+    """
+    reasons = []
+    for name in BACKENDS:
+        reason = why_not(name)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise SandboxUnavailable(
+        f"nothing here isolates programs ({'; '.join(reasons)}). Install bubblewrap, allow user namespaces to "
+        "unprivileged users, or run untrusted programs with your own rights by allow_unsandboxed=True"
+    )
+
+
+def why_not(name: str) -> str | None:
+    """Why one of BACKENDS does not isolate programs here; None if it does. Found by trying, once per process."""
+    with _probing:
+        if name not in _probed:
+            _probed[name] = _probe(name)
+        return _probed[name]
+
+
+# Backends: the command that starts the launcher
+
+
+def _launch(config: Mapping[str, Any]) -> list[str]:
+    return [config["python"], "-I", "-S", "-c", Path(launcher.__file__).read_text(), json.dumps(config)]
+
+
+def _bubblewrap(config: dict[str, Any]) -> list[str]:
+    program = shutil.which("bwrap")
+    if program is None:
+        raise SandboxError("not installed")
+    command = [program, "--new-session", "--as-pid-1", "--info-fd", str(config["info_fd"])]
+    command += [f"--unshare-{namespace}" for namespace in ("pid", "net", "ipc", "uts", "cgroup-try")]
+    if config["uid"] is None:
+        nobody = str(launcher.NOBODY)
+        command += ["--unshare-user", "--uid", nobody, "--gid", nobody, "--disable-userns"]
+    else:  # the launcher takes this user id, which our user namespace has no number for
+        command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    folders = {str(folder) for path in (*config["binds"], *config["devices"]) for folder in Path(path).parents}
+    for folder in sorted(folders - {"/"}):  # those above a bind would be for their owner only
+        command += ["--perms", "0755", "--dir", folder]
+    for path in config["binds"]:
+        command += ["--ro-bind", path, path]
+    for target, link in config["symlinks"]:
+        command += ["--symlink", target, link]
+    for path in config["devices"]:
+        command += ["--dev-bind", path, path]
+    command += ["--size", str(config["disk_bytes"]), "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/"]
+    command += ["--hostname", "sandbox", "--chdir", "/tmp", "--clearenv", "--"]
+    return command + _launch(config)
+
+
+def _namespaces(config: dict[str, Any]) -> list[str]:
+    return _launch({**config, "namespaces": True})
+
+
+def _unsandboxed(config: dict[str, Any]) -> list[str]:
+    return _launch({**config, "isolated": False})
+
+
+BACKENDS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"bubblewrap": _bubblewrap, "namespaces": _namespaces}
+
+
+def _configuration(limits: Limits) -> dict[str, Any]:
+    """What `launcher.py` is told, as for bubblewrap."""
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    prefix = os.path.realpath(sys.base_prefix)
+    system = [f"{folder}/{name}" for folder in ("/usr", "") for name in ("lib", "lib64", "lib32")]
+    binds: list[str] = []
+    symlinks: list[tuple[str, str]] = []
+    for path in (*system, f"{prefix}/lib", f"{prefix}/{sys.platlibdir}", python, "/etc/ld.so.cache"):
+        if os.path.islink(path):
+            symlinks.append((os.readlink(path), path))
+        elif os.path.exists(path) and not any(path == bind or path.startswith(f"{bind}/") for bind in binds):
+            binds.append(path)
+    return {
+        "namespaces": False,
+        "isolated": True,
+        "uid": _free_user_id(),
+        "python": python,
+        "binds": binds,
+        "symlinks": symlinks,
+        "devices": [path for path in DEVICES if os.path.exists(path)],
+        "cpu_seconds": math.ceil(limits.timeout) + 1,
+        "memory_bytes": limits.memory_bytes,
+        "disk_bytes": limits.disk_bytes,
+        "processes": limits.processes,
+    }
+
+
+def _free_user_id() -> int | None:
+    """For root, whom limits don't bind: a user id that nobody has. None for everyone else."""
+    users = Path("/proc/self/uid_map")
+    if os.geteuid() != 0 or (users.exists() and users.read_text().split() != ["0", "0", "4294967295"]):
+        return None
+    return (1 << 30) + secrets.randbelow(1 << 28)
+
+
+# One run
+
+
+def run_with(name: str, source: str, limits: Limits) -> Result:
+    """Runs a program with one of BACKENDS, or UNSANDBOXED."""
+    with ExitStack() as held:
+        folder = "/"
+        make_command = BACKENDS.get(name, _unsandboxed)
+        if name == UNSANDBOXED:
+            folder = held.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        config = _configuration(limits)
+        (status, config["status_fd"]), (info, config["info_fd"]) = os.pipe(), os.pipe()
+        theirs = (config["status_fd"], config["info_fd"])
+        for descriptor in (status, info):
+            held.callback(os.close, descriptor)
+        try:
+            process = subprocess.Popen(
+                make_command(config),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env={},
+                pass_fds=theirs,
+                start_new_session=True,
+            )
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        held.enter_context(process)
+        run = _Run(process, status, limits)
+        held.callback(run.kill)
+        if name != UNSANDBOXED:
+            run.find_first_process(info)
+        return run.result(source)
+
+
+class _Run:
+    """A launcher and its program: feeds it, reads it, and kills it at its limits."""
+
+    def __init__(self, process: subprocess.Popen[bytes], status: int, limits: Limits) -> None:
+        self.process = process
+        self.status = status
+        self.limits = limits
+        self.first_process: int | None = None
+        """A pidfd of the first process in the namespace: with it all others die."""
+        assert process.stdin and process.stdout and process.stderr
+        self.output = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), status: bytearray()}
+
+    def find_first_process(self, info: int) -> None:
+        """Waits until the namespaces are there. The first process waits for the program, so its id is still its own."""
+        text = bytearray()
+        deadline = time.monotonic() + SETUP_SECONDS
+        with selectors.DefaultSelector() as selector:
+            selector.register(info, selectors.EVENT_READ)
+            while not text.rstrip().endswith(b"}"):
+                if not selector.select(deadline - time.monotonic()):
+                    raise SandboxError(f"the sandbox was not there after {SETUP_SECONDS:.0f} s")
+                part = os.read(info, 4096)
+                if not part:
+                    raise SandboxError(self.reason())
+                text += part
+        with suppress(ProcessLookupError):
+            self.first_process = os.pidfd_open(json.loads(text)["child-pid"])
+
+    def reason(self) -> str:
+        """Why the launcher gave up before the program ran."""
+        assert self.process.stderr
+        self.kill()
+        errors = self.process.stderr.read().decode(errors="replace").strip()
+        report = os.read(self.status, 1 << 16)
+        return json.loads(report)["error"] if report else errors or f"exit code {self.process.wait()}"
+
+    def kill(self) -> None:
+        """Kills every process; what they held open closes once they are gone."""
+        if self.first_process is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.first_process, signal.SIGKILL)
+            os.close(self.first_process)
+            self.first_process = None
+        elif self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def result(self, source: str) -> Result:
+        ended = self.communicate(source.encode(errors="surrogatepass"))
+        stdout, stderr, report = (bytes(part) for part in self.output.values())
+        status: Status = "exited"
+        returncode: int | None = None
+        if ended is not None:
+            status = ended
+        elif not report:  # the launcher itself was killed, by the system when memory ran out for instance
+            status, returncode = "signal", -signal.SIGKILL
+        else:
+            message = json.loads(report)
+            if "error" in message:
+                raise SandboxError(message["error"])
+            returncode = message["exit"]
+            status = "signal" if message["exit"] < 0 else "exited"
+        kept = stdout[: self.limits.output_bytes]
+        return Result(
+            status=status,
+            returncode=returncode,
+            stdout=kept.decode(errors="replace"),
+            stderr=stderr[: self.limits.output_bytes - len(kept)].decode(errors="replace"),
+            seconds=self.seconds,
+        )
+
+    def communicate(self, program: bytes) -> Literal["timeout", "output"] | None:
+        """Sends the program and reads until every process is gone; which limit it came to, if any."""
+        assert self.process.stdin
+        stdin = self.process.stdin.fileno()
+        unsent = memoryview(len(program).to_bytes(8, "big") + program)
+        ended: Literal["timeout", "output"] | None = None
+        start = time.monotonic()
+        deadline = start + self.limits.timeout
+        with selectors.DefaultSelector() as selector:
+            os.set_blocking(stdin, False)
+            selector.register(stdin, selectors.EVENT_WRITE)
+            for descriptor in self.output:
+                selector.register(descriptor, selectors.EVENT_READ)
+            reading = set(self.output)
+            while reading:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    if ended is not None:
+                        raise SandboxError(f"killed processes were still there after {END_SECONDS:.0f} s")
+                    ended, deadline = "timeout", time.monotonic() + END_SECONDS
+                    self.kill()
+                    continue
+                for key, _ in selector.select(left):
+                    if key.fd == stdin:
+                        try:
+                            unsent = unsent[os.write(stdin, unsent) :]
+                        except BrokenPipeError:
+                            unsent = unsent[:0]
+                        if not unsent:  # it stays open: its end would tell the launcher that we have died
+                            selector.unregister(stdin)
+                        continue
+                    part = os.read(key.fd, 1 << 16)
+                    if not part:
+                        selector.unregister(key.fd)
+                        reading.remove(key.fd)
+                    elif ended is None:
+                        self.output[key.fd] += part
+                written = sum(len(part) for descriptor, part in self.output.items() if descriptor != self.status)
+                if ended is None and written > self.limits.output_bytes:
+                    ended, deadline = "output", time.monotonic() + END_SECONDS
+                    self.kill()
+        self.seconds = time.monotonic() - start
+        self.process.wait()
+        return ended
+
+
+# The probe
+
+_probing = threading.Lock()
+_probed: dict[str, str | None] = {}
+
+_PROBE = """
+import os, socket, time
+found = []
+def attempt(what, act):
+    try:
+        act()
+    except (OSError, MemoryError):
+        return
+    found.append(what)
+def connect():
+    socket.create_connection(("127.0.0.1", {port}), timeout=1)
+def fork_often():
+    for _ in range(8):
+        if not os.fork():
+            time.sleep(1)
+            os._exit(0)
+attempt("reads files of the host", lambda: open({canary!r}).read())
+attempt("writes outside its folder", lambda: open("/canary", "w"))
+attempt("reaches the network", connect)
+attempt("sees other processes", lambda: os.kill({pid}, 0))
+attempt("uses more memory than allowed", lambda: bytearray({memory}))
+attempt("starts more processes than allowed", fork_often)
+if os.getuid() == 0:
+    found.append("keeps its privileges")
+print("isolated" if not found else "a program " + ", ".join(found), end="", flush=True)
+"""
+
+
+def _probe(name: str) -> str | None:
+    """Why a backend does not isolate here; None if it does."""
+    if sys.platform != "linux" or platform.machine() not in launcher.AUDIT_ARCH:
+        return f"written for Linux on {' and '.join(launcher.AUDIT_ARCH)}, not {sys.platform} on {platform.machine()}"
+    limits = Limits(timeout=20, processes=2)
+    with tempfile.NamedTemporaryFile("w") as canary, socket.create_server(("127.0.0.1", 0)) as listener:
+        source = _PROBE.format(
+            port=listener.getsockname()[1],
+            canary=canary.name,
+            pid=os.getpid(),
+            memory=limits.memory_bytes,
+        )
+        try:
+            result = run_with(name, source, limits)
+        except OSError as error:
+            return str(error)
+    if result.stdout == "isolated":
+        return None
+    return result.stdout or result.stderr.strip() or f"the probe ended by {result.status} {result.returncode}"

@@ -1,0 +1,64 @@
+"""Tasks by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from t2.tasks.arc import ARC
+from t2.tasks.base import Task
+from t2.tasks.gsm8k import GSM8K
+from t2.tasks.humaneval import HumanEval
+from t2.tasks.jsonl import JsonlTask
+from t2.tasks.math import MATH
+from t2.tasks.mbpp_pro import MBPPPro
+from t2.tasks.reasoning_gym import ReasoningGym
+
+NAMED: dict[str, Callable[..., Task]] = {
+    "arc-challenge": partial(ARC, "Challenge"),
+    "arc-easy": partial(ARC, "Easy"),
+    "gsm8k": GSM8K,
+    "humaneval": HumanEval,
+    "math": MATH,
+    "mbpp-pro": MBPPPro,
+}
+FAMILIES: dict[str, tuple[str, Callable[..., Task]]] = {
+    "reasoning-gym": ("TASK", ReasoningGym),
+    "jsonl": ("PATH", JsonlTask),
+}
+
+
+def names() -> list[str]:
+    """What `get` takes; the parts in capitals stand for a name or path."""
+    return [*NAMED, *(f"{family}:{part}" for family, (part, _) in FAMILIES.items())]
+
+
+def get(name: str, **options: Any) -> Task:
+    """The task with this name: one of `names()`.
+
+    Args:
+        name: as "gsm8k", "reasoning-gym:chain_sum" or "jsonl:my.jsonl".
+        options: the keyword arguments of its class.
+
+    Raises:
+        ValueError: there is no such task, or it has no such option, or takes another value for it; the message has
+            what there is.
+        ImportError: a package that the task needs is not installed.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"task: expected a name, got {type(name).__name__}")
+    family, _, rest = name.partition(":")
+    if name in NAMED:
+        make = NAMED[name]
+    elif family in FAMILIES and rest:
+        make = partial(FAMILIES[family][1], rest)
+    else:
+        raise ValueError(f"task: expected one of {', '.join(names())}, got {name!r}")
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        known = ", ".join(inspect.signature(make).parameters)
+        raise ValueError(f"task {name}: {error}; its options are {known}") from error
+    return make(**options)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from t2 import tasks
+from t2.sandbox import Limits, runner
+from t2.storage import FileFormatError
+from t2.tasks.code import definition, extract_code, run_tests
+
+isolating = pytest.mark.skipif(all(runner.why_not(name) for name in runner.BACKENDS), reason="nothing isolates here")
+LIMITS = Limits(timeout=20)
+
+MBPP_PRO = [
+    {
+        "id": i,
+        "raw_problem": f"# Write a function to add {i}.\ndef add(x):",
+        "raw_solution": f"def add(x):\n    return x + {i}",
+        "new_problem": f"# Given a list, write a function to add {i} to each.\ndef add_all(xs):",
+        "new_solution": "def add_all(xs):\n    return [add(x) for x in xs]",
+        "test_code": f"assert add_all([1]) == [{1 + i}]\nassert add_all([]) == []",
+    }
+    for i in range(6)
+]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("Here:\n```python\nx = 1\n```\nand\n```\ny\n```", "x = 1\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```py\nx = 1\ny = 2", "x = 1\ny = 2"),
+        ("x = 1", "x = 1"),
+        ("    return 1", "    return 1"),
+    ],
+)
+def test_code_is_extracted(answer, code):
+    assert extract_code(answer) == code
+
+
+def test_definitions_are_found_by_their_whole_name():
+    code = "def ff(x): pass\nclass A:\n    def f(self): pass\ndef f (x): pass"
+    assert code[definition(code, "f") :] == "def f (x): pass"
+    assert definition("g = f(1)", "f") is None
+
+
+@isolating
+@pytest.mark.parametrize(
+    ("program", "passes"),
+    [
+        ("print('noise')\nassert True", True),
+        ("import sys\nprint = None\nsys.stdout = None", True),
+        ("assert False", False),
+        ("exit(0)", False),
+        ("import os\nos._exit(0)", False),
+        ("raise SystemExit", False),
+        ("import atexit, os\natexit.register(os._exit, 0)\nassert False", False),
+        ("if False:", False),
+        ("x = '''", False),
+        ("import sys\nprint(open(sys.argv[0]).read()[:10])\nassert False", False),
+    ],
+)
+def test_only_programs_that_reach_their_end_pass(program, passes):
+    assert run_tests([program], LIMITS) == [passes]
+
+
+@isolating
+def test_humaneval_solutions_pass_and_others_do_not():
+    task = tasks.get("humaneval", limits=LIMITS)
+    problems = task.problems("test")
+    assert len(problems) == 164 and problems[0].reference.task_id == "HumanEval/0"
+    chosen = [p for p in problems if p.reference.task_id in {"HumanEval/0", "HumanEval/38", "HumanEval/163"}]
+    assert task.scores(chosen, [problem.solution for problem in chosen]) == [1, 1, 1]
+    assert task.scores(chosen, ["```python\npass\n```"] * 3) == [0, 0, 0]
+    assert "has_close_elements" in chosen[0].messages[-1]["content"]
+
+
+@isolating
+def test_humaneval_takes_completions_and_whole_functions(tmp_path):
+    row = {
+        "task_id": "X/0",
+        "prompt": "import math\n\ndef up(x: float) -> int:\n    '''Round up.'''\n",
+        "entry_point": "up",
+        "canonical_solution": "    return math.ceil(x)\n",
+        "test": "def check(candidate):\n    assert candidate(1.5) == 2\n",
+    }
+    path = tmp_path / "problems.jsonl"
+    path.write_text(json.dumps(row))
+    task = tasks.get("humaneval", data=path, limits=LIMITS)
+    (problem,) = task.problems("test")
+    answers = [
+        "    return math.ceil(x)",
+        "Sure:\n```python\ndef up(x):\n    return math.ceil(x)\n```\nIt rounds up.",
+        "```python\nfrom math import ceil\n\ndef up(x):\n    return ceil(x)",
+        "def up(x):\n    return round(x - 1)",
+        "I can't.",
+    ]
+    assert task.scores([problem] * 5, answers) == [1, 1, 1, 0, 0]
+    assert task.rewards([problem], answers[:1]) == [1]
+    with pytest.raises(ValueError, match="humaneval has test, got 'train'"):
+        task.problems("train")
+    path.write_text(json.dumps({**row, "entry_point": "down"}))
+    with pytest.raises(FileFormatError, match=r"line 1: field 'prompt': expected a text with 'def down\('"):
+        tasks.get("humaneval", data=path)
+
+
+@isolating
+def test_mbpp_pro_splits_and_scores(write, tmp_path):
+    write(MBPP_PRO, "train-00000-of-00001")
+    task = tasks.get("mbpp-pro", data=tmp_path, validation_size=1, test_size=2, limits=LIMITS)
+    splits = {split: task.problems(split) for split in ("train", "validation", "test")}
+    assert {split: len(found) for split, found in splits.items()} == {"train": 3, "validation": 1, "test": 2}
+    prompts = {problem.messages[-1]["content"] for found in splits.values() for problem in found}
+    assert len(prompts) == 6
+    train = splits["train"]
+    assert task.scores(train, [problem.solution for problem in train]) == [1, 1, 1]
+    only_second = "def add_all(xs):\n    return [add(x) for x in xs]"
+    assert task.rewards(train[:1], [only_second]) == [-1]
+
+
+def test_mbpp_pro_rows_are_checked(write):
+    path = write([{**MBPP_PRO[0], "test_code": ""}], "mbpp_pro")
+    with pytest.raises(FileFormatError, match="field 'test_code': expected a non-empty string"):
+        tasks.get("mbpp-pro", data=path).problems("train")
+
+
+def test_without_a_sandbox_scores_are_refused(monkeypatch):
+    monkeypatch.setattr(runner, "BACKENDS", {})
+    task = tasks.get("humaneval")
+    problems = task.problems("test")[:1]
+    with pytest.raises(OSError, match="nothing here isolates programs"):
+        task.scores(problems, ["x"])
+    open_task = tasks.get("humaneval", allow_unsandboxed=True, limits=LIMITS)
+    with pytest.warns(RuntimeWarning, match="rights of this process"):
+        assert open_task.scores(problems, [problems[0].solution]) == [1]
