@@ -110,7 +110,7 @@ def seconds(work: list[int], at_once: int, tile: Tile, chip: Chip) -> float:
 
 def fill(chip: Chip, name: str, group: Group, step: str) -> Fill:
     own = PROCESSORS[chip.name]
-    tile = next(tile for most, tile in TABLES[own.table].entries(step, half=True) if most >= ROWS)
+    tile = next(tile for most, tile in TABLES[own.table].entries(step, "half") if most >= ROWS)
     if step == "project":
         shapes = [(rank, group.inputs) for rank in group.ranks]
     else:

@@ -4,8 +4,8 @@
 
 The launches are those that `t2kernels.triton.launch` makes, with a driver in place of the GPU's that says which chip it
 is and stops before anything runs. What ptxas made of them is read from the machine code: registers, spills to local
-memory, shared memory, and which tensor core instructions do the products. int8 is compiled as it is stored, its leading
-components in float16, and without them as dense weights have it.
+memory, shared memory, and which tensor core instructions do the products. x is bfloat16, or float32 with float32
+factors; int8 is compiled as factors have it, the leading components in float16, and without those, as in dense weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,13 @@ TENSOR_CORE = {  # instructions of 16-bit products
 }
 STEPS = ("project", "expand", "pull")
 HEAD = "int8, float16 head"
-STORAGE = {"bfloat16": torch.bfloat16, "int8": torch.int8, HEAD: torch.int8, "float32": torch.float32}
+STORAGE = {
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    HEAD: torch.int8,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -189,11 +195,14 @@ def read_amd(compiled: Any) -> tuple[int, int, str]:
 
 def tiles() -> Iterator[tuple[str, Tile, tuple[str, ...], tuple[str, ...]]]:
     """Every tile of the tables: its chip, the steps it is for, and kinds of factors."""
-    halves = ("bfloat16", "int8", HEAD)
     for chip, table in tuning.TABLES.items():
         for step in STEPS:
-            yield from ((chip, tile, (step,), halves) for _, tile in table.entries(step, half=True))
-        yield from ((chip, tile, STEPS, ("float32",)) for _, tile in table.wide)
+            for _, tile in table.entries(step, "half"):
+                yield chip, tile, (step,), ("bfloat16", "int8")
+            for _, tile in table.entries(step, "split"):
+                yield chip, tile, (step,), (HEAD, "float16")
+        for _, tile in table.wide:
+            yield chip, tile, STEPS, ("float32",)
 
 
 def compile_all(some: bool) -> list[Compiled]:
@@ -201,7 +210,7 @@ def compile_all(some: bool) -> list[Compiled]:
     wanted = list(tiles())
     if some:
         firsts = (next(entry for entry in wanted if entry[0] == chip) for chip in TARGETS)
-        wanted = [(chip, tile, only, (HEAD,)) for chip, tile, only, _ in firsts]
+        wanted = [(chip, tile, only, (HEAD,)) for chip, tile, only, _ in firsts]  # in both, the same tile
     found, seen = [], set()
     for chip, tile, only, kinds in tqdm(wanted, desc="tiles"):
         for factors in kinds:

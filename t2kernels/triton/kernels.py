@@ -50,6 +50,15 @@ def _tile(index, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GR
 
 
 @triton.jit
+def _dot(a, w, acc, term: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a w with both as `term`."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32).to(term).to(tl.float32), w.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a.to(term), w.to(term), acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _multiply(
     acc,
     a,  # [rows, k], k contiguous
@@ -66,13 +75,19 @@ def _multiply(
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + a[m] w[n]^T, term after term: in a's 16-bit type if w fits into it, else in float32 as PRECISION says."""
+    """acc + a[m] w[n]^T, term after term: in a's 16-bit type if w fits into it, else in float32 as PRECISION says.
+
+    A float16 w is the sum of two bfloat16 matrices, exactly: with a bfloat16 a, each has a chain of its own.
+    """
     a_type: tl.constexpr = tl.bfloat16 if ROUND_TO_BF16 else a.dtype.element_ty
     w_type: tl.constexpr = w.dtype.element_ty
     if a_type != tl.float32 and (w_type == a_type or w_type == tl.int8 or w_type == tl.float8e4nv):
         term: tl.constexpr = a_type
     else:
         term: tl.constexpr = tl.float32
+    in_two: tl.constexpr = a_type == tl.bfloat16 and w_type == tl.float16
+    if in_two:
+        low = tl.zeros_like(acc)
     ks = tl.arange(0, BLOCK_K)
     a_at = a + m[:, None] * lda + ks[None, :]
     if TRANSPOSED:
@@ -91,13 +106,17 @@ def _multiply(
             w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[:, None], other=0.0)
         if ROUND_TO_BF16:
             a_tile = a_tile.to(tl.bfloat16)
-        if INTERPRETED:
-            a_tile, w_tile = a_tile.to(tl.float32).to(term).to(tl.float32), w_tile.to(tl.float32)
+        if in_two:
+            high = w_tile.to(tl.float32).to(tl.bfloat16)
+            rest = (w_tile.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+            low = _dot(a_tile, rest, low, tl.bfloat16, PRECISION)
+            acc = _dot(a_tile, high, acc, tl.bfloat16, PRECISION)
         else:
-            a_tile, w_tile = a_tile.to(term), w_tile.to(term)
-        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+            acc = _dot(a_tile, w_tile, acc, term, PRECISION)
         a_at += BLOCK_K
         w_at += w_step
+    if in_two:
+        acc += low
     return acc
 
 
@@ -158,12 +177,13 @@ def product(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
+    HOIST: tl.constexpr,  # lets addresses of all matrices be made before the walk, in registers of their own
 ):
     """y[i] = (a[i] ws[i]^T) * scales[i][slot] * column_scales[i] + biases[i], each factor if there is one."""
     tiles = 0
     for i in tl.static_range(COUNT):
         tiles += _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=not HOIST):
         first = 0
         for i in tl.static_range(COUNT):
             own = _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
@@ -246,10 +266,11 @@ def pull(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
+    HOIST: tl.constexpr,  # lets addresses of all matrices be made before the walk, in registers of their own
 ):
     """d = (g U) * scales[slot] * column_scale; sums of t * (g U) * column_scale over the rows of each slot entry."""
     tiles = _tiles(rows, columns, BLOCK_M, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=not HOIST):
         tile_m, m, n = _tile(index, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         h = _multiply(h, g, ldg, m, rows, w, n, columns, k, ROUND_TO_BF16, PRECISION, True, EVEN_K, BLOCK_K)

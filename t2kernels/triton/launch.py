@@ -1,10 +1,10 @@
 """The operators of `t2kernels.ops` on the Triton kernels: the same arguments, factors as row-major matrices.
 
-What is rounded: bfloat16 activations meet bfloat16, int8 and fp8 factors as they are, and so does the scaled
-projection, rounded to bfloat16. In float16 the projection could pass 65504, so it stays float32 and is multiplied as
-tf32, which holds every float16 and bfloat16 factor exactly; so is bfloat16 with float16 (the leading components of
-8-bit storage) and float16 with bfloat16. float32 activations or factors are multiplied in float32 (ieee).
-`bf16_products` rounds activations to bfloat16 where the factors are bfloat16.
+What is rounded: bfloat16 activations meet bfloat16, int8 and fp8 factors as they are, and float16 ones (the leading
+components of 8-bit storage) as the sum of two bfloat16 values, which is exact; so does the scaled projection, rounded
+to bfloat16. In float16 the projection could pass 65504, so it stays float32 and is multiplied as tf32, which holds every
+float16 and bfloat16 factor exactly; so is float16 with bfloat16. float32 activations or factors are multiplied in
+float32 (ieee). `bf16_products` rounds activations to bfloat16 where the factors are bfloat16.
 
 Ids in `slots` are not read here, since the host would have to wait for them: the kernels make a row NaN whose slot is
 not a row of `scales`.
@@ -57,15 +57,17 @@ class _Product:
         self.precision = "ieee" if x_dtype == torch.float32 or torch.float32 in dtypes else "tf32"
 
     @property
-    def half(self) -> bool:
-        """Whether most terms have 16 bits: those of the largest weight, where a float16 head goes before it."""
+    def terms(self) -> str:
+        """What is multiplied: "half" (16 bits each), "split" (float16 as two bfloat16 terms) or "wide" (32 bits)."""
         term = torch.bfloat16 if self.round_to_bf16 else self.lefts[0].dtype
-        largest = max(self.weights, key=torch.Tensor.numel)
-        return term in HALVES and largest.dtype in (term, *EIGHT_BITS)
+        others = {weight.dtype for weight in self.weights} - {term, *EIGHT_BITS}
+        if term in HALVES and not others:
+            return "half"
+        return "split" if term == torch.bfloat16 and others == {torch.float16} else "wide"
 
     def tile(self) -> Tile:
         dtypes = tuple(dict.fromkeys((self.lefts[0].dtype, *(weight.dtype for weight in self.weights))))
-        return tile_for(Launch(self.step, self.rows, self.columns, self.k, self.half, dtypes), self.device)
+        return tile_for(Launch(self.step, self.rows, self.columns, self.k, self.terms, dtypes), self.device)
 
     def launch(self, kernel: Any, tile: Tile, arguments: Sequence[Any], **constants: Any) -> None:
         """Runs a kernel of `kernels` on tiles of this product."""
@@ -82,6 +84,7 @@ class _Product:
             BLOCK_K=tile.block_k,
             GROUP_M=tile.group_m,
             FLATTEN=tile.persistent and len(self.weights) == 1,
+            HOIST=self.terms != "split",
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,

@@ -1,8 +1,8 @@
 """Tile sizes: a table per kind of chip, and what `tune` measured on this one.
 
 A table names tiles by the rows they are for. Along a table one kind of tensor core instruction does the sums (mma on
-sm_80, wgmma from BLOCK_M 64 on sm_90, tcgen05 on sm_100, mfma on gfx942), since a row's bits may not depend on how
-many others are there.
+sm_80, wgmma on sm_90 and tcgen05 on sm_100 from BLOCK_M 64 on, mfma on gfx942), since a row's bits may not depend on
+how many others are there.
 
 For few rows, reading the weights is all there is to do, and what counts are bytes under way: memory that delivers
 4.8 TB/s after 0.8 us wants 30 KB of them on each of 132 multiprocessors. A tile has `stages - 1` steps of its weights
@@ -54,10 +54,16 @@ class Table:
     project: Entries  # products of 16-bit terms, by step: scales and sums at their end take registers
     expand: Entries
     pull: Entries
+    split: Entries  # project and expand with float16 weights, or a head of them, as two bfloat16 ones: sums take twice
     wide: Entries  # products of float32 and tf32 terms
 
-    def entries(self, step: str, half: bool) -> Entries:
-        return {"project": self.project, "expand": self.expand, "pull": self.pull}[step] if half else self.wide
+    def entries(self, step: str, terms: str) -> Entries:
+        """step: project, expand or pull; terms: half, split or wide."""
+        if terms == "wide":
+            return self.wide
+        if terms == "split" and step != "pull":
+            return self.split
+        return {"project": self.project, "expand": self.expand, "pull": self.pull}[step]
 
 
 _MMA_WIDE = ((16, Tile(16, 32, 64, 4, 3)), (math.inf, Tile(64, 32, 32, 4, 3)))
@@ -76,6 +82,11 @@ TABLES = {
             (64, Tile(64, 64, 64, 8, 4)),
             (math.inf, Tile(128, 128, 32, 8, 4)),
         ),
+        split=(
+            (16, Tile(16, 32, 128, 4, 5)),
+            (64, Tile(64, 64, 32, 4, 4)),
+            (math.inf, Tile(128, 128, 32, 8, 4)),
+        ),
         wide=_MMA_WIDE,
     ),
     "sm_90": Table(
@@ -90,18 +101,37 @@ TABLES = {
             (256, Tile(64, 128, 64, 4, 4)),
             (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
         ),
+        split=(
+            (64, Tile(64, 32, 128, 4, 8)),
+            (256, Tile(64, 128, 64, 8, 4)),
+            (math.inf, Tile(128, 128, 64, 8, 3)),
+        ),
         wide=_WIDE,
     ),
     "sm_100": Table(
-        project=((128, Tile(128, 32, 128, 4, 4)), (math.inf, Tile(128, 128, 64, 8, 3))),
-        expand=((128, Tile(128, 32, 64, 8, 4)), (math.inf, Tile(128, 256, 64, 8, 3, persistent=True))),
-        pull=((math.inf, Tile(128, 128, 64, 8, 3)),),
+        project=(
+            (64, Tile(64, 32, 128, 4, 8)),
+            (128, Tile(128, 32, 128, 4, 4)),
+            (math.inf, Tile(128, 128, 64, 8, 3)),
+        ),
+        expand=(
+            (64, Tile(64, 32, 128, 4, 8)),
+            (128, Tile(128, 32, 64, 8, 4)),
+            (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
+        ),
+        pull=((math.inf, Tile(128, 64, 64, 8, 4)),),
+        split=(
+            (64, Tile(64, 32, 128, 4, 8)),
+            (128, Tile(128, 32, 64, 8, 4)),
+            (math.inf, Tile(128, 128, 64, 8, 3)),
+        ),
         wide=_WIDE,
     ),
     "gfx942": Table(
         project=_MFMA,
         expand=_MFMA,
         pull=_MFMA,
+        split=_MFMA,
         wide=_MMA_WIDE,
     ),
 }
@@ -132,7 +162,7 @@ class Launch:
     rows: int
     columns: tuple[int, ...]
     k: tuple[int, ...]
-    half: bool  # most terms have 16 bits
+    terms: str  # half, split or wide: see Table
     dtypes: tuple[torch.dtype, ...]  # of the left side and the weights
 
     @property
@@ -155,7 +185,7 @@ def tile_for(launch: Launch, device: torch.device) -> Tile:
 
 
 def table_tile(launch: Launch, device: torch.device) -> Tile:
-    entries = TABLES[chip(device)].entries(launch.step, launch.half)
+    entries = TABLES[chip(device)].entries(launch.step, launch.terms)
     return next(tile for most, tile in entries if launch.rows <= most)
 
 

@@ -302,18 +302,35 @@ def test_a_slot_that_is_not_there_is_nan_in_its_row_alone(slot):
     torch.testing.assert_close(dscales, expected_dscales)  # the same rows in other tiles
 
 
-@pytest.mark.parametrize("step", ["project", "expand", "pull"])
-def test_int8_takes_the_tiles_of_its_larger_part(step, monkeypatch):
-    chosen = []
-    monkeypatch.setattr(launch, "tile_for", lambda own, device: chosen.append(own) or tuning.table_tile(own, device))
+@pytest.mark.parametrize(
+    ("storage", "terms"), [(torch.int8, "split"), (torch.float16, "split"), (torch.float32, "wide")]
+)
+def test_bfloat16_activations_take_the_tensor_cores_of_16_bits(storage, terms, monkeypatch):
+    """With every format but float32, the float16 head of int8 included."""
+    chosen = {}
+
+    def tile_for(own, device):
+        chosen[own.step] = own
+        return tuning.table_tile(own, device)
+
+    monkeypatch.setattr(launch, "tile_for", tile_for)
     shape = (40, 192, 130)
-    factors, p = Factors(shape, torch.int8, parts=2), problem(shape, 17, dtype=torch.bfloat16)
-    _, t = launch.factored_linear(p.x, factors.u, factors.vh, factors.component, p.scales, p.ids, None, shape[0], False)
-    launch.factored_linear_backward(
-        p.x[:, :40], t, factors.u, factors.vh, factors.component, p.scales, p.ids, shape[2], True, True
-    )
-    own = [each for each in chosen if each.step == step]
-    assert own and all(each.half for each in own)
+    factors = Factors(shape, storage, parts=2 if storage == torch.int8 else 1)
+    p = problem(shape, 17, dtype=torch.bfloat16)
+    own = (factors.u, factors.vh, factors.component, p.scales, p.ids)
+    _, t = launch.factored_linear(p.x, *own, None, shape[0], False)
+    launch.factored_linear_backward(p.x[:, :40], t, *own, shape[2], True, True)
+    assert chosen["project"].terms == chosen["expand"].terms == terms
+    assert chosen["pull"].terms == ("half" if storage == torch.int8 else terms)  # of its larger part
+
+
+def test_float16_factors_lose_nothing_beside_bfloat16_activations():
+    """A float16 value has 11 bits and is multiplied as two bfloat16 ones of 8."""
+    shape = (48, 64, 128)
+    factors, p = Factors(shape, torch.float16), problem(shape, 17, dtype=torch.bfloat16)
+    _, t = launch.factored_linear(p.x, factors.u, factors.vh, None, p.scales, p.ids, None, 48, False)
+    close(t, expected_forward(p, factors)[1], torch.float32)
+    assert not torch.equal(factors.vh[0].bfloat16().half(), factors.vh[0])
 
 
 @pytest.mark.parametrize("name", tuning.TABLES)
@@ -354,9 +371,9 @@ def test_tuning_keeps_the_fastest_tile_of_every_launch(tmp_path, monkeypatch):
 def test_measured_tiles_are_kept_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE", str(tmp_path))
     cpu = torch.device("cpu")
-    wanted = tuning.Launch("project", 3, (48,), (128,), True, (torch.bfloat16,))
-    same_bucket = tuning.Launch("project", 4, (48,), (128,), True, (torch.bfloat16,))
-    other = tuning.Launch("project", 5, (48,), (128,), True, (torch.bfloat16,))
+    wanted = tuning.Launch("project", 3, (48,), (128,), "half", (torch.bfloat16,))
+    same_bucket = tuning.Launch("project", 4, (48,), (128,), "half", (torch.bfloat16,))
+    other = tuning.Launch("project", 5, (48,), (128,), "half", (torch.bfloat16,))
     tile = tuning.Tile(64, 16, 32, 4, 2)
     assert tuning.tile_for(wanted, cpu) != tile
     path = tuning.save({wanted.key: tile}, cpu)
