@@ -2,8 +2,8 @@
 
 What is rounded: bfloat16 activations meet bfloat16, int8 and fp8 factors as they are, and float16 ones (the leading
 components of 8-bit storage) as the sum of two bfloat16 values, which is exact; so does the scaled projection, rounded
-to bfloat16. In float16 the projection could pass 65504, so it stays float32 and is multiplied as tf32, which holds every
-float16 and bfloat16 factor exactly; so is float16 with bfloat16. float32 activations or factors are multiplied in
+to bfloat16. In float16 the projection could pass 65504, so it stays float32 and is multiplied as tf32, which holds
+every float16 and bfloat16 factor exactly; so is float16 with bfloat16. float32 activations or factors are multiplied in
 float32 (ieee). `bf16_products` rounds activations to bfloat16 where the factors are bfloat16.
 
 Ids in `slots` are not read here, since the host would have to wait for them: the kernels make a row NaN whose slot is
