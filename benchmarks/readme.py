@@ -333,6 +333,102 @@ def triton_compile() -> str:
     )
 
 
+def nvcc_compile() -> str:
+    results = read("nvcc-compile.json")
+    rows = [
+        [
+            each["target"],
+            each["rows"],
+            str(each["registers"]),
+            str(each["stack"] + each["spill_stores"] + each["spill_loads"]),
+            f"{each['shared'] / 1024:.0f}",
+            str(each["wide_loads"]),
+            str(each["tensor_core"]),
+        ]
+        for each in results["kernels"]
+    ]
+    head = [
+        "target",
+        "rows of x",
+        "registers",
+        "stack and spilled bytes",
+        "shared KB",
+        "128-bit loads of weights",
+        "HMMA.16816.F32.BF16",
+    ]
+    return f"nvcc {results['nvcc']} (`python benchmarks/nvcc_compile.py`):\n\n" + table(head, rows)
+
+
+def one_launch() -> str:
+    results = read("roofline.json")
+    model, chip = "Llama-3-8B", "H200"
+    found = results["decode_ms_by_launches_of_a_group"][model][chip]
+    times = {name: by_rows["1"] for name, by_rows in found.items()}
+    saved = " and ".join(
+        f"{(ms['two'] - ms['one']) * 1e3:.0f} µs of {ms['two']:.2f} ms ({ms['two'] / ms['one'] - 1:.0%}) with {name}"
+        for name, ms in times.items()
+    )
+    return (
+        f"By [roofline.md](roofline.md) it saves, of a decode step of {model} on an {chip} with one row, {saved}: "
+        "predictions by assumed costs of launches and barriers, which a GPU has yet to confirm. It goes if it does not "
+        "win."
+    )
+
+
+def fill() -> str:
+    """Where each launch stands on two chips, and where split-K would pay on any."""
+    results = read("fill.json")
+    assumed, chips = results["assumptions"], ("H100", "H200")
+    launches: dict[tuple[str, str], dict[str, Any]] = {}
+    for each in results["launches"]:
+        launches.setdefault((each["layers"], each["step"]), {})[each["chip"]] = each
+
+    def both(found: Mapping[str, Any], cell: Callable[[Mapping[str, Any]], str]) -> str:
+        return ", ".join(dict.fromkeys(cell(found[chip]) for chip in chips))
+
+    rows = [
+        [
+            f"{layers}: {step}",
+            both(found, lambda each: str(each["tiles"])),
+            both(found, lambda each: f"{each['busy']:.0%}"),
+            both(found, lambda each: f"{each['under_way_kb'] / 1e3:.1f}"),
+            both(found, lambda each: f"{each['us']:.1f}"),
+            both(found, lambda each: f"{each['at_bandwidth_us']:.1f}"),
+            both(found, lambda each: f"{each['split_saves_us']:.1f}"),
+        ]
+        for (layers, step), found in launches.items()
+        if "70B" not in layers
+    ]
+    head = [
+        f"{assumed['rows']} rows or fewer; {', '.join(chips)}",
+        "tiles",
+        "multiprocessors busy",
+        "MB under way",
+        "µs",
+        "µs at the bandwidth",
+        "split-K saves at best, µs",
+    ]
+    wanted = both(next(iter(launches.values())), lambda each: f"{each['wanted_kb'] / 1e3:.1f}")
+    pays = [each for each in results["launches"] if each["split_saves_us"] > assumed["launch_us"]]
+    groups = [each for each in pays if "alone" not in each["layers"]]
+
+    def listed(found: Sequence[Mapping[str, Any]]) -> str:
+        return "; ".join(
+            f"{each['layers']}, {each['step']}, {each['chip']}: {each['split_saves_us']:.1f} of {each['us']:.1f} µs"
+            for each in found
+        )
+
+    return (
+        f"{assumed['bandwidth_share']:.0%} of the bandwidth wants {wanted} MB under way, by a latency of "
+        f"{assumed['latency_us']:.1f} µs (`python benchmarks/fill.py`; predictions, without launches):\n\n"
+        + table(head, rows)
+        + f"\n\nThe launch that adds the slices' sums costs {assumed['launch_us']:.1f} µs. Over A100, H100, H200 and "
+        "B200 and all groups of SmolLM2, Llama-3-8B and 70B, split-K would save more than that in: "
+        f"{listed(groups) or 'none'}. Of layers that run alone: "
+        f"{listed([each for each in pays if each not in groups]) or 'none'}."
+    )
+
+
 def training_speed() -> str:
     results = read("training-speed.json")
     machine = results["machine"]
@@ -436,7 +532,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "attention": attention,
         "plans": plans,
     },
-    "docs/gpu.md": {"triton-compile": triton_compile},
+    "docs/gpu.md": {
+        "fill": fill,
+        "one-launch": one_launch,
+        "nvcc-compile": nvcc_compile,
+        "triton-compile": triton_compile,
+    },
     "docs/training.md": {"training": training, "training-speed": training_speed},
     "docs/tasks.md": {"sandbox": sandbox, "humaneval": humaneval},
 }

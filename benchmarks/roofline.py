@@ -361,6 +361,22 @@ def results() -> dict[str, Any]:
         "models": [asdict(model) for model in MODELS.values()],
         "decode_ms": every(decode, DECODED, BATCHES),
         "prefill_ms": every(prefill, FORMS, TOKENS),
+        "decode_ms_by_launches_of_a_group": {
+            m.name: {
+                c.name: {
+                    f.name: {
+                        b: {
+                            name: round(decode(f, m, c, b, b, one_launch=one).seconds * 1e3, 4)
+                            for name, one in (("two", False), ("one", True))
+                        }
+                        for b in (1, ONE_LAUNCH_ROWS)
+                    }
+                    for f in (OURS, OURS8)
+                }
+                for c in CHIPS.values()
+            }
+            for m in MODELS.values()
+        },
         "memory_gb": {
             m.name: {f: {e: round(memory(FORMS[f], m, e) / 1e9, 3) for e in EXPERTS} for f in DECODED}
             for m in MODELS.values()

@@ -4,7 +4,8 @@
 
 The launches are those that `t2kernels.triton.launch` makes, with a driver in place of the GPU's that says which chip it
 is and stops before anything runs. What ptxas made of them is read from the machine code: registers, spills to local
-memory, shared memory, and which tensor core instructions do the products.
+memory, shared memory, and which tensor core instructions do the products. x is bfloat16, or float32 with float32
+factors; int8 is compiled as factors have it, the leading components in float16, and without those, as in dense weights.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 from t2kernels.files import write_text  # noqa: E402
 from t2kernels.triton import kernels, launch, tuning  # noqa: E402
 from t2kernels.triton.tuning import Tile  # noqa: E402
+from t2kernels.weights import int8_head  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +52,15 @@ TENSOR_CORE = {  # instructions of 16-bit products
     "sm_100": "UTCHMMA",
     "gfx942": "v_mfma",
 }
+STEPS = ("project", "expand", "pull")
+HEAD = "int8, float16 head"
+STORAGE = {
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    HEAD: torch.int8,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Compiled:
     """One launch as machine code."""
 
     chip: str
-    kernel: str
+    step: str
     factors: str
     tile: str
     registers: int
@@ -98,28 +109,30 @@ class _NoGpu:
 
 @contextmanager
 def compiling_for(chip: str, tile: Tile, only: tuple[str, ...]) -> Iterator[list[tuple[str, Any]]]:
-    """Launches of these kernels made inside are compiled for the chip with this tile, and collected."""
+    """Launches of these steps made inside are compiled for the chip with this tile, and collected."""
     made: list[tuple[str, Any]] = []
 
     class Collect:
-        def __init__(self, kernel: Any, name: str) -> None:
-            self.kernel, self.name = kernel, name
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             def compile_only(*args: Any, **options: Any) -> None:
-                if self.name in only:
-                    made.append((self.name, self.kernel.warmup(*args, grid=grid, **options)))
+                step = "pull" if "NEED_D" in options else "project" if options["HAS_SCALES"] else "expand"
+                if step in only:
+                    made.append((step, self.kernel.warmup(*args, grid=grid, **options)))
 
             return compile_only
 
-    before = launch.kernels, launch.tile_for
-    driver.set_active(_NoGpu(chip))
+    class NoLaunch:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **options: None
 
     class Kernels:
-        project, expand, pull, gather = (
-            Collect(getattr(kernels, name), name) for name in ("project", "expand", "pull", "gather")
-        )
+        product, pull, gather = Collect(kernels.product), Collect(kernels.pull), NoLaunch()
 
+    before = launch.kernels, launch.tile_for
+    driver.set_active(_NoGpu(chip))
     launch.kernels, launch.tile_for = Kernels, lambda *_: tile  # type: ignore[assignment]
     try:
         yield made
@@ -127,24 +140,30 @@ def compiling_for(chip: str, tile: Tile, only: tuple[str, ...]) -> Iterator[list
         launch.kernels, launch.tile_for = before
 
 
-def launches(storage: torch.dtype, tile: Tile) -> None:
-    """The launches of a forward and a backward pass of one layer, and of q, k and v together."""
-    rows, features = 2 * tile.block_m, 1024
+def launches(factors: str, tile: Tile) -> None:
+    """The launches of a forward and a backward pass of one layer, and of q, k and v together, as in Llama-3-8B.
+
+    The two parts of k and v in int8 are multiples of 32 only, so wider steps along their rank have to be masked.
+    """
+    rows, features, storage = 2 * tile.block_m, 4096, STORAGE[factors]
     x = torch.zeros(rows, features, dtype=torch.float32 if storage == torch.float32 else torch.bfloat16)
     scales, slots = torch.ones(4, features), torch.zeros(rows, dtype=torch.int64)
-    eight_bits = storage.itemsize == 1
 
-    def factors(n: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros(n, n, dtype=storage), torch.zeros(n, features, dtype=storage)
+    def parts(n: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Of U and Vh of rank n."""
+        head = int8_head(n) if factors == HEAD else 0
+        kinds = [(rank, dtype) for rank, dtype in ((head, torch.float16), (n - head, storage)) if rank]
+        u = [torch.zeros(n, rank, dtype=dtype) for rank, dtype in kinds]
+        return u, [torch.zeros(rank, features, dtype=dtype) for rank, dtype in kinds]
 
-    group = [features, 256, 256]
-    us, vhs = zip(*(factors(n) for n in group), strict=True)
-    components = [torch.ones(n) for n in group] if eight_bits else []
+    group = [features, 1024, 1024]
+    us, vhs = ([part for own in each for part in own] for each in zip(*(parts(n) for n in group), strict=True))
+    components = [torch.ones(n) for n in group] if storage == torch.int8 else []
     launch.factored_linear_group(x, us, vhs, components, [scales[:, :n] for n in group], slots, [], group, False)
-    u, vh = factors(features)
-    component = torch.ones(features) if eight_bits else None
-    _, t = launch.factored_linear(x, [u], [vh], component, scales, slots, None, features, False)
-    launch.factored_linear_backward(x, t, [u], [vh], component, scales, slots, features, True, True)
+    u, vh = parts(features)
+    component = torch.ones(features) if storage == torch.int8 else None
+    _, t = launch.factored_linear(x, u, vh, component, scales, slots, None, features, False)
+    launch.factored_linear_backward(x, t, u, vh, component, scales, slots, features, True, True)
 
 
 def tool(name: str) -> str:
@@ -174,39 +193,38 @@ def read_amd(compiled: Any) -> tuple[int, int, str]:
     return int(registers[1]), int(spilled[1]), " ".join(sorted(set(re.findall(r"v_mfma_\w+", assembly))))
 
 
-KERNELS = ("project", "expand", "pull")
-
-
-def tiles() -> Iterator[tuple[str, Tile, tuple[str, ...], tuple[torch.dtype, ...]]]:
-    """Every tile of the tables: its chip, the kernels it is for, and storage formats."""
-    halves = (torch.bfloat16, torch.int8)
+def tiles() -> Iterator[tuple[str, Tile, tuple[str, ...], tuple[str, ...]]]:
+    """Every tile of the tables: its chip, the steps it is for, and kinds of factors."""
     for chip, table in tuning.TABLES.items():
-        for kernel in KERNELS:
-            yield from ((chip, tile, (kernel,), halves) for _, tile in table.entries(kernel, half=True))
-        yield from ((chip, tile, KERNELS, (torch.float32,)) for _, tile in table.wide)
+        for step in STEPS:
+            for _, tile in table.entries(step, "half"):
+                yield chip, tile, (step,), ("bfloat16", "int8")
+            for _, tile in table.entries(step, "split"):
+                yield chip, tile, (step,), (HEAD, "float16")
+        for _, tile in table.wide:
+            yield chip, tile, STEPS, ("float32",)
 
 
 def compile_all(some: bool) -> list[Compiled]:
-    """Every tile with its formats; or `some`: each chip's first, with int8."""
+    """Every tile with its formats; or `some`: each chip's first, with int8 as it is stored."""
     wanted = list(tiles())
     if some:
         firsts = (next(entry for entry in wanted if entry[0] == chip) for chip in TARGETS)
-        wanted = [(chip, tile, only, (torch.int8,)) for chip, tile, only, _ in firsts]
+        wanted = [(chip, tile, only, (HEAD,)) for chip, tile, only, _ in firsts]  # in both, the same tile
     found, seen = [], set()
-    for chip, tile, only, storages in tqdm(wanted, desc="tiles"):
-        for storage in storages:
+    for chip, tile, only, kinds in tqdm(wanted, desc="tiles"):
+        for factors in kinds:
             with compiling_for(chip, tile, only) as made:
-                launches(storage, tile)
-            for name, compiled in made:
+                launches(factors, tile)
+            for step, compiled in made:
                 if compiled.hash in seen:
                     continue
                 seen.add(compiled.hash)
                 read = read_nvidia if TARGETS[chip].backend == "cuda" else read_amd
                 registers, spilled, tensor_core = read(compiled)
                 label = f"{tile.block_m} x {tile.block_n} x {tile.block_k}, {tile.warps} warps, {tile.stages} stages"
-                factors = str(storage).removeprefix("torch.")
                 shared = compiled.metadata.shared
-                found.append(Compiled(chip, name, factors, label, registers, spilled, shared, tensor_core))
+                found.append(Compiled(chip, step, factors, label, registers, spilled, shared, tensor_core))
     return found
 
 
@@ -216,7 +234,7 @@ def main(some: bool = False, out: Path = ROOT / "benchmarks" / "results" / "trit
     out: the JSON file.
     """
     compiled = compile_all(some)
-    table = Table("chip", "kernel", "factors", "tile", "registers", "spilled", "shared", "tensor core", "problem")
+    table = Table("chip", "step", "factors", "tile", "registers", "spilled", "shared", "tensor core", "problem")
     for each in compiled:
         values = list(asdict(each).values())
         table.add_row(*(str(value) for value in values), "; ".join(each.problems))

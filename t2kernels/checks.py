@@ -39,7 +39,11 @@ def check_activations(x: object, in_features: int) -> Tensor:
 
 
 def check_ids(name: str, ids: object, x: Tensor, count: int) -> Tensor:
-    """Routing ids: int64 [x.shape[0]] with 0 <= id < count. Values are left to the kernel under torch.compile."""
+    """Routing ids: int64 [x.shape[0]] with 0 <= id < count.
+
+    Values are checked where the host has them at hand. On a GPU, where reading them would make it wait, and under
+    torch.compile they are left to the kernel: those of the GPU make a row NaN whose id is out of range.
+    """
     ids = check_tensor(name, ids, "[x.shape[0]]")
     check_dtype(name, ids, (torch.int64,))
     if x.dim() < 2:

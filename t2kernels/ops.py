@@ -28,6 +28,9 @@ Neither x nor anything of W's size is kept or built. U, Vh and bias-free factors
 `decode_attention` is what else reads memory in a decode step; `t2kernels.decode_attention` says what it computes. It
 has no gradient.
 
+A slot that is not a row of scales is an error on the CPU. GPU kernels make its rows of y NaN, and its rows of dx,
+without reading anything for it, and leave it out of dscales: an error would make the host wait.
+
 On NVIDIA and AMD GPUs the operators run on the Triton kernels (`t2kernels.triton.launch` says what those round), but
 for `decode_attention`, which torch has kernels for there. With T2KERNELS_DECODE=cuda groups of at most 16 bfloat16 rows
 take `decode_linear_group` (csrc/cuda), one launch instead of two: it rounds float16 factors to bfloat16 and adds in an

@@ -1,7 +1,7 @@
 // The one file that knows torch: t2kernels::decode_linear_group on CUDA, on torch's stable ABI. It takes what
 // t2kernels::factored_linear_group takes, factors as contiguous matrices, and returns an empty list, having launched
 // nothing, where this kernel does not do the job (`unsupported` in decode.h, x other than bfloat16, panels): the
-// caller has to choose another one. Ids in slots are not checked: reading them would make the host wait.
+// caller has to choose another one.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,6 +10,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -86,6 +88,7 @@ std::vector<Tensor> decode_linear_group(const Tensor& x, const std::vector<Tenso
   group.rows = rows;
   group.in = in_features;
   group.slots = static_cast<const int64_t*>(kept[1].const_data_ptr());
+  group.slot_count = std::numeric_limits<int>::max();
   group.rows_per_slot = rows / count;
   group.layer_count = static_cast<int>(layers);
   for (size_t l = 0; l < layers; ++l) {
@@ -94,6 +97,7 @@ std::vector<Tensor> decode_linear_group(const Tensor& x, const std::vector<Tenso
     STD_TORCH_CHECK(own.dim() == 2 && own.scalar_type() == ScalarType::Float, "scales: expected float32 [slots, r]");
     check_device(own, device, "scales");
     const int64_t rank = own.size(1);
+    group.slot_count = std::min(group.slot_count, own.size(0));
     layer.out = out_features[l];
     if (!add_parts(layer, &u[l * parts], &vh[l * parts], parts, rank, in_features, device)) return {};
     kept.push_back(own.stride(1) == 1 ? own : torch::stable::contiguous(own));

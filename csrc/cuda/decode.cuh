@@ -35,6 +35,7 @@ constexpr int kSteps = 4;       // of a unit
 constexpr int kStepBytes = 64;  // of a weight row: one chunk for each lane of a quad
 constexpr int kUnitBytes = kSteps * kStepBytes;
 constexpr int kPhases = 2;
+constexpr uint16_t kNaN = 0x7fff;  // as bfloat16
 
 struct Segment {
   const char* weights;  // [rows, row_bytes]
@@ -68,6 +69,7 @@ struct Phase {
 struct Plan {
   Phase phases[kPhases];
   const int64_t* slots;
+  int64_t slot_count;
   int rows, rows_per_slot;
 };
 
@@ -82,6 +84,7 @@ inline Segment segment(const void* weights, int64_t k, int64_t first, Storage st
 inline Plan make_plan(const Group& group) {
   Plan plan{};
   plan.slots = group.slots;
+  plan.slot_count = group.slot_count;
   plan.rows = static_cast<int>(group.rows);
   plan.rows_per_slot = static_cast<int>(group.rows_per_slot);
   int counts[kPhases] = {};
@@ -264,11 +267,13 @@ __global__ void __launch_bounds__(kThreads, 2 / kRowTiles) decode(const __grid_c
   auto& partial = shared_memory<float[2][kWarps][kColumns][kPitch]>();  // two tiles take turns
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
 
+  constexpr int kNoSlot = -1;
   int slot[kOutputs];
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
     const int b = (thread + o * kThreads) / kRows;
-    slot[o] = b < plan.rows ? static_cast<int>(plan.slots[b / plan.rows_per_slot]) : 0;
+    const int64_t id = b < plan.rows ? plan.slots[b / plan.rows_per_slot] : kNoSlot;
+    slot[o] = id >= 0 && id < plan.slot_count ? static_cast<int>(id) : kNoSlot;
   }
 
   Weights<kRowTiles> weights(plan);
@@ -294,7 +299,9 @@ __global__ void __launch_bounds__(kThreads, 2 / kRowTiles) decode(const __grid_c
       for (int o = 0; o < kOutputs; ++o) {
         const int b = (thread + o * kThreads) / kRows, row = first + thread % kRows;
         const bool mine = b < plan.rows && row < product.rows;
-        scale[o] = mine && product.scales != nullptr ? product.scales[slot[o] * product.scales_stride + row] : 1.0f;
+        scale[o] = 1.0f;
+        if (mine && product.scales != nullptr)
+          scale[o] = slot[o] == kNoSlot ? from_bf16(kNaN) : product.scales[slot[o] * product.scales_stride + row];
         component[o] = mine && product.component_scale != nullptr ? product.component_scale[row] : 1.0f;
         bias[o] = mine && product.bias != nullptr ? product.bias[row] : uint16_t{0};
       }

@@ -3,7 +3,8 @@
 //   y[b] = ((x[b] Vh^T) * scales[slot(b)] * component_scale) U^T + bias    for up to 3 layers that share x and slots
 //
 // Sums are float32; x and the scaled intermediate are bfloat16, and float16 factors are rounded to bfloat16. A row's
-// bits depend on that row, its scales and the factors alone.
+// bits depend on that row, its scales and the factors alone. A row whose slot is not there becomes NaN, and nothing is
+// read for it: ids are on the device, and to check them the host would have to wait.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +41,7 @@ struct Group {
   const void* x;  // bfloat16 [rows, in]
   int64_t rows, in;
   const int64_t* slots;  // one per rows_per_slot rows
+  int64_t slot_count;    // rows of scales that every layer has
   int64_t rows_per_slot;
   Layer layers[kMaxLayers];
   int layer_count;

@@ -1,14 +1,14 @@
 """The Triton kernels of the factored product and its gradients.
 
-All are one tiled product, `acc[m, n] = sum over k of a[m, k] * w[n, k]`, with different ends:
+Two of them multiply, one tile of `acc[m, n] = sum over k of a[m, k] * w[n, k]` after the other; `launch` uses them for
 
-    project   s = (x Vh^T) * scale[slot] * component_scale, and t = x Vh^T for the backward pass
-    expand    y = (s U^T) * row_scale + bias; with the factors read the other way round, dx = d Vh
+    project   s = (x Vh^T) * scale[slot] * component_scale, and t = x Vh^T for the backward pass      (`product`)
+    expand    y = (s U^T) * row_scale + bias; with the factors read the other way round, dx = d Vh    (`product`)
     pull      d = (g U) * scale[slot] * component_scale, and sums of t * (g U) for `gather`
     gather    dscales = pull's sums, added up per slot
 
 Tiling. A program owns a tile of BLOCK_M rows and BLOCK_N columns and walks its columns' reduction from end to end in
-steps of BLOCK_K. Several matrices that share their input (q, k and v; gate and up; the two parts of int8 storage) are
+steps of BLOCK_K. Several matrices that share their rows (q, k and v; gate and up; the two parts of int8 storage) are
 one launch: their tiles are numbered one after the other. Where programs are fewer than tiles they are persistent.
 Consecutive tiles share weights (GROUP_M row tiles before the next columns), so that they meet in L2.
 Data movement. Weights come as they are stored (bfloat16, float16, float32, int8, fp8) through `num_stages` buffers of
@@ -17,8 +17,10 @@ once. The scale is gathered per row at the end of the first product, so the numb
 its own few kilobytes, and W' never exists.
 Order. A row's sum is one chain over k, in order, in float32: neither tile sizes nor the other rows have a part in it,
 as long as one kind of tensor core instruction does all of them (`tuning` sees to that). Splitting k over programs would
-shorten the chain of small matrices, but the same split would then bind every batch size; tiles of 16 to 32 columns fill
-the chip instead (6,144 columns of q, k and v are 192 to 384 of them).
+bind every batch size to the same split; what it could gain, bytes in flight where a matrix has few columns, deeper
+buffers give without it (docs/gpu.md has the numbers).
+Slots. A row whose slot is not one of the table's becomes NaN, and nothing is read for it: ids on a device are not
+checked before, since the host would have to wait for them.
 Limit. Few rows: reading the weights. Many: the tensor core, at the rate of the dtype that x has.
 """
 
@@ -31,13 +33,29 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there bfloat16 is 
 
 
 @triton.jit
-def _tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column tile number `index`, walked in groups of GROUP_M row tiles."""
+def _tiles(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many tiles cover a result [rows, columns]."""
+    return tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+
+
+@triton.jit
+def _tile(index, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Tile number `index` of them, walked in groups of GROUP_M row tiles: its row tile, and its rows and columns."""
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     group = index // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
     inside = index - group * GROUP_M * tiles_n
-    return first + inside % height, inside // height
+    tile_m = (group * GROUP_M + inside % height).to(tl.int64)
+    return tile_m, tile_m * BLOCK_M + tl.arange(0, BLOCK_M), inside // height * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def _dot(a, w, acc, term: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a w with both as `term`."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32).to(term).to(tl.float32), w.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a.to(term), w.to(term), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -47,8 +65,7 @@ def _multiply(
     lda,
     m,  # this tile's row numbers, int64
     rows,
-    w,  # [n, k], k contiguous; with TRANSPOSED [k, n], n contiguous
-    ldw,
+    w,  # contiguous: [columns, k], with TRANSPOSED [k, columns]
     n,  # this tile's column numbers
     columns,
     k,
@@ -58,20 +75,26 @@ def _multiply(
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + a[m] w[n]^T, term after term: in a's 16-bit type if w fits into it, else in float32 as PRECISION says."""
+    """acc + a[m] w[n]^T, term after term: in a's 16-bit type if w fits into it, else in float32 as PRECISION says.
+
+    A float16 w is the sum of two bfloat16 matrices, exactly: with a bfloat16 a, each has a chain of its own.
+    """
     a_type: tl.constexpr = tl.bfloat16 if ROUND_TO_BF16 else a.dtype.element_ty
     w_type: tl.constexpr = w.dtype.element_ty
     if a_type != tl.float32 and (w_type == a_type or w_type == tl.int8 or w_type == tl.float8e4nv):
         term: tl.constexpr = a_type
     else:
         term: tl.constexpr = tl.float32
+    in_two: tl.constexpr = a_type == tl.bfloat16 and w_type == tl.float16
+    if in_two:
+        low = tl.zeros_like(acc)
     ks = tl.arange(0, BLOCK_K)
     a_at = a + m[:, None] * lda + ks[None, :]
     if TRANSPOSED:
-        w_at = w + ks.to(tl.int64)[:, None] * ldw + n[None, :]
-        w_step = BLOCK_K * ldw
+        w_at = w + ks.to(tl.int64)[:, None] * columns + n[None, :]
+        w_step = BLOCK_K * columns
     else:
-        w_at = w + n.to(tl.int64)[None, :] * ldw + ks[:, None]
+        w_at = w + n.to(tl.int64)[None, :] * k + ks[:, None]
         w_step = BLOCK_K
     m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
     for k0 in range(0, k, BLOCK_K):
@@ -83,46 +106,68 @@ def _multiply(
             w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[:, None], other=0.0)
         if ROUND_TO_BF16:
             a_tile = a_tile.to(tl.bfloat16)
-        if INTERPRETED:
-            a_tile, w_tile = a_tile.to(tl.float32).to(term).to(tl.float32), w_tile.to(tl.float32)
+        if in_two:
+            high = w_tile.to(tl.float32).to(tl.bfloat16)
+            rest = (w_tile.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+            low = _dot(a_tile, rest, low, tl.bfloat16, PRECISION)
+            acc = _dot(a_tile, high, acc, tl.bfloat16, PRECISION)
         else:
-            a_tile, w_tile = a_tile.to(term), w_tile.to(term)
-        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+            acc = _dot(a_tile, w_tile, acc, term, PRECISION)
         a_at += BLOCK_K
         w_at += w_step
+    if in_two:
+        acc += low
     return acc
 
 
 @triton.jit
-def _scale_of(scales, ld_scales, slots, rows_per_slot, component, m, rows, n, columns, HAS_COMPONENT: tl.constexpr):
-    """[tile rows, tile columns] float32: each row's scale, times the columns' component scale."""
-    slot = tl.load(slots + m // rows_per_slot, mask=m < rows, other=0)
-    inside = (m < rows)[:, None] & (n < columns)[None, :]
-    scale = tl.load(scales + slot[:, None] * ld_scales + n[None, :], mask=inside, other=0.0)
-    if HAS_COMPONENT:
-        scale *= tl.load(component + n, mask=n < columns, other=0.0)[None, :]
+def _scale_of(
+    scales,
+    ld_scales,
+    slots,
+    slot_count,
+    rows_per_slot,
+    column_scale,
+    m,
+    rows,
+    n,
+    columns,
+    HAS_COLUMN_SCALE: tl.constexpr,
+):
+    """[tile rows, tile columns] float32: each row's scale, NaN if there is no such slot, times the columns' own."""
+    slot = tl.load(slots + m // rows_per_slot, mask=m < rows, other=-1)
+    there = ((slot >= 0) & (slot < slot_count))[:, None] & (n < columns)[None, :]
+    scale = tl.load(scales + slot[:, None] * ld_scales + n[None, :], mask=there, other=float("nan"))
+    if HAS_COLUMN_SCALE:
+        scale *= tl.load(column_scale + n, mask=n < columns, other=0.0)[None, :]
     return scale
 
 
-@triton.jit
-def project(
-    x,  # [rows, k]
-    ldx,
-    ws,  # for each matrix [columns, k], contiguous
-    scales,  # for each matrix [slots, columns] float32
+@triton.jit(do_not_specialize=["slot_count"])
+def product(
+    a,  # for each matrix [rows, its k], of row stride lda
+    lda,
+    ws,  # for each matrix its PARTS along k: [columns, k], with TRANSPOSED [k, columns], contiguous
+    ks,  # for each of ws
+    scales,  # for each matrix [slot_count, columns] float32, if HAS_SCALES
     ld_scales,  # for each matrix
-    components,  # for each matrix [columns] float32, if HAS_COMPONENT
     slots,  # int64, one for rows_per_slot consecutive rows
+    slot_count,
     rows_per_slot,
-    s,  # for each matrix [rows, columns], of row stride lds
-    lds,
-    t,  # like s, float32, of row stride ldt, if HAS_T
+    column_scales,  # for each matrix [columns] float32, if HAS_COLUMN_SCALE
+    biases,  # for each matrix [columns], if HAS_BIAS
+    t,  # for each matrix [rows, columns] float32, of row stride ldt: the bare product, if HAS_T
     ldt,
+    y,  # for each matrix [rows, columns]
+    ldy,  # for each matrix
     rows,
     columns,  # for each matrix
-    k,
     COUNT: tl.constexpr,  # matrices
-    HAS_COMPONENT: tl.constexpr,
+    PARTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    HAS_COLUMN_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_T: tl.constexpr,
     ROUND_TO_BF16: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -132,129 +177,74 @@ def project(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
+    HOIST: tl.constexpr,  # lets addresses of all matrices be made before the walk, in registers of their own
 ):
-    tiles_m = tl.cdiv(rows, BLOCK_M)
+    """y[i] = (a[i] ws[i]^T) * scales[i][slot] * column_scales[i] + biases[i], each factor if there is one."""
     tiles = 0
     for i in tl.static_range(COUNT):
-        tiles += tiles_m * tl.cdiv(columns[i], BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        tiles += _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=not HOIST):
         first = 0
         for i in tl.static_range(COUNT):
-            own = tiles_m * tl.cdiv(columns[i], BLOCK_N)
+            own = _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
             if COUNT == 1 or (index >= first and index < first + own):
-                tile_m, tile_n = _tile_of(index - first, tiles_m, tl.cdiv(columns[i], BLOCK_N), GROUP_M)
-                m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-                n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+                _, m, n = _tile(index - first, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
                 acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                acc = _multiply(
-                    acc, x, ldx, m, rows, ws[i], k, n, columns[i], k, ROUND_TO_BF16, PRECISION, False, EVEN_K, BLOCK_K
-                )
-                inside = (m < rows)[:, None] & (n < columns[i])[None, :]
-                if HAS_T:
-                    tl.store(t[i] + m[:, None] * ldt + n[None, :], acc, mask=inside)
-                scaled = acc * _scale_of(
-                    scales[i], ld_scales[i], slots, rows_per_slot, components[i], m, rows, n, columns[i], HAS_COMPONENT
-                )
-                tl.store(s[i] + m[:, None] * lds + n[None, :], scaled.to(s[i].dtype.element_ty), mask=inside)
-            first += own
-
-
-@triton.jit
-def expand(
-    s,  # for each matrix [rows, k], of row stride lds
-    lds,
-    w0,  # for each matrix its first part along k: [columns, k0], with TRANSPOSED [k0, columns], contiguous
-    k0,  # for each matrix
-    w1,  # for each matrix its second part, if PARTS is 2
-    k1,
-    row_scale,  # [columns] float32, if HAS_ROW_SCALE
-    biases,  # for each matrix [columns], if HAS_BIAS
-    y,  # for each matrix [rows, columns], contiguous
-    rows,
-    columns,  # for each matrix
-    COUNT: tl.constexpr,
-    PARTS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ROUND_TO_BF16: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    FLATTEN: tl.constexpr,
-):
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles = 0
-    for i in tl.static_range(COUNT):
-        tiles += tiles_m * tl.cdiv(columns[i], BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        first = 0
-        for i in tl.static_range(COUNT):
-            own = tiles_m * tl.cdiv(columns[i], BLOCK_N)
-            if COUNT == 1 or (index >= first and index < first + own):
-                tile_m, tile_n = _tile_of(index - first, tiles_m, tl.cdiv(columns[i], BLOCK_N), GROUP_M)
-                m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-                n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                ld0 = columns[i] if TRANSPOSED else k0[i]
-                acc = _multiply(
-                    acc,
-                    s[i],
-                    lds,
-                    m,
-                    rows,
-                    w0[i],
-                    ld0,
-                    n,
-                    columns[i],
-                    k0[i],
-                    ROUND_TO_BF16,
-                    PRECISION,
-                    TRANSPOSED,
-                    EVEN_K,
-                    BLOCK_K,
-                )
-                if PARTS == 2:
-                    ld1 = columns[i] if TRANSPOSED else k1[i]
+                first_k = 0
+                for p in tl.static_range(i * PARTS, (i + 1) * PARTS):
                     acc = _multiply(
                         acc,
-                        s[i] + k0[i],
-                        lds,
+                        a[i] + first_k,
+                        lda,
                         m,
                         rows,
-                        w1[i],
-                        ld1,
+                        ws[p],
                         n,
                         columns[i],
-                        k1[i],
+                        ks[p],
                         ROUND_TO_BF16,
                         PRECISION,
                         TRANSPOSED,
                         EVEN_K,
                         BLOCK_K,
                     )
-                if HAS_ROW_SCALE:
-                    acc *= tl.load(row_scale + n, mask=n < columns[i], other=0.0)[None, :]
+                    first_k += ks[p]
+                inside = (m < rows)[:, None] & (n < columns[i])[None, :]
+                if HAS_T:
+                    tl.store(t[i] + m[:, None] * ldt + n[None, :], acc, mask=inside)
+                if HAS_SCALES:
+                    acc *= _scale_of(
+                        scales[i],
+                        ld_scales[i],
+                        slots,
+                        slot_count,
+                        rows_per_slot,
+                        column_scales[i],
+                        m,
+                        rows,
+                        n,
+                        columns[i],
+                        HAS_COLUMN_SCALE,
+                    )
+                elif HAS_COLUMN_SCALE:
+                    acc *= tl.load(column_scales[i] + n, mask=n < columns[i], other=0.0)[None, :]
                 if HAS_BIAS:
                     acc += tl.load(biases[i] + n, mask=n < columns[i], other=0.0).to(tl.float32)[None, :]
-                inside = (m < rows)[:, None] & (n < columns[i])[None, :]
-                tl.store(y[i] + m[:, None] * columns[i] + n[None, :], acc.to(y[i].dtype.element_ty), mask=inside)
+                tl.store(y[i] + m[:, None] * ldy[i] + n[None, :], acc.to(y[i].dtype.element_ty), mask=inside)
             first += own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_count"])
 def pull(
     g,  # [rows, k]
     ldg,
     w,  # U [k, columns], contiguous
-    scales,  # [slots, columns] float32
+    scales,  # [slot_count, columns] float32
     ld_scales,
-    component,  # [columns] float32, if HAS_COMPONENT
     slots,
+    slot_count,
     rows_per_slot,
+    column_scale,  # [columns] float32, if HAS_COLUMN_SCALE
     t,  # [rows, columns] float32, of row stride ldt
     ldt,
     d,  # [rows, columns], of row stride ldd, if NEED_D
@@ -265,7 +255,7 @@ def pull(
     rows,
     columns,
     k,
-    HAS_COMPONENT: tl.constexpr,
+    HAS_COLUMN_SCALE: tl.constexpr,
     NEED_D: tl.constexpr,
     NEED_SUMS: tl.constexpr,
     ROUND_TO_BF16: tl.constexpr,
@@ -276,26 +266,36 @@ def pull(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
+    HOIST: tl.constexpr,  # lets addresses of all matrices be made before the walk, in registers of their own
 ):
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        tile_m, tile_n = _tile_of(index, tiles_m, tiles_n, GROUP_M)
-        m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    """d = (g U) * scales[slot] * column_scale; sums of t * (g U) * column_scale over the rows of each slot entry."""
+    tiles = _tiles(rows, columns, BLOCK_M, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=not HOIST):
+        tile_m, m, n = _tile(index, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        h = _multiply(h, g, ldg, m, rows, w, columns, n, columns, k, ROUND_TO_BF16, PRECISION, True, EVEN_K, BLOCK_K)
+        h = _multiply(h, g, ldg, m, rows, w, n, columns, k, ROUND_TO_BF16, PRECISION, True, EVEN_K, BLOCK_K)
         inside = (m < rows)[:, None] & (n < columns)[None, :]
         if NEED_D:
             scaled = h * _scale_of(
-                scales, ld_scales, slots, rows_per_slot, component, m, rows, n, columns, HAS_COMPONENT
+                scales,
+                ld_scales,
+                slots,
+                slot_count,
+                rows_per_slot,
+                column_scale,
+                m,
+                rows,
+                n,
+                columns,
+                HAS_COLUMN_SCALE,
             )
             tl.store(d + m[:, None] * ldd + n[None, :], scaled.to(d.dtype.element_ty), mask=inside)
         if NEED_SUMS:
             th = h * tl.load(t + m[:, None] * ldt + n[None, :], mask=inside, other=0.0)
-            if HAS_COMPONENT:
-                th *= tl.load(component + n, mask=n < columns, other=0.0)[None, :]
-            entry = m // rows_per_slot - tile_m.to(tl.int64) * BLOCK_M // rows_per_slot
-            sums_at = sums + tile_m.to(tl.int64) * span * ld_sums + n
+            if HAS_COLUMN_SCALE:
+                th *= tl.load(column_scale + n, mask=n < columns, other=0.0)[None, :]
+            entry = m // rows_per_slot - tile_m * BLOCK_M // rows_per_slot
+            sums_at = sums + tile_m * span * ld_sums + n
             for j in range(span):
                 own = tl.where((entry == j)[:, None], th, 0.0)
                 tl.store(sums_at + j * ld_sums, tl.sum(own, axis=0), mask=n < columns)

@@ -1,15 +1,18 @@
 """The operators of `t2kernels.ops` on the Triton kernels: the same arguments, factors as row-major matrices.
 
-What is rounded: bfloat16 activations meet bfloat16, int8 and fp8 factors as they are, and so does the scaled
-projection, rounded to bfloat16. In float16 the projection could pass 65504, so it stays float32 and is multiplied as
-tf32, which holds every float16 and bfloat16 factor exactly; so is float16 with bfloat16. float32 activations or factors
-are multiplied in float32 (ieee). `bf16_products` rounds activations to bfloat16 where the factors are bfloat16.
+What is rounded: bfloat16 activations meet bfloat16, int8 and fp8 factors as they are, and float16 ones (the leading
+components of 8-bit storage) as the sum of two bfloat16 values, which is exact; so does the scaled projection, rounded
+to bfloat16. In float16 the projection could pass 65504, so it stays float32 and is multiplied as tf32, which holds
+every float16 and bfloat16 factor exactly; so is float16 with bfloat16. float32 activations or factors are multiplied in
+float32 (ieee). `bf16_products` rounds activations to bfloat16 where the factors are bfloat16.
+
+Ids in `slots` are not read here, since the host would have to wait for them: the kernels make a row NaN whose slot is
+not a row of `scales`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,23 +26,115 @@ from t2kernels.triton.tuning import Launch, Tile, multiprocessors, tile_for
 HALVES = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class _Arithmetic:
-    """How one launch multiplies: terms of 16 bits or not, what float32 terms become, whether x is rounded first."""
+class _Product:
+    """One launch that multiplies: what its tile and its arithmetic are chosen by.
 
-    half: bool
-    precision: str
-    round_to_bf16: bool
+    Args:
+        step: "project", "expand" or "pull" (see `kernels`).
+        lefts: for each matrix [rows, k], all of one row stride.
+        x_dtype: of the operator's activations.
+        matrices: each in parts along k: [columns, k], with `transposed` [k, columns].
+        bf16_products: that of the operator.
+    """
 
+    def __init__(
+        self,
+        step: str,
+        lefts: Sequence[Tensor],
+        x_dtype: torch.dtype,
+        matrices: Sequence[Sequence[Tensor]],
+        transposed: bool = False,
+        bf16_products: bool = False,
+    ) -> None:
+        self.step, self.lefts, self.transposed = step, tuple(lefts), transposed
+        self.rows, self.device = lefts[0].shape[0], lefts[0].device
+        self.parts = len(matrices[0])
+        self.weights = tuple(part for parts in matrices for part in parts)
+        self.columns = tuple(parts[0].shape[1 if transposed else 0] for parts in matrices)
+        self.k = tuple(part.shape[0 if transposed else 1] for part in self.weights)
+        dtypes = {part.dtype for part in self.weights}
+        self.round_to_bf16 = bf16_products and dtypes == {torch.bfloat16}
+        self.precision = "ieee" if x_dtype == torch.float32 or torch.float32 in dtypes else "tf32"
 
-def _arithmetic(left: torch.dtype, x: torch.dtype, weights: Sequence[Tensor], bf16_products: bool) -> _Arithmetic:
-    """left: the dtype of the product's left side; x: of the call's activations."""
-    dtypes = {w.dtype for w in weights}
-    round_to_bf16 = bf16_products and dtypes == {torch.bfloat16}
-    term = torch.bfloat16 if round_to_bf16 else left
-    exact = x == torch.float32 or torch.float32 in dtypes
-    half = term in HALVES and all(dtype in (term, *EIGHT_BITS) for dtype in dtypes)
-    return _Arithmetic(half, "ieee" if exact else "tf32", round_to_bf16)
+    @property
+    def terms(self) -> str:
+        """What is multiplied: "half" (16 bits each), "split" (float16 as two bfloat16 terms) or "wide" (32 bits)."""
+        term = torch.bfloat16 if self.round_to_bf16 else self.lefts[0].dtype
+        others = {weight.dtype for weight in self.weights} - {term, *EIGHT_BITS}
+        if term in HALVES and not others:
+            return "half"
+        return "split" if term == torch.bfloat16 and others == {torch.float16} else "wide"
+
+    def tile(self) -> Tile:
+        dtypes = tuple(dict.fromkeys((self.lefts[0].dtype, *(weight.dtype for weight in self.weights))))
+        return tile_for(Launch(self.step, self.rows, self.columns, self.k, self.terms, dtypes), self.device)
+
+    def launch(self, kernel: Any, tile: Tile, arguments: Sequence[Any], **constants: Any) -> None:
+        """Runs a kernel of `kernels` on tiles of this product."""
+        tiles = triton.cdiv(self.rows, tile.block_m) * sum(triton.cdiv(n, tile.block_n) for n in self.columns)
+        programs = min(tiles, multiprocessors(self.device)) if tile.persistent else tiles
+        kernel[(programs,)](
+            *arguments,
+            **constants,
+            ROUND_TO_BF16=self.round_to_bf16,
+            PRECISION=self.precision,
+            EVEN_K=all(k % tile.block_k == 0 for k in self.k),
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            GROUP_M=tile.group_m,
+            FLATTEN=tile.persistent and len(self.weights) == 1,
+            HOIST=self.terms != "split",
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+
+    def into(
+        self,
+        y: Sequence[Tensor],
+        *,
+        scales: Sequence[Tensor] | None = None,
+        slots: Tensor | None = None,
+        column_scales: Sequence[Tensor] | None = None,
+        biases: Sequence[Tensor] | None = None,
+        t: Sequence[Tensor] | None = None,
+    ) -> None:
+        """y[i] = (lefts[i] matrices[i]^T) * scales[i][slots] * column_scales[i] + biases[i]; t[i] is the bare product.
+
+        scales, slots, column_scales, biases, t: None is none of them. The rows of y[i] and of t[i] may be windows.
+        """
+        nothing, zeros = self.lefts, (0,) * len(self.lefts)  # for operands that the kernel does not read
+        self.launch(
+            kernels.product,
+            self.tile(),
+            (
+                self.lefts,
+                self.lefts[0].stride(0),
+                self.weights,
+                self.k,
+                tuple(scales or nothing),
+                tuple(scale.stride(0) for scale in scales) if scales else zeros,
+                nothing[0] if slots is None else slots,
+                min(scale.shape[0] for scale in scales) if scales else 0,
+                1 if slots is None else self.rows // slots.shape[0],
+                tuple(column_scales or nothing),
+                tuple(biases or nothing),
+                tuple(t or nothing),
+                t[0].stride(0) if t else 0,
+                tuple(y),
+                tuple(each.stride(0) for each in y),
+                self.rows,
+                self.columns,
+            ),
+            COUNT=len(self.columns),
+            PARTS=self.parts,
+            TRANSPOSED=self.transposed,
+            HAS_SCALES=scales is not None,
+            HAS_COLUMN_SCALE=column_scales is not None,
+            HAS_BIAS=biases is not None,
+            HAS_T=t is not None,
+        )
 
 
 def _scaled_dtype(x: torch.dtype, weights: Sequence[Tensor], bf16_products: bool) -> torch.dtype:
@@ -56,150 +151,6 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _launch(
-    name: str,
-    left: Tensor,
-    weights: Sequence[Tensor],
-    columns: Sequence[int],
-    k: Sequence[int],
-    arithmetic: _Arithmetic,
-    arguments: Sequence[Any],
-    **constants: Any,
-) -> None:
-    _run(name, _tile(name, left, weights, columns, k, arithmetic), left, columns, k, arithmetic, arguments, **constants)
-
-
-def _tile(
-    name: str,
-    left: Tensor,
-    weights: Sequence[Tensor],
-    columns: Sequence[int],
-    k: Sequence[int],
-    arithmetic: _Arithmetic,
-) -> Tile:
-    dtypes = tuple(dict.fromkeys((left.dtype, *(w.dtype for w in weights))))
-    return tile_for(Launch(name, left.shape[0], tuple(columns), tuple(k), arithmetic.half, dtypes), left.device)
-
-
-def _run(
-    name: str,
-    tile: Tile,
-    left: Tensor,
-    columns: Sequence[int],
-    k: Sequence[int],
-    arithmetic: _Arithmetic,
-    arguments: Sequence[Any],
-    **constants: Any,
-) -> None:
-    """One launch of a kernel of `kernels`."""
-    tiles = triton.cdiv(left.shape[0], tile.block_m) * sum(triton.cdiv(n, tile.block_n) for n in columns)
-    programs = min(tiles, multiprocessors(left.device)) if tile.persistent else tiles
-    getattr(kernels, name)[(programs,)](
-        *arguments,
-        **constants,
-        ROUND_TO_BF16=arithmetic.round_to_bf16,
-        PRECISION=arithmetic.precision,
-        EVEN_K=all(each % tile.block_k == 0 for each in k),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
-        FLATTEN=tile.persistent and len(columns) == 1 and constants.get("PARTS", 1) == 1,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
-    )
-
-
-def _project(
-    x: Tensor,
-    vh: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    components: Sequence[Tensor] | None,
-    slots: Tensor,
-    s: Sequence[Tensor],
-    t: Sequence[Tensor] | None,
-    bf16_products: bool,
-) -> None:
-    """s[i] = (x vh[i]^T) * scales[i][slot] * components[i], t[i] = x vh[i]^T; one launch."""
-    columns = [w.shape[0] for w in vh]
-    _launch(
-        "project",
-        x,
-        vh,
-        columns,
-        [x.shape[1]],
-        _arithmetic(x.dtype, x.dtype, vh, bf16_products),
-        (
-            x,
-            x.stride(0),
-            tuple(vh),
-            tuple(scales),
-            tuple(scale.stride(0) for scale in scales),
-            tuple(components or [x] * len(vh)),
-            slots,
-            x.shape[0] // slots.shape[0],
-            tuple(s),
-            s[0].stride(0),
-            tuple(t or s),
-            t[0].stride(0) if t else 0,
-            x.shape[0],
-            tuple(columns),
-            x.shape[1],
-        ),
-        COUNT=len(vh),
-        HAS_COMPONENT=components is not None,
-        HAS_T=t is not None,
-    )
-
-
-def _expand(
-    s: Sequence[Tensor],
-    x_dtype: torch.dtype,
-    parts: Sequence[Sequence[Tensor]],
-    transposed: bool,
-    biases: Sequence[Tensor] | None,
-    y: Sequence[Tensor],
-    row_scale: Tensor | None = None,
-    bf16_products: bool = False,
-) -> None:
-    """y[i] = s[i] parts[i]^T * row_scale + biases[i], the parts side by side along k; one launch.
-
-    Parts are [columns, k], with `transposed` [k, columns].
-    """
-    first, second = [p[0] for p in parts], [p[-1] for p in parts]
-    along = 0 if transposed else 1
-    k0, k1 = [w.shape[along] for w in first], [w.shape[along] for w in second]
-    columns = [each.shape[1] for each in y]
-    weights = [w for p in parts for w in p]
-    _launch(
-        "expand",
-        s[0],
-        weights,
-        columns,
-        [*k0, *k1],
-        _arithmetic(s[0].dtype, x_dtype, weights, bf16_products),
-        (
-            tuple(s),
-            s[0].stride(0),
-            tuple(first),
-            tuple(k0),
-            tuple(second),
-            tuple(k1),
-            s[0] if row_scale is None else row_scale,
-            tuple(biases or y),
-            tuple(y),
-            y[0].shape[0],
-            tuple(columns),
-        ),
-        COUNT=len(y),
-        PARTS=len(parts[0]),
-        TRANSPOSED=transposed,
-        HAS_ROW_SCALE=row_scale is not None,
-        HAS_BIAS=biases is not None,
-    )
-
-
 def _windows(joined: Tensor, widths: Sequence[int]) -> list[Tensor]:
     """Column windows of [rows, sum of widths], one after the other."""
     return list(joined.split(list(widths), dim=1))
@@ -207,6 +158,10 @@ def _windows(joined: Tensor, widths: Sequence[int]) -> list[Tensor]:
 
 def _contiguous(factors: Sequence[Tensor]) -> list[Tensor]:
     return [factor if factor.is_contiguous() else factor.contiguous() for factor in factors]
+
+
+def _by_layer(factors: Sequence[Tensor], parts: int) -> list[Sequence[Tensor]]:
+    return [factors[first : first + parts] for first in range(0, len(factors), parts)]
 
 
 def _by_part(tensor: Tensor, vh: Sequence[Tensor]) -> list[Tensor]:
@@ -231,37 +186,21 @@ def factored_linear_group(
     ys = [x.new_empty(rows.shape[0], features) for features in out_features]
     if rows.shape[0]:
         s = _windows(rows.new_empty(rows.shape[0], sum(ranks), dtype=_scaled_dtype(x.dtype, u, bf16_products)), ranks)
-        of_layer = [vh[i * parts : (i + 1) * parts] for i in range(len(scales))]
-        components = [
-            part for scale, own in zip(component_scales or (), of_layer, strict=False) for part in _by_part(scale, own)
-        ]
-        _project(
-            rows,
-            vh,
-            [window for scale, own in zip(scales, of_layer, strict=True) for window in _by_part(scale, own)],
-            components or None,
-            slots,
-            [window for each, own in zip(s, of_layer, strict=True) for window in _by_part(each, own)],
-            None,
-            bf16_products,
+        u_of, vh_of = _by_layer(u, parts), _by_layer(vh, parts)
+
+        def by_part(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [part for each, own in zip(tensors, vh_of, strict=True) for part in _by_part(each, own)]
+
+        _Product("project", [rows] * len(vh), x.dtype, [[part] for part in vh], bf16_products=bf16_products).into(
+            by_part(s),
+            scales=by_part(scales),
+            slots=slots,
+            column_scales=by_part(component_scales) if component_scales else None,
         )
-        of_layer = [u[i * parts : (i + 1) * parts] for i in range(len(scales))]
-        _expand_biased(s, x.dtype, of_layer, biases, ys, bf16_products)
+        if biases and not all(bias.numel() for bias in biases):  # an empty one is none
+            biases = [bias if bias.numel() else bias.new_zeros(y.shape[1]) for bias, y in zip(biases, ys, strict=True)]
+        _Product("expand", s, x.dtype, u_of, bf16_products=bf16_products).into(ys, biases=biases or None)
     return [y.reshape(*x.shape[:-1], y.shape[1]) for y in ys]
-
-
-def _expand_biased(
-    s: Sequence[Tensor],
-    x_dtype: torch.dtype,
-    parts: Sequence[Sequence[Tensor]],
-    biases: Sequence[Tensor],
-    ys: Sequence[Tensor],
-    bf16_products: bool,
-) -> None:
-    """`_expand` with biases of which some may be empty, which means none."""
-    if biases and not all(bias.numel() for bias in biases):
-        biases = [bias if bias.numel() else bias.new_zeros(y.shape[1]) for bias, y in zip(biases, ys, strict=True)]
-    _expand(s, x_dtype, parts, False, biases or None, ys, bf16_products=bf16_products)
 
 
 def factored_linear(
@@ -281,17 +220,16 @@ def factored_linear(
     y, t = x.new_empty(rows.shape[0], out_features), rows.new_empty(rows.shape[0], rank, dtype=torch.float32)
     if rows.shape[0]:
         s = rows.new_empty(rows.shape[0], rank, dtype=_scaled_dtype(x.dtype, u, bf16_products))
-        _project(
-            rows,
-            vh,
-            _by_part(scales, vh),
-            None if component_scale is None else _by_part(component_scale, vh),
-            slots,
+        _Product("project", [rows] * len(vh), x.dtype, [[part] for part in vh], bf16_products=bf16_products).into(
             _by_part(s, vh),
-            _by_part(t, vh),
-            bf16_products,
+            scales=_by_part(scales, vh),
+            slots=slots,
+            column_scales=None if component_scale is None else _by_part(component_scale, vh),
+            t=_by_part(t, vh),
         )
-        _expand([s], x.dtype, [u], False, None if bias is None else [bias], [y], bf16_products=bf16_products)
+        _Product("expand", [s], x.dtype, [u], bf16_products=bf16_products).into(
+            [y], biases=None if bias is None else [bias]
+        )
     return y.reshape(*x.shape[:-1], out_features), t
 
 
@@ -313,10 +251,10 @@ def factored_linear_backward(
     dscales = scales.new_zeros(scales.shape[0] if need_dscales else 0, rank)
     dx = g.new_empty(rows, in_features) if need_dx else g.new_empty(0)
     if rows and (need_dx or need_dscales):
-        d = g.new_empty(rows, rank, dtype=_scaled_dtype(g.dtype, u, False)) if need_dx else t
-        _pull(g, t, u, vh, component_scale, scales, slots, d if need_dx else None, dscales if need_dscales else None)
-        if need_dx:
-            _expand([d], g.dtype, [vh], True, None, [dx])
+        d = g.new_empty(rows, rank, dtype=_scaled_dtype(g.dtype, u, False)) if need_dx else None
+        _pull(g, t, u, component_scale, scales, slots, d, dscales if need_dscales else None)
+        if d is not None:
+            _Product("expand", [d], g.dtype, [vh], transposed=True).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features) if need_dx else dx, dscales
 
 
@@ -324,7 +262,6 @@ def _pull(
     g: Tensor,
     t: Tensor,
     u: Sequence[Tensor],
-    vh: Sequence[Tensor],
     component_scale: Tensor | None,
     scales: Tensor,
     slots: Tensor,
@@ -333,34 +270,28 @@ def _pull(
 ) -> None:
     """d = (g U) * scale * component_scale, and dscales from t * (g U); a launch for each part of U, and `gather`."""
     rows, rank, rows_per_slot = g.shape[0], scales.shape[1], g.shape[0] // slots.shape[0]
-    launches = []
-    for part in u:
-        arithmetic = _arithmetic(g.dtype, g.dtype, [part], False)
-        launches.append((arithmetic, _tile("pull", g, [part], [part.shape[1]], [part.shape[0]], arithmetic)))
-    block_m = launches[0][1].block_m
+    products = [_Product("pull", [g], g.dtype, [[part]], transposed=True) for part in u]
+    tile = max(products, key=lambda product: product.columns[0]).tile()
     sums, span = t, 0
     if dscales is not None:
-        span = min(slots.shape[0], (block_m - 1) // rows_per_slot + 2)
-        sums = t.new_empty(triton.cdiv(rows, block_m), span, rank)
+        span = min(slots.shape[0], (tile.block_m - 1) // rows_per_slot + 2)
+        sums = t.new_empty(triton.cdiv(rows, tile.block_m), span, rank)
     first = 0
-    for part, (arithmetic, tile) in zip(u, launches, strict=True):
-        own = slice(first, first + part.shape[1])
-        _run(
-            "pull",
-            replace(tile, block_m=block_m),
-            g,
-            [part.shape[1]],
-            [part.shape[0]],
-            arithmetic,
+    for product in products:
+        own = slice(first, first + product.columns[0])
+        product.launch(
+            kernels.pull,
+            tile,
             (
                 g,
                 g.stride(0),
-                part,
+                product.weights[0],
                 scales[:, own],
                 scales.stride(0),
-                g if component_scale is None else component_scale[own],
                 slots,
+                scales.shape[0],
                 rows_per_slot,
+                g if component_scale is None else component_scale[own],
                 t[:, own],
                 t.stride(0),
                 (t if d is None else d)[:, own],
@@ -369,18 +300,18 @@ def _pull(
                 rank,
                 span,
                 rows,
-                part.shape[1],
-                part.shape[0],
+                product.columns[0],
+                product.k[0],
             ),
-            HAS_COMPONENT=component_scale is not None,
+            HAS_COLUMN_SCALE=component_scale is not None,
             NEED_D=d is not None,
             NEED_SUMS=dscales is not None,
         )
-        first += part.shape[1]
+        first = own.stop
     if dscales is not None:
         block_n = 128
         kernels.gather[(dscales.shape[0], triton.cdiv(rank, block_n))](
-            sums, slots, dscales, slots.shape[0], rows_per_slot, span, rank, BLOCK_M=block_m, BLOCK_N=block_n
+            sums, slots, dscales, slots.shape[0], rows_per_slot, span, rank, BLOCK_M=tile.block_m, BLOCK_N=block_n
         )
 
 
@@ -396,8 +327,11 @@ def dense_linear(
     rows = _rows(x)
     y = x.new_empty(rows.shape[0], out_features)
     if rows.shape[0]:
-        biases = None if bias is None else [bias]
-        _expand([rows], x.dtype, [_contiguous([weight])], False, biases, [y], row_scale, bf16_products)
+        _Product("expand", [rows], x.dtype, [_contiguous([weight])], bf16_products=bf16_products).into(
+            [y],
+            column_scales=None if row_scale is None else [row_scale],
+            biases=None if bias is None else [bias],
+        )
     return y.reshape(*x.shape[:-1], out_features)
 
 
@@ -407,5 +341,5 @@ def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | No
     dx = g.new_empty(g.shape[0], in_features)
     if g.shape[0]:
         scaled = g if row_scale is None else g.float() * row_scale
-        _expand([scaled], g.dtype, [_contiguous([weight])], True, None, [dx])
+        _Product("expand", [scaled], g.dtype, [_contiguous([weight])], transposed=True).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features)

@@ -1,8 +1,13 @@
 """Tile sizes: a table per kind of chip, and what `tune` measured on this one.
 
 A table names tiles by the rows they are for. Along a table one kind of tensor core instruction does the sums (mma on
-sm_80, wgmma from BLOCK_M 64 on sm_90, tcgen05 on sm_100, mfma on gfx942), since a row's bits may not depend on how
-many others are there.
+sm_80, wgmma on sm_90 and tcgen05 on sm_100 from BLOCK_M 64 on, mfma on gfx942), since a row's bits may not depend on
+how many others are there.
+
+For few rows, reading the weights is all there is to do, and what counts are bytes under way: memory that delivers
+4.8 TB/s after 0.8 us wants 30 KB of them on each of 132 multiprocessors. A tile has `stages - 1` steps of its weights
+under way, BLOCK_N x BLOCK_K entries each; of x only rows that exist are read. benchmarks/fill.py holds the tables
+against every chip's bandwidth.
 """
 
 from __future__ import annotations
@@ -46,13 +51,19 @@ Entries = tuple[tuple[float, Tile], ...]
 class Table:
     """Tiles by the largest number of rows they are for; the last takes all others."""
 
-    project: Entries  # products of 16-bit terms, by kernel: scales and sums at their end take registers
+    project: Entries  # products of 16-bit terms, by step: scales and sums at their end take registers
     expand: Entries
     pull: Entries
+    split: Entries  # project and expand with float16 weights, or a head of them, as two bfloat16 ones: sums take twice
     wide: Entries  # products of float32 and tf32 terms
 
-    def entries(self, kernel: str, half: bool) -> Entries:
-        return {"project": self.project, "expand": self.expand, "pull": self.pull}[kernel] if half else self.wide
+    def entries(self, step: str, terms: str) -> Entries:
+        """step: project, expand or pull; terms: half, split or wide."""
+        if terms == "wide":
+            return self.wide
+        if terms == "split" and step != "pull":
+            return self.split
+        return {"project": self.project, "expand": self.expand, "pull": self.pull}[step]
 
 
 _MMA_WIDE = ((16, Tile(16, 32, 64, 4, 3)), (math.inf, Tile(64, 32, 32, 4, 3)))
@@ -71,32 +82,56 @@ TABLES = {
             (64, Tile(64, 64, 64, 8, 4)),
             (math.inf, Tile(128, 128, 32, 8, 4)),
         ),
+        split=(
+            (16, Tile(16, 32, 128, 4, 5)),
+            (64, Tile(64, 64, 32, 4, 4)),
+            (math.inf, Tile(128, 128, 32, 8, 4)),
+        ),
         wide=_MMA_WIDE,
     ),
     "sm_90": Table(
         project=(
-            (64, Tile(64, 32, 128, 4, 5)),
+            (64, Tile(64, 32, 128, 4, 8)),
             (256, Tile(64, 128, 64, 8, 4)),
             (math.inf, Tile(128, 128, 64, 8, 3)),
         ),
         pull=((256, Tile(64, 128, 64, 8, 4)), (math.inf, Tile(128, 64, 64, 8, 4))),
         expand=(
-            (64, Tile(64, 32, 128, 4, 5)),
+            (64, Tile(64, 32, 128, 4, 8)),
             (256, Tile(64, 128, 64, 4, 4)),
             (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
+        ),
+        split=(
+            (64, Tile(64, 32, 128, 4, 8)),
+            (256, Tile(64, 128, 64, 8, 4)),
+            (math.inf, Tile(128, 128, 64, 8, 3)),
         ),
         wide=_WIDE,
     ),
     "sm_100": Table(
-        project=((128, Tile(128, 32, 128, 4, 4)), (math.inf, Tile(128, 128, 64, 8, 3))),
-        expand=((128, Tile(128, 32, 64, 8, 4)), (math.inf, Tile(128, 256, 64, 8, 3, persistent=True))),
-        pull=((math.inf, Tile(128, 128, 64, 8, 3)),),
+        project=(
+            (64, Tile(64, 32, 128, 4, 8)),
+            (128, Tile(128, 32, 128, 4, 4)),
+            (math.inf, Tile(128, 128, 64, 8, 3)),
+        ),
+        expand=(
+            (64, Tile(64, 32, 128, 4, 8)),
+            (128, Tile(128, 32, 64, 8, 4)),
+            (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
+        ),
+        pull=((math.inf, Tile(128, 64, 64, 8, 4)),),
+        split=(
+            (64, Tile(64, 32, 128, 4, 8)),
+            (128, Tile(128, 32, 64, 8, 4)),
+            (math.inf, Tile(128, 128, 64, 8, 3)),
+        ),
         wide=_WIDE,
     ),
     "gfx942": Table(
         project=_MFMA,
         expand=_MFMA,
         pull=_MFMA,
+        split=_MFMA,
         wide=_MMA_WIDE,
     ),
 }
@@ -123,11 +158,11 @@ def multiprocessors(device: torch.device) -> int:
 class Launch:
     """What a tile is chosen by."""
 
-    kernel: str
+    step: str  # project, expand or pull
     rows: int
     columns: tuple[int, ...]
     k: tuple[int, ...]
-    half: bool
+    terms: str  # half, split or wide: see Table
     dtypes: tuple[torch.dtype, ...]  # of the left side and the weights
 
     @property
@@ -135,7 +170,7 @@ class Launch:
         """Launches whose rows round up to the same power of two share a measured tile."""
         bucket = 1 << max(0, self.rows - 1).bit_length()
         dtypes = " x ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-        return f"{self.kernel} rows<={bucket} columns={self.columns} k={self.k} {dtypes}"
+        return f"{self.step} rows<={bucket} columns={self.columns} k={self.k} {dtypes}"
 
 
 _chosen: dict[tuple[Launch, torch.device], Tile] = {}
@@ -150,7 +185,7 @@ def tile_for(launch: Launch, device: torch.device) -> Tile:
 
 
 def table_tile(launch: Launch, device: torch.device) -> Tile:
-    entries = TABLES[chip(device)].entries(launch.kernel, launch.half)
+    entries = TABLES[chip(device)].entries(launch.step, launch.terms)
     return next(tile for most, tile in entries if launch.rows <= most)
 
 
@@ -183,7 +218,7 @@ def candidates(launch: Launch, device: torch.device) -> list[Tile]:
     tiles = {base}
     for block_n in (16, 32, 64, 128, 256):
         for block_k in (32, 64, 128, 256):
-            for stages in (3, 4, 5):
+            for stages in (3, 5, 8):
                 if base.block_m * block_n <= 1 << 15 and (base.block_m + block_n) * block_k * stages * 2 <= 200 << 10:
                     warps = 8 if base.block_m * block_n >= 1 << 14 else 4
                     tiles.add(Tile(base.block_m, block_n, block_k, warps, stages, base.group_m, base.persistent))

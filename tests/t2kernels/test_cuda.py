@@ -7,11 +7,10 @@ compared with float64, and by nvcc, to see that no target spills and that loads 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
-import re
+import functools
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from benchmarks import nvcc_compile  # noqa: E402
+
 CUDA = ROOT / "csrc" / "cuda"
 MAX_LAYERS, MAX_PARTS = 3, 2
 STORAGE_ID = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2}
@@ -61,6 +63,7 @@ class CGroup(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("in_features", ctypes.c_int64),
         ("slots", ctypes.c_void_p),
+        ("slot_count", ctypes.c_int64),
         ("rows_per_slot", ctypes.c_int64),
         ("layers", CLayer * MAX_LAYERS),
         ("layer_count", ctypes.c_int),
@@ -150,6 +153,7 @@ def c_group(p: Problem) -> tuple[CGroup, list[Tensor], list[Tensor]]:
         p.x.data_ptr(),
         *p.x.shape,
         p.slots.data_ptr(),
+        min(len(layer.scales) for layer in p.layers),
         len(p.x) // max(len(p.slots), 1),
         layer_count=len(p.layers),
         workspace=workspace.data_ptr(),
@@ -266,6 +270,19 @@ def test_bits_of_a_row_do_not_depend_on_what_is_in_the_others(emulated, rows, st
         assert_same_bits(emulated.run(Problem(x, p.slots, [layer]))[0][row], before[row])
 
 
+@pytest.mark.parametrize("rows", [8, 16])
+def test_a_slot_that_is_not_there_is_nan_in_its_row_alone(emulated, rows):
+    p = problem(144, [(176, 56), (48, 33)], STORAGE["int8 with f16 head"], rows, experts=7)
+    before = emulated.run(p)
+    for row, slot in ((0, 7), (rows // 2, -1), (rows - 1, 1 << 32)):
+        slots = p.slots.clone()
+        slots[row] = slot
+        others = torch.arange(rows) != row
+        for y, whole in zip(emulated.run(Problem(p.x, slots, p.layers)), before, strict=True):
+            assert y[row].isnan().all()
+            assert_same_bits(y[others], whole[others])
+
+
 def test_second_product_is_on_its_way_before_the_barrier(emulated):
     p = problem(576, [(80, 80)], STORAGE["bf16"], 8)
     emulated.run(p, blocks=5)  # one tile of each product for a block: rank / 16 and out / 16 of them
@@ -308,69 +325,32 @@ def test_says_what_it_does_not_support(emulated):
     assert emulated.why_unsupported(group) == "a factor off a 16-byte boundary"
 
 
-TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100": "compute_100"}
-# 256 threads: two blocks on a multiprocessor up to 8 rows of x, one above
-REGISTERS = {"decodeILi1ELi1E": 65536 // (2 * 256), "decodeILi2ELi2E": 255}
-
-
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     """target -> (object file, what the compilers report)."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    if shutil.which("nvcc") is None:
         pytest.skip("no nvcc to compile csrc/cuda/decode.cu with")
     folder = tmp_path_factory.mktemp("objects")
-    made: dict[str, tuple[Path, str]] = {}
-
-    def compile_for(target: str) -> tuple[Path, str]:
-        if target not in made:
-            compiled = folder / f"{target}.o"
-            gencode = f"arch={TARGETS[target]},code={target}"
-            command = [nvcc, "-c", "-std=c++20", "-O3", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra"]
-            command += ["-gencode", gencode, "-o", str(compiled), str(CUDA / "decode.cu")]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            made[target] = compiled, done.stdout + done.stderr
-        return made[target]
-
-    return compile_for
+    return functools.cache(lambda target: nvcc_compile.compile_for(target, folder))
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", nvcc_compile.TARGETS)
 def test_no_target_spills(compiled, target):
     _, report = compiled(target)
-    kernels = report.split("Compiling entry function")[1:]
-    assert len(kernels) == len(REGISTERS) and "warning" not in report, report
-    for kernel in kernels:
-        (limit,) = (limit for name, limit in REGISTERS.items() if name in kernel)
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in kernel
-        assert int(re.search(r"Used (\d+) registers", kernel)[1]) <= limit
+    assert "warning" not in report, report
+    for name, usage in nvcc_compile.usages(report).items():
+        assert usage.stack == usage.spill_stores == usage.spill_loads == 0
+        assert 0 < usage.registers <= nvcc_compile.VARIANTS[name].most_registers
 
 
-def disassemble(compiled: Path) -> str:
-    """By the cuobjdump of nvcc's folder, of the search path, or of a Python package that carries one with nvdisasm."""
-    folders = [Path(nvcc).resolve().parent for nvcc in [shutil.which("nvcc")] if nvcc]
-    for package, pattern in (("triton", "backends/nvidia/bin"), ("nvidia", "cu*/bin")):
-        spec = importlib.util.find_spec(package)
-        for location in (spec.submodule_search_locations if spec else None) or []:
-            folders += sorted(Path(location).glob(pattern))
-    path = os.pathsep.join([*map(str, folders), os.environ["PATH"]])
-    cuobjdump = shutil.which("cuobjdump", path=path)
-    if cuobjdump is None or shutil.which("nvdisasm", path=path) is None:
-        pytest.skip("no cuobjdump with nvdisasm in nvcc's folder, on the path or in the triton package")
-    command = [cuobjdump, "-sass", str(compiled)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "PATH": path}).stdout
-
-
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", nvcc_compile.TARGETS)
 def test_machine_code(compiled, target):
     """Weights come by 128-bit loads past L1 and meet x in the tensor cores; nothing goes through local memory."""
-    kernels = disassemble(compiled(target)[0]).split("Function : ")[1:]
-    assert len(kernels) == len(REGISTERS)
-    for kernel in kernels:
-        chunks = 8 if "decodeILi1ELi1E" in kernel else 16  # of a lane's ring: filled once, refilled for three storages
-        assert len(re.findall(r"LDG\.E\.NA\S*\.128\S*", kernel)) >= 4 * chunks
-        assert "HMMA.16816.F32.BF16" in kernel
-        assert not re.search(r"\b(LDL|STL)\b", kernel)
+    if nvcc_compile.find_tool("cuobjdump") is None or nvcc_compile.find_tool("nvdisasm") is None:
+        pytest.skip("no cuobjdump with nvdisasm in nvcc's folder, on the path or in the triton package")
+    for name, code in nvcc_compile.instructions(compiled(target)[0]).items():
+        assert code.wide_loads >= nvcc_compile.VARIANTS[name].least_wide_loads
+        assert code.tensor_core and not code.local_memory
 
 
 def test_binding_compiles():

@@ -110,6 +110,20 @@ def test_a_row_does_not_depend_on_its_batch():
                     assert torch.equal(w.linear(p.x[own], p.scales, p.ids[own]), whole[own]), (storage, batch, first)
 
 
+@pytest.mark.parametrize("slot", [-1, 5, 1 << 32])
+def test_a_slot_that_is_not_there_is_nan_in_its_row_alone(slot):
+    """Nothing is read for it, and the host does not wait to find out."""
+    p = on_gpu((512, 256, 384), 17, torch.bfloat16, experts=5)
+    w = FactoredWeight.pack(p.u.float(), p.s, p.vh.float(), dtype=torch.int8)
+    ids, others = p.ids.clone(), torch.arange(17, device="cuda") != 11
+    ids[11] = slot
+    x = p.x.clone().requires_grad_()
+    y, expected = w.linear(x, p.scales, ids), w.linear(p.x, p.scales, p.ids)
+    assert y[11].isnan().all() and torch.equal(y[others], expected[others])
+    y.sum().backward()
+    assert x.grad[11].isnan().all() and not x.grad[others].isnan().any()
+
+
 def test_the_same_bits_every_time():
     p = on_gpu((577, 300, 1031), 300, torch.bfloat16)
     w = FactoredWeight.pack(p.u.float(), p.s, p.vh.float(), dtype=torch.bfloat16)
