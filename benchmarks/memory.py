@@ -128,10 +128,11 @@ KINDS = ("peak_resident", "peak_anonymous", "anonymous_at_the_end")
 
 
 class AnonymousPeak(threading.Thread):
-    """Samples this process's anonymous resident memory."""
+    """Samples this process's anonymous resident memory, every `interval` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval: float = 0.002) -> None:
         super().__init__(daemon=True)
+        self.interval = interval
         self.peak = 0
         self.done = threading.Event()
 
@@ -140,7 +141,7 @@ class AnonymousPeak(threading.Thread):
         return int(status.partition("RssAnon:")[2].split()[0]) * 1024
 
     def run(self) -> None:
-        while not self.done.wait(0.002):
+        while not self.done.wait(self.interval):
             self.peak = max(self.peak, self.now())
 
 

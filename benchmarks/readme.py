@@ -451,76 +451,6 @@ def training_speed() -> str:
     )
 
 
-def training() -> str:
-    """Runs in groups of seeds: medians, and the single runs' accuracies."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for name, run in read("training.json")["runs"].items():
-        runs.setdefault(name.rpartition("-")[0], []).append(run)
-    rows = []
-    for name, group in runs.items():
-        base = statistics.median(run["base"]["accuracy"] for run in group)
-        best = statistics.median(run["best"]["accuracy"] for run in group)
-        rows.append(
-            [
-                name,
-                f"{base:.1%}",
-                f"**{best:.1%}**",
-                ", ".join(f"{run['best']['accuracy']:.1%}" for run in group),
-                ", ".join(str(run["best"]["step"]) for run in group),
-                f"{statistics.median(run['seconds_per_step'] for run in group):.1f}",
-                f"{statistics.median(run['training_seconds'] for run in group) / 60:.1f}",
-                f"{group[0]['trainable']:,}",
-                f"{max(run['peak_resident_bytes'] for run in group) / 1e6:,.0f}",
-            ]
-        )
-    head = ["run", "base", "trained", "by seed", "best step", "s a step", "minutes", "numbers learnt", "peak, MB"]
-    some = next(iter(runs.values()))[0]
-    return (
-        f"SmolLM2-135M-Instruct, accuracy of greedy answers to {some['test_problems']} test problems that no other "
-        "split has, medians over the seeds (`python benchmarks/train_experts.py`):\n\n" + table(head, rows)
-    )
-
-
-def sandbox() -> str:
-    """One row for each program: what happened under the first tool, and whether each of them stopped it."""
-    results = read("sandbox.json")
-    tools = list(results["hello_seconds"])
-    found = {(each["program"], each["backend"]): each for each in results["programs"]}
-
-    def verdict(program: str, tool: str) -> str:
-        broken = found[program, tool]["broken"]
-        return f"**NOT STOPPED**: {'; '.join(broken)}" if broken else "stopped"
-
-    programs = list(dict.fromkeys(each["program"] for each in results["programs"]))
-    rows = [
-        [program, *(verdict(program, tool) for tool in tools), found[program, tools[0]]["happened"]]
-        for program in programs
-    ]
-    hello = ", ".join(f"{seconds * 1000:.0f} ms ({tool})" for tool, seconds in results["hello_seconds"].items())
-    return (
-        f"{results['machine']['processor']}; a program that prints one line takes {hello}. What happened is told by "
-        f"the program itself, or by who killed it:\n\n" + table(["program", *tools, "what happened"], rows)
-    )
-
-
-def humaneval() -> str:
-    results = read("humaneval.json")
-    passed, count = len(results["passed"]), results["problems"]
-    row = [
-        f"{results['model']}, {results['dtype']}",
-        f"{results['pass_at_1']:.1%} ({passed} of {count})",
-        f"{results['generation_seconds']:.0f}",
-        f"{results['running_seconds']:.0f}",
-        f"{results['canonical_solutions_passed']} of {count}, {results['canonical_running_seconds']:.0f} s",
-    ]
-    head = ["model", "pass@1", "seconds to generate", "seconds to run", "canonical solutions"]
-    return (
-        f"Greedy, at most {results['new_tokens']} new tokens ({results['answers_cut_off']} answers reach that), "
-        f"{results['machine']['processor']}, {results['machine']['threads']} threads; {results['timeout']:g} s a "
-        f"program, {results['sandbox']}:\n\n" + table(head, [row])
-    )
-
-
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
     "docs/cpu.md": {
@@ -538,7 +468,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "nvcc-compile": nvcc_compile,
         "triton-compile": triton_compile,
     },
-    "docs/training.md": {"training": training, "training-speed": training_speed},
+    "docs/training.md": {"training-speed": training_speed},
     "docs/tasks.md": {"sandbox": sandbox, "humaneval": humaneval},
 }
 

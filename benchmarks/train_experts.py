@@ -33,7 +33,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "letters": ("reasoning-gym:letter_counting", {"config": {"min_words": 2, "max_words": 4}}),
     "logic": ("reasoning-gym:syllogism", {}),
 }
-SHARED = ("--prompts-per-step", "16", "--samples-per-prompt", "6", "--steps", "60", "--trackers")
+SHARED = ("--prompts-per-step", "16", "--samples-per-prompt", "8", "--steps", "60", "--trackers")
 """The rollouts of every run."""
 
 

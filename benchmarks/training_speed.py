@@ -4,7 +4,7 @@
 
 SmolLM2-135M-Instruct, 8 prompts with 6 answers of exactly 16 tokens each, then the update with its exact KL, all in the
 loop of `t2 train`. Each method is a process of its own; they take turns, a step each, and start anew every round. Peak
-memory is the process's anonymous memory, sampled every 2 ms, with the loaded model. Writes
+memory is the process's anonymous memory, sampled every 20 ms, with the loaded model. Writes
 benchmarks/results/training-speed.json.
 """
 
@@ -44,7 +44,7 @@ PROMPTS, SAMPLES, TOKENS = 8, 6, 16
 
 def work(name: str) -> None:
     """Answers each line on standard input with a step's metrics and the peak so far, as JSON."""
-    memory = AnonymousPeak()
+    memory = AnonymousPeak(interval=0.02)
     memory.start()
     model, tokenizer = t2.load(MODEL)
     task = get(TASK, **json.loads(TASK_OPTIONS))
