@@ -451,6 +451,46 @@ def training_speed() -> str:
     )
 
 
+def sandbox() -> str:
+    """One row for each program: what happened under the first tool, and whether each of them stopped it."""
+    results = read("sandbox.json")
+    tools = list(results["hello_seconds"])
+    found = {(each["program"], each["backend"]): each for each in results["programs"]}
+
+    def verdict(program: str, tool: str) -> str:
+        broken = found[program, tool]["broken"]
+        return f"**NOT STOPPED**: {'; '.join(broken)}" if broken else "stopped"
+
+    programs = list(dict.fromkeys(each["program"] for each in results["programs"]))
+    rows = [
+        [program, *(verdict(program, tool) for tool in tools), found[program, tools[0]]["happened"]]
+        for program in programs
+    ]
+    hello = ", ".join(f"{seconds * 1000:.0f} ms ({tool})" for tool, seconds in results["hello_seconds"].items())
+    return (
+        f"{results['machine']['processor']}; a program that prints one line takes {hello}. What happened is told by "
+        f"the program itself, or by who killed it:\n\n" + table(["program", *tools, "what happened"], rows)
+    )
+
+
+def humaneval() -> str:
+    results = read("humaneval.json")
+    passed, count = len(results["passed"]), results["problems"]
+    row = [
+        f"{results['model']}, {results['dtype']}",
+        f"{results['pass_at_1']:.1%} ({passed} of {count})",
+        f"{results['generation_seconds']:.0f}",
+        f"{results['running_seconds']:.0f}",
+        f"{results['canonical_solutions_passed']} of {count}, {results['canonical_running_seconds']:.0f} s",
+    ]
+    head = ["model", "pass@1", "seconds to generate", "seconds to run", "canonical solutions"]
+    return (
+        f"Greedy, at most {results['new_tokens']} new tokens ({results['answers_cut_off']} answers reach that), "
+        f"{results['machine']['processor']}, {results['machine']['threads']} threads; {results['timeout']:g} s a "
+        f"program, {results['sandbox']}:\n\n" + table(head, [row])
+    )
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
     "docs/cpu.md": {
