@@ -33,6 +33,7 @@ STORAGE = {
     "int8 with f16 head": (torch.float16, torch.int8),
 }
 HEAD = 32
+BEHIND = 4096  # entries kept free behind what the kernel writes
 
 
 class CPart(ctypes.Structure):
@@ -145,10 +146,16 @@ def expected(p: Problem) -> list[Tensor]:
 
 
 def c_group(p: Problem) -> tuple[CGroup, list[Tensor], list[Tensor]]:
-    """The struct, the outputs, and what else the struct points to. Outputs and workspace start as NaN."""
-    ys = [torch.full((len(p.x), layer.out), torch.nan, dtype=torch.bfloat16) for layer in p.layers]
-    ranks = sum(layer.scales.shape[1] for layer in p.layers)
-    workspace = torch.full((len(p.x) * ranks,), torch.nan, dtype=torch.bfloat16)
+    """The struct, the outputs, and what is behind each array that the kernel writes. All of it starts as NaN."""
+    behind = []
+
+    def written(rows: int, columns: int) -> Tensor:
+        whole = torch.full((rows * columns + BEHIND,), torch.nan, dtype=torch.bfloat16)
+        behind.append(whole[rows * columns :])
+        return whole[: rows * columns].view(rows, columns)
+
+    ys = [written(len(p.x), layer.out) for layer in p.layers]
+    workspace = written(len(p.x), sum(layer.scales.shape[1] for layer in p.layers))
     group = CGroup(
         p.x.data_ptr(),
         *p.x.shape,
@@ -167,7 +174,7 @@ def c_group(p: Problem) -> tuple[CGroup, list[Tensor], list[Tensor]]:
         c.component_scale = None if layer.component_scale is None else layer.component_scale.data_ptr()
         c.bias = None if layer.bias is None else layer.bias.data_ptr()
         c.y, c.out = y.data_ptr(), layer.out
-    return group, ys, [workspace]
+    return group, ys, behind
 
 
 class Emulated:
@@ -179,10 +186,11 @@ class Emulated:
         assert library.t2_group_bytes() == ctypes.sizeof(CGroup)
 
     def run(self, p: Problem, blocks: int = 5) -> list[Tensor]:
-        group, ys, _workspace = c_group(p)
+        group, ys, behind = c_group(p)
         assert self._unsupported(ctypes.byref(group)) is None
         error = self._emulate(ctypes.byref(group), blocks)
         assert error is None, error.decode()
+        assert all(each.isnan().all() for each in behind), "written behind the end"
         return ys
 
     def why_unsupported(self, group: CGroup) -> str | None:
