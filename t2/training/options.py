@@ -60,6 +60,9 @@ class TrainOptions:
     """Divide advantages by their standard deviation over the step."""
     clip_rewards: float | None = None
     """Bound on the absolute value of an advantage; none in the published runs."""
+    skip_even_prompts: bool = True
+    """Leave prompts whose answers all got the same reward out of the update: they have no advantage, only the KL, and
+    the update costs several times what their answers do. The KL penalty is then that of the other prompts."""
     kl_coefficient: float = 0.1
     """Weight lambda of KL(policy || base), exact over the vocabulary and added up over an answer's tokens. The paper
     sweeps 0 to 0.3."""

@@ -288,7 +288,7 @@ class Trainer:
         answers = options.prompts_per_step * options.samples_per_prompt
         kl_weight = options.kl_coefficient / answers if rewarded else 0.0
         with_base = kl_weight > 0 or (self.state.step + 1) % options.validate_every == 0
-        if not with_base:
+        if options.skip_even_prompts or not with_base:
             groups = [group for group in groups if any(group.weights)]
         total, loss_sum = TokenStatistics(), 0.0
         self.optimizer.zero_grad()
