@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 class Metrics:
-    """The rows of a run, one a step, kept in `metrics.jsonl`; step 0 holds the base's validation score."""
+    """The rows of a run, one a step, kept in `metrics.jsonl`; step 0 holds the scores that it starts from."""
 
     def __init__(self, path: Path | None, last_step: int | None = None) -> None:
         """Starts empty, or with the rows up to `last_step` of an earlier run: a later one is of a step that is lost.
@@ -72,7 +72,7 @@ def plot(metrics: Metrics, path: Path, title: str, best_step: int | None = None)
         axes.set_ylabel(f"{label}, {unit}" if unit else label)
         axes.grid(alpha=0.3)
         if name == "validation" and values:
-            axes.axhline(values[0], linestyle="--", color="gray", label="base")
+            axes.axhline(100 * metrics.rows[0]["base"], linestyle="--", color="gray", label="base")
             if best_step is not None and best_step in steps:
                 best = values[steps.index(best_step)]
                 axes.plot(best_step, best, "*", markersize=12, color="tab:orange", label="best")

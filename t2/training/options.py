@@ -36,6 +36,9 @@ class TrainOptions:
     """all-linear, attention, mlp, one regular expression, or several name suffixes."""
     dtype: Storage = "float32"
     """Storage of the factors (svf only)."""
+    start: Path | None = None
+    """An expert to begin with instead of the base, such as one of the next-token objective (svf and dense-compose with
+    a free z). The KL stays that to the base."""
     bf16_products: bool = False
     """Let activations be rounded to bfloat16 where they meet bfloat16 factors (svf only): twice the arithmetic on
     processors that have it."""
@@ -119,6 +122,8 @@ class TrainOptions:
             self.samples_per_prompt > 1 or self.baseline != "leave-one-out" or self.objective == "next-token",
             "at least 2 for the leave-one-out baseline",
         )
+        can_start = self.method != "lora" and self.parametrisation == "free"
+        self._check("start", self.start is None or can_start, "none unless z is learnt, and free")
         try:
             self._check("task_options", isinstance(json.loads(self.task_options), dict), "a JSON object")
         except json.JSONDecodeError as error:
@@ -130,7 +135,7 @@ class TrainOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """All options that shape the run, as JSON holds them: not where it is, nor whether it is resumed."""
-        options = asdict(self)
+        options = asdict(self) | {"start": None if self.start is None else str(self.start)}
         del options["output"], options["resume"]
         as_json: dict[str, Any] = json.loads(json.dumps(options))  # tuples become lists
         return as_json

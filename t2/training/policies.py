@@ -95,7 +95,7 @@ class SVFPolicy(Policy):
         self.kind = options.parametrisation
         self.layout = self.svf.layout
         self.sigma = self.svf.sigma
-        self.parameters = [initial_parameters(self.kind, self.layout).to(self.sigma.device).requires_grad_()]
+        self.parameters = [starting_point(options, self.layout).to(self.sigma.device).requires_grad_()]
 
     @property
     def transformer(self) -> PreTrainedModel:
@@ -190,7 +190,7 @@ class DenseComposePolicy(Policy):
         self._policy = model.requires_grad_(False)
         self._targets = targets
         self.kind = options.parametrisation
-        self.parameters = [initial_parameters(self.kind, self.layout).to(device).requires_grad_()]
+        self.parameters = [starting_point(options, self.layout).to(device).requires_grad_()]
         self._composed: list[Tensor] = []
         self._running = self._policy
         self.model = _Switch(self)
@@ -267,6 +267,19 @@ class _Switch(nn.Module):
 def target_modules(options: TrainOptions) -> str | list[str]:
     """As `SVFConfig.target_modules` takes them."""
     return options.target_modules[0] if len(options.target_modules) == 1 else list(options.target_modules)
+
+
+def starting_point(options: TrainOptions, layout: Layout) -> Tensor:
+    """The parameters [R] that training begins with: the base's, or those of the expert in `options.start`.
+
+    Raises:
+        FileNotFoundError, FileFormatError: the expert cannot be read. ValueError: it is another base's.
+    """
+    if options.start is None:
+        return initial_parameters(options.parametrisation, layout)
+    expert = Expert.load(options.start)
+    layout.check_same(expert.layout, "start", same_base=True)
+    return expert.z.clone()
 
 
 def svf_config(options: TrainOptions) -> SVFConfig:

@@ -182,7 +182,8 @@ class Trainer:
         with self._interruptible(), self._progress() as announce:
             if self.state.base_score is None:
                 announce("validating the base")
-                self._validate({"step": 0})
+                self.state.base_score = self._score(self.validation, base=True).accuracy
+                self._validate({"step": 0, "base": self.state.base_score})
                 self._save()
             while self.state.step < self.options.steps and not self._stopping:
                 row = self.step()
@@ -353,8 +354,6 @@ class Trainer:
     def _validate(self, row: Row) -> None:
         """Adds the policy's validation accuracy to the row; keeps the parameters if none were better before."""
         score = self._score(self.validation, base=False).accuracy
-        if self.state.base_score is None:
-            self.state.base_score = score
         if self.state.best_score is None or score > self.state.best_score:
             self.state.best_score, self.state.best_step = score, self.state.step
             self.best = [parameter.detach().clone() for parameter in self.policy.parameters]

@@ -217,3 +217,16 @@ def test_resume_needs_a_whole_checkpoint(make_options):
 def test_options_refuse(make_options, changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         make_options(**changes)
+
+
+def test_training_can_begin_with_an_expert(make_options, tmp_path):
+    taught = run(make_options(objective="next-token", steps=20, output=tmp_path / "taught"))
+    options = make_options(steps=2, start=taught.expert, output=tmp_path / "on", learning_rate=1e-3)
+    run(options)
+    first = curve(options.output)[0]
+    assert first["validation"] == taught.state.best_score > first["base"] == taught.state.base_score
+    assert curve(options.output)[1]["kl"] > 0.01
+    with pytest.raises(ValueError, match="start: expected none unless z is learnt, and free, got"):
+        make_options(start=taught.expert, method="lora")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(make_options(start=tmp_path / "nowhere.safetensors", output=tmp_path / "none"))
