@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from torch import Tensor, nn
+
 from t2.storage import FileFormatError
 
 
@@ -96,6 +98,16 @@ class Layout:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"metadata: expected a layout (names, ranks, fingerprint), got {error}") from error
+
+
+def layout_of(model: nn.Module, weights: Mapping[str, Tensor], keys: Mapping[str, str]) -> Layout:
+    """The layout of a model's target weights [out, in], by module name, with their keys in the factor cache."""
+    return Layout(
+        names=tuple(weights),
+        ranks=tuple(min(weight.shape) for weight in weights.values()),
+        fingerprint=fingerprint(keys),
+        base_model=str(getattr(model, "name_or_path", "") or type(model).__name__),
+    )
 
 
 def fingerprint(weight_keys: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from t2.attention import ATTENTION, growing_cache, set_attention
 from t2.experts import Expert, ExpertBank, check_z
 from t2.layers import PackedLinear, RoutedLinear, SharedInput
-from t2.layout import Layout, fingerprint
+from t2.layout import layout_of
 from t2.planning import Delta, Merged, ServingPlan, cost_model
 from t2.routing import Route, Router, SlotTable, TrainedRoute
 from t2.svd import FactorCache, decompose_weights, weight_key
@@ -94,12 +94,7 @@ class SVFModel(nn.Module):
             keys = {name: entry.key for name, entry in done.items()}
         else:
             keys = {name: weight_key(weight) for name, weight in weights.items()}
-        self.layout = Layout(
-            names=tuple(targets),
-            ranks=tuple(min(weight.shape) for weight in weights.values()),
-            fingerprint=fingerprint(keys),
-            base_model=str(getattr(model, "name_or_path", "") or type(model).__name__),
-        )
+        self.layout = layout_of(model, weights, keys)
         device = next(iter(weights.values())).device
         del weights  # views that would keep every dense weight alive while the factors are loaded
         self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device))

@@ -82,7 +82,7 @@ class TrainOptions:
     token_budget: int = 4096
     """Most tokens, padding included, whose activations are held at once."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more time."""
+    """Compute activations again in the backward pass: less memory, more time."""
 
     validate_every: int = 5
     """Steps between validations; the best checkpoint by their score is the result."""

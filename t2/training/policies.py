@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2.experts import Expert
-from t2.layout import Layout, fingerprint
+from t2.layout import Layout, layout_of
 from t2.model import SVFConfig, SVFModel
 from t2.storage import atomic_directory
 from t2.svd import FactorCache, decompose_weights
@@ -85,24 +85,42 @@ class Policy(ABC):
             parameter.data.copy_(value)
 
 
-class SVFPolicy(Policy):
+class ExpertPolicy(Policy):
+    """A policy whose parameters are one vector [R], from which z comes.
+
+    sigma: singular values [R], on the model's device.
+    """
+
+    def __init__(self, options: TrainOptions, layout: Layout, sigma: Tensor) -> None:
+        self.kind, self.layout, self.sigma = options.parametrisation, layout, sigma
+        self.parameters = [starting_point(options, layout).to(sigma.device).requires_grad_()]
+
+    def z(self) -> Tensor:
+        return z_from(self.kind, self.parameters[0], self.sigma, self.layout)
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
+        path = path.with_suffix(".safetensors")
+        Expert(self.z(), self.layout, metadata).save(path)
+        return path
+
+
+class SVFPolicy(ExpertPolicy):
     """An expert on the fused ops: no weight and no gradient of a weight's size exists (DESIGN section 2)."""
 
-    def __init__(self, model: PreTrainedModel, options: TrainOptions, config: SVFConfig | None = None) -> None:
-        self.svf = SVFModel(model, config or svf_config(options))
+    def __init__(self, model: PreTrainedModel, options: TrainOptions) -> None:
+        config = SVFConfig(
+            target_modules=target_modules(options),
+            dtype=getattr(torch, options.dtype),
+            bf16_products=options.bf16_products,
+        )
+        self.svf = SVFModel(model, config)
         self.svf.requires_grad_(False)
         self.model = self.svf
-        self.kind = options.parametrisation
-        self.layout = self.svf.layout
-        self.sigma = self.svf.sigma
-        self.parameters = [starting_point(options, self.layout).to(self.sigma.device).requires_grad_()]
+        super().__init__(options, self.svf.layout, self.svf.sigma)
 
     @property
     def transformer(self) -> PreTrainedModel:
         return cast(PreTrainedModel, self.svf.model)
-
-    def z(self) -> Tensor:
-        return z_from(self.kind, self.parameters[0], self.sigma, self.layout)
 
     def learning(self) -> AbstractContextManager[None]:
         return self.svf.route(self.z())
@@ -120,14 +138,6 @@ class SVFPolicy(Policy):
 
     def base(self) -> AbstractContextManager[None]:
         return self.svf.route(None)
-
-    def expert(self, metadata: Mapping[str, str]) -> Expert:
-        return Expert(self.z(), self.layout, metadata)
-
-    def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
-        path = path.with_suffix(".safetensors")
-        self.expert(metadata).save(path)
-        return path
 
 
 class LoRAPolicy(Policy):
@@ -167,7 +177,7 @@ class LoRAPolicy(Policy):
         return path
 
 
-class DenseComposePolicy(Policy):
+class DenseComposePolicy(ExpertPolicy):
     """SVF the published way: every step builds all W' = U diag(sigma z) Vh, autograd makes a full dW', and that is
     projected to z. The KL needs a second, untouched model. The reference for speed, memory and gradients.
     """
@@ -177,20 +187,13 @@ class DenseComposePolicy(Policy):
         weights = {name: weight_matrix(layer) for name, layer in targets.items()}
         cache = FactorCache()
         done = decompose_weights(weights, cache)
-        self.layout = Layout(
-            names=tuple(targets),
-            ranks=tuple(min(weight.shape) for weight in weights.values()),
-            fingerprint=fingerprint({name: entry.key for name, entry in done.items()}),
-            base_model=str(getattr(model, "name_or_path", "") or type(model).__name__),
-        )
+        layout = layout_of(model, weights, {name: entry.key for name, entry in done.items()})
         device = next(iter(weights.values())).device
         self.factors = {name: [f.to(device) for f in cache.load(entry.key)] for name, entry in done.items()}
-        self.sigma = torch.cat([s for _, s, _ in self.factors.values()])
+        super().__init__(options, layout, torch.cat([s for _, s, _ in self.factors.values()]))
         self.reference = copy.deepcopy(model).requires_grad_(False)
         self._policy = model.requires_grad_(False)
         self._targets = targets
-        self.kind = options.parametrisation
-        self.parameters = [starting_point(options, self.layout).to(device).requires_grad_()]
         self._composed: list[Tensor] = []
         self._running = self._policy
         self.model = _Switch(self)
@@ -198,9 +201,6 @@ class DenseComposePolicy(Policy):
     @property
     def transformer(self) -> PreTrainedModel:
         return self._running
-
-    def z(self) -> Tensor:
-        return z_from(self.kind, self.parameters[0], self.sigma, self.layout)
 
     def _compose(self) -> None:
         z = self.z()
@@ -220,6 +220,8 @@ class DenseComposePolicy(Policy):
         yield
 
     def finish_gradients(self) -> None:
+        if not self._composed:  # nothing was learnt from in this step
+            return
         layers = list(self._targets.values())
         reached = [(w, layer.weight.grad) for w, layer in zip(self._composed, layers, strict=True)]
         reached = [(w, grad) for w, grad in reached if grad is not None]
@@ -243,11 +245,6 @@ class DenseComposePolicy(Policy):
             yield
         finally:
             self._running = self._policy
-
-    def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
-        path = path.with_suffix(".safetensors")
-        Expert(self.z(), self.layout, metadata).save(path)
-        return path
 
 
 class _Switch(nn.Module):
@@ -280,14 +277,6 @@ def starting_point(options: TrainOptions, layout: Layout) -> Tensor:
     expert = Expert.load(options.start)
     layout.check_same(expert.layout, "start", same_base=True)
     return expert.z.clone()
-
-
-def svf_config(options: TrainOptions) -> SVFConfig:
-    return SVFConfig(
-        target_modules=target_modules(options),
-        dtype=getattr(torch, options.dtype),
-        bf16_products=options.bf16_products,
-    )
 
 
 def make_policy(model: PreTrainedModel, options: TrainOptions) -> Policy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import resource
 import signal
@@ -43,8 +42,6 @@ from t2.training.rollouts import (
     uniforms,
 )
 from t2kernels.files import write_text
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,10 +184,13 @@ class Trainer:
                 self._save()
             while self.state.step < self.options.steps and not self._stopping:
                 row = self.step()
-                if self._alarmed(row):
-                    announce("stopped by an alarm")
-                    break
+                ended = self._alarmed(row)
+                self._stopping = self._agreed(self._stopping)
+                if self.state.step % self.options.save_every == 0:
+                    self._save()
                 announce(_summary(row, self.state))
+                if ended:
+                    break
         self._save()
         self._save_experts()
         self._plot()
@@ -213,9 +213,6 @@ class Trainer:
             self._validate(row)
         else:
             self._record(row)
-        self._stopping = self._agreed(self._stopping)
-        if self.state.step % self.options.save_every == 0:
-            self._save()
         return row
 
     def _mine(self, items: Sequence[Any]) -> Sequence[Any]:
@@ -224,15 +221,15 @@ class Trainer:
 
     def _indices(self) -> list[int]:
         """Which problems the next step takes: every one once before any comes again, in an order of the seed."""
-        count, first = len(self.problems), self.state.step * self.options.prompts_per_step
-        return [
-            int(self._order(position // count)[position % count])
-            for position in range(first, first + self.options.prompts_per_step)
-        ]
-
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.problems), generator=generator)
+        count, size = len(self.problems), self.options.prompts_per_step
+        epoch, place = divmod(self.state.step * size, count)
+        indices: list[int] = []
+        while len(indices) < size:
+            generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
+            order = torch.randperm(count, generator=generator)
+            indices += order[place : place + size - len(indices)].tolist()
+            epoch, place = epoch + 1, 0
+        return indices
 
     def _drawn(self) -> tuple[list[Group], Row]:
         """Answers drawn from the policy, weighted by their advantages; this process' share of them."""
@@ -416,12 +413,10 @@ class Trainer:
             "stop": "stopping",
         }[self.options.on_alarm]
         self.console.print(f"step {self.state.step}: {cause}; {action}", style="yellow")
-        log.warning("step %d: %s; %s", self.state.step, cause, action)
         if self.options.on_alarm == "lower":
             self.state.rate_scale /= 2
             self.policy.load_parameters(self.best)
             self.optimizer.state.clear()
-        self._save()
         return self.options.on_alarm == "stop"
 
     def _record(self, row: Row) -> None:
