@@ -54,7 +54,7 @@ class TrainOptions:
     samples_per_prompt: int = 4
     """Answers sampled to each prompt; 1 in the published runs, more give a baseline that needs no second model."""
     max_new_tokens: int | None = None
-    """Longest answer; the task's own room if none is given."""
+    """Longest answer drawn in training; the task's own room if none is given. Validations and tests have that room."""
     temperature: float = 1.0
     """Of the policy that answers are drawn from, and of the likelihoods and the KL penalty."""
     baseline: Baseline = "leave-one-out"

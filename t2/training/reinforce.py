@@ -67,24 +67,32 @@ class TokenStatistics:
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """sum_i ( -weight_i log p_i[token_i] + kl_weight KL(p_i || q_i) ) over rows of logits [tokens, vocabulary].
+    """sum_i ( -weight_i log p_i[token_i] + kl_weight count_i KL(p_i || q_i) ) over rows of logits [tokens, vocabulary].
 
     Autograd would keep half a dozen arrays of the logits' size. The gradient is known in closed form,
 
-        dL/dlogit = weight (p - onehot(token)) + kl_weight p (log p - log q - KL)
+        dL/dlogit = weight (p - onehot(token)) + kl_weight count p (log p - log q - KL)
 
     so the forward pass leaves it in the logits' own memory, some rows at a time.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, weights: Tensor, base: Tensor | None, kl_weight: float, chunk: int
+        ctx: Any,
+        logits: Tensor,
+        tokens: Tensor,
+        weights: Tensor,
+        counts: Tensor,
+        base: Tensor | None,
+        kl_weight: float,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         sums = torch.zeros(4, dtype=torch.float64, device=logits.device)  # loss, log-likelihood, KL, entropy
         gradient = torch.empty_like(logits)
         for start in range(0, logits.shape[0], chunk):
             rows = slice(start, start + chunk)
             index, weight = tokens[rows].unsqueeze(1), weights[rows].unsqueeze(1).float()
+            count = counts[rows].unsqueeze(1).float()
             log_p = torch.log_softmax(logits[rows].float(), dim=-1)
             p = log_p.exp()
             chosen = log_p.gather(1, index)
@@ -95,10 +103,10 @@ class _PolicyLoss(torch.autograd.Function):
             if base is not None:
                 ratio = log_p.sub_(torch.log_softmax(base[rows].float(), dim=-1))
                 kl = (p * ratio).sum(dim=1, keepdim=True)
-                change.addcmul_(p, ratio.sub_(kl), value=kl_weight)
+                change.addcmul_(p, ratio.sub_(kl).mul_(count), value=kl_weight)
             gradient[rows] = change
-            loss = (kl_weight * kl - weight * chosen).sum()
-            sums += torch.stack([loss, chosen.sum(), kl.sum(), entropy.sum()]).double()
+            loss = (kl_weight * count * kl - weight * chosen).sum()
+            sums += torch.stack([loss, *((count * value).sum() for value in (chosen, kl, entropy))]).double()
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)
         return sums[0].to(logits.dtype), sums
@@ -106,7 +114,7 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient if grad_loss == 1 else gradient * grad_loss, None, None, None, None, None
+        return gradient if grad_loss == 1 else gradient * grad_loss, None, None, None, None, None, None
 
 
 def policy_loss(
@@ -116,9 +124,10 @@ def policy_loss(
     base_logits: Tensor | None = None,
     kl_weight: float = 0.0,
     *,
+    counts: Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, TokenStatistics]:
-    """sum over tokens of -weight log pi(token) + kl_weight KL(pi || pi_base), and what happened on the way.
+    """sum over tokens of -weight log pi(token) + kl_weight count KL(pi || pi_base), and what happened on the way.
 
     Args:
         logits: of the policy [tokens, vocabulary], already divided by the temperature.
@@ -126,6 +135,7 @@ def policy_loss(
         weights: [tokens], each token's advantage with everything it is to be averaged over.
         base_logits: of the base model, as `logits`, without gradient; None leaves the KL out (and counts it as 0).
         kl_weight: as `weights`, of the penalty.
+        counts: [tokens], how many drawn tokens each one stands for; default 1.
         chunk: rows whose float32 temporaries are held at once.
 
     Returns:
@@ -133,11 +143,12 @@ def policy_loss(
     """
     if logits.dim() != 2:
         raise ValueError(f"logits: expected shape [tokens, vocabulary], got {list(logits.shape)}")
-    for name, tensor in (("tokens", tokens), ("weights", weights)):
+    counts = torch.ones_like(tokens) if counts is None else counts
+    for name, tensor in (("tokens", tokens), ("weights", weights), ("counts", counts)):
         if tensor.shape != logits.shape[:1]:
             raise ValueError(f"{name}: expected shape [{logits.shape[0]}], got {list(tensor.shape)}")
     if base_logits is not None and base_logits.shape != logits.shape:
         raise ValueError(f"base_logits: expected shape {list(logits.shape)}, got {list(base_logits.shape)}")
-    loss, sums = _PolicyLoss.apply(logits, tokens, weights, base_logits, float(kl_weight), chunk)
+    loss, sums = _PolicyLoss.apply(logits, tokens, weights, counts, base_logits, float(kl_weight), chunk)
     _, log_likelihood, kl, entropy = sums.tolist()
-    return loss, TokenStatistics(logits.shape[0], log_likelihood, kl, entropy)
+    return loss, TokenStatistics(int(counts.sum()), log_likelihood, kl, entropy)

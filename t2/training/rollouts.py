@@ -1,7 +1,8 @@
 """Answers of a policy, drawn or greedy, and the logits of its tokens for the update.
 
-Several answers to one prompt share its prefix: the prompt is read once, its keys and values are repeated for the
-answers, and in the update the gradient flows back through them to the one prompt.
+What rows have in common is read once: the tokens that all prompts of a batch begin with (a system prompt, the words of
+the task), then each prompt for all its answers. Their keys and values are repeated for the rows that follow, and in the
+update the gradient flows back through them. Of equal answers to a prompt the update sees one, with the weight of all.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -20,32 +21,77 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from t2.attention import growing_cache, new_cache
 from t2.training.policies import Policy
+
+WORTH_SHARING = 8
+"""Tokens that prompts must have in common for a pass of their own."""
+BLOCK = 256
+"""Entries of the vocabulary whose probabilities are added up before the token is looked for among them."""
 
 
 @dataclass(frozen=True)
 class Group:
     """A prompt and some answers to it, as token ids [length] without padding; an answer ends with its end token.
 
-    `weights` are what the log-likelihood of each answer's tokens is multiplied with in the update.
+    `weights` are what the log-likelihood of each answer's tokens is multiplied with in the update, `counts` how many
+    drawn answers each one stands for.
     """
 
     prompt: Tensor
     answers: tuple[Tensor, ...]
     weights: tuple[float, ...] = ()
+    counts: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:
         return max(len(answer) for answer in self.answers)
 
+    @classmethod
+    def of_distinct(cls, prompt: Tensor, answers: Sequence[Tensor], weights: Sequence[float]) -> Group:
+        """A group in which equal answers are one, with the sum of their weights."""
+        distinct: dict[tuple[int, ...], tuple[Tensor, float, int]] = {}
+        for answer, weight in zip(answers, weights, strict=True):
+            key = tuple(answer.tolist())
+            _, so_far, count = distinct.get(key, (answer, 0.0, 0))
+            distinct[key] = answer, so_far + weight, count + 1
+        kept, summed, counts = zip(*distinct.values(), strict=True)
+        return cls(prompt, kept, summed, counts)
+
+    def part(self, answers: slice) -> Group:
+        """The group with some of its answers."""
+        return Group(self.prompt, self.answers[answers], self.weights[answers], self.counts[answers])
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """A token for each row, drawn from softmax(logits / temperature) by the row's own uniform number.
+
+    The token is the one where the cumulated probability passes the number: first the block of the vocabulary, then the
+    token in it, so that only one block a row is cumulated entry by entry.
+
+    Args:
+        logits: [rows, vocabulary]; -inf is never drawn.
+        uniforms: float64 [rows] in [0, 1).
+
+    Returns:
+        int64 [rows].
+    """
+    p = torch.softmax(logits.float() / temperature if temperature != 1.0 else logits.float(), dim=-1)
+    p = nn.functional.pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    mass = p.sum(-1).double()
+    cumulated = mass.cumsum(-1)
+    below = uniforms[:, None] * cumulated[:, -1:]
+    block = torch.searchsorted(cumulated, below, right=True).clamp_(max=mass.shape[-1] - 1)
+    within = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
+    rest = below - (cumulated - mass).gather(1, block)
+    rest = torch.minimum(rest.clamp_(min=0), within[:, -1:] * (1 - 1e-15))  # the block's sum was in float32
+    return (block * BLOCK + torch.searchsorted(within, rest, right=True))[:, 0]
+
 
 class Sampler(LogitsProcessor):
-    """Draws each row's next token with random numbers of that row's own and leaves it as the only possible one.
-
-    With one uniform number for each row and position, a row's answer depends neither on the batch around it nor on how
-    many processes share the work.
+    """For transformers' own `generate`: leaves each row's drawn token as the only possible one.
 
     uniforms: [rows, tokens] float64 in [0, 1).
     width: of the padded prompts that come before the answers.
@@ -55,14 +101,16 @@ class Sampler(LogitsProcessor):
         self.uniforms, self.width, self.temperature = uniforms, width, temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulated = torch.softmax(scores.float() / self.temperature, dim=-1).double().cumsum(-1)
-        below = self.uniforms[:, input_ids.shape[1] - self.width, None] * cumulated[:, -1:]
-        token = torch.searchsorted(cumulated, below, right=True).clamp_(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+        token = draw_tokens(scores, self.uniforms[:, input_ids.shape[1] - self.width], self.temperature)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
 def uniforms(seed: int, step: int, prompts: Sequence[int], samples: int, tokens: int) -> Tensor:
-    """[len(prompts) * samples, tokens] float64 in [0, 1), fixed by the seed, the step and a prompt's place in it."""
+    """[len(prompts) * samples, tokens] float64 in [0, 1), fixed by the seed, the step and a prompt's place in it.
+
+    With one number for each row and position, a row's answer depends neither on the batch around it nor on how many
+    processes share the work.
+    """
     drawn = [numpy.random.default_rng([seed, step, prompt]).random((samples, tokens)) for prompt in prompts]
     return torch.from_numpy(numpy.concatenate(drawn))
 
@@ -115,8 +163,71 @@ class Generator:
             draw: uniform numbers [len(prompts) * samples, new_tokens]; greedy answers without.
             base: whether the base model answers.
         """
+        rows, width = len(prompts) * samples, max(len(prompt) for prompt in prompts)
+        draw = None if draw is None else draw.to(self.device)
+        phase = self.policy.base() if base else self.policy.acting(width, new_tokens, rows)
+        with phase, torch.inference_mode():
+            transformer = self.policy.transformer
+            cache = growing_cache(transformer) or new_cache(transformer)
+            if cache is None:
+                found = self._generated(prompts, new_tokens, samples, draw, temperature)
+            else:
+                found = self._decoded(cache, prompts, new_tokens, samples, draw, temperature)
+        answers = [self._cut(row) for row in found.cpu().clone()]
+        return [tuple(answers[i : i + samples]) for i in range(0, rows, samples)]
+
+    def _decoded(
+        self,
+        cache: DynamicCache,
+        prompts: Sequence[Tensor],
+        new_tokens: int,
+        samples: int,
+        draw: Tensor | None,
+        temperature: float,
+    ) -> Tensor:
+        """Tokens [rows, new_tokens]; a row that has ended leaves the batch as soon as a fifth of it has."""
+        logits, mask = self._read(cache, prompts)
+        logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+        cache.batch_repeat_interleave(samples)
+        found = torch.full((len(mask), new_tokens), self.ends[0], device=self.device)
+        rows = torch.arange(len(mask), device=self.device)
+        going = torch.ones_like(rows, dtype=torch.bool)
+        ends = torch.tensor(self.ends, device=self.device)
+        for place in range(new_tokens):
+            token = logits.argmax(-1) if draw is None else draw_tokens(logits, draw[rows, place], temperature)
+            found[rows, place] = token
+            going &= ~torch.isin(token, ends)
+            left = int(going.sum())
+            if not left or place == new_tokens - 1:
+                break
+            if left <= 0.8 * len(rows):
+                kept = going.nonzero()[:, 0]
+                cache.batch_select_indices(kept)
+                rows, mask, token, going = rows[kept], mask[kept], token[kept], going[kept]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            logits = self.policy.model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        return found
+
+    def _read(self, cache: DynamicCache, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Fills the cache; the logits [prompts, vocabulary] after each prompt, and the mask of what is in the cache."""
+        shared = shared_prefix(prompts, cache)
+        ids, mask = pad([prompt[shared:] for prompt in prompts], self.pad_token, left=True)
+        return read_prompts(
+            self.policy, cache, prompts[0][:shared].to(self.device), ids.to(self.device), mask.to(self.device)
+        )
+
+    def _generated(
+        self, prompts: Sequence[Tensor], new_tokens: int, samples: int, draw: Tensor | None, temperature: float
+    ) -> Tensor:
+        """As `_decoded`, by transformers, for models that keep more than keys and values."""
         ids, mask = (tensor.to(self.device) for tensor in pad(prompts, self.pad_token, left=True))
-        width, rows = ids.shape[1], len(prompts) * samples
+        width = ids.shape[1]
         options = GenerationConfig(
             max_new_tokens=new_tokens,
             do_sample=False,
@@ -125,40 +236,14 @@ class Generator:
             eos_token_id=list(self.ends),
             pad_token_id=self.pad_token,
         )
-        processors = LogitsProcessorList()
-        if draw is not None:
-            processors.append(Sampler(draw.to(self.device), width, temperature))
-        phase = self.policy.base() if base else self.policy.acting(width, new_tokens, rows)
-        with phase, torch.inference_mode():
-            cache = self._prefix(ids, mask) if samples > 1 else None
-            if cache is not None:
-                cache.batch_repeat_interleave(samples)
-            model: Any = self.policy.model
-            out = model.generate(
-                input_ids=ids.repeat_interleave(samples, 0),
-                attention_mask=mask.repeat_interleave(samples, 0),
-                generation_config=options,
-                logits_processor=processors,
-                **({} if cache is None else {"past_key_values": cache}),
-            )
-        answers = [self._cut(row) for row in out[:, width:].cpu().clone()]
-        return [tuple(answers[i : i + samples]) for i in range(0, rows, samples)]
-
-    def _prefix(self, ids: Tensor, mask: Tensor) -> DynamicCache | None:
-        """Keys and values of all but the prompts' last tokens, or None where the model's cache cannot be repeated."""
-        transformer = self.policy.transformer
-        cache = growing_cache(transformer) or new_cache(transformer)
-        if cache is None or ids.shape[1] < 2:
-            return None
-        self.policy.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions(mask[:, :-1]),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+        model: Any = self.policy.model
+        out = model.generate(
+            input_ids=ids.repeat_interleave(samples, 0),
+            attention_mask=mask.repeat_interleave(samples, 0),
+            generation_config=options,
+            logits_processor=LogitsProcessorList([] if draw is None else [Sampler(draw, width, temperature)]),
         )
-        return cache
+        return out[:, width:]
 
     def _cut(self, row: Tensor) -> Tensor:
         """The tokens up to the first end token, with it."""
@@ -170,22 +255,62 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp_(min=0)
 
 
+def shared_prefix(prompts: Sequence[Tensor], cache: DynamicCache | None) -> int:
+    """How many tokens at the start of all prompts to read once for all of them; at least one token is left of each.
+
+    0 where a layer keeps a window alone: it counts places, and behind a shared prefix padding takes some.
+    """
+    if len(prompts) < 2 or cache is None or any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return 0
+    length = min(len(prompt) for prompt in prompts) - 1
+    starts = torch.stack([prompt[:length] for prompt in prompts])
+    same = int((starts == starts[0]).all(0).long().cumprod(0).sum())
+    return same if same >= WORTH_SHARING else 0
+
+
+def read_prompts(
+    policy: Policy, cache: DynamicCache, prefix: Tensor, ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fills the cache with a prefix [S], which may be empty, and what each prompt has behind it [prompts, P].
+
+    Returns:
+        The logits [prompts, vocabulary] after each prompt, and the mask [prompts, S + P] of what is in the cache.
+    """
+    if len(prefix):
+        policy.model(input_ids=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(ids))
+    mask = torch.cat([mask.new_ones(len(ids), len(prefix)), mask], dim=1)
+    logits = policy.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions(mask)[:, len(prefix) :],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    return logits, mask
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Groups whose tokens go through the model together."""
+    """Groups whose tokens go through the model together, after `shared` tokens that all prompts begin with."""
 
     groups: tuple[Group, ...]
+    shared: int = 0
 
     @property
     def tokens(self) -> int:
         """With padding."""
         answers = sum(len(group.answers) for group in self.groups)
         longest = max(group.longest for group in self.groups)
-        return len(self.groups) * max(len(group.prompt) for group in self.groups) + answers * longest
+        prompts = len(self.groups) * (max(len(group.prompt) for group in self.groups) - self.shared)
+        return self.shared + prompts + answers * longest
 
 
-def micro_batches(groups: Sequence[Group], token_budget: int) -> Iterator[MicroBatch]:
+def micro_batches(groups: Sequence[Group], token_budget: int, shared: int = 0) -> Iterator[MicroBatch]:
     """The groups sorted by length, as many at a time as the budget holds; a group that exceeds it alone is divided.
+
+    `shared`: how many tokens all prompts begin with that are read once (`shared_prefix`).
 
     Raises:
         ValueError: one prompt with one answer exceeds the budget.
@@ -199,24 +324,24 @@ def micro_batches(groups: Sequence[Group], token_budget: int) -> Iterator[MicroB
                 f"{group.longest} tokens, got {token_budget}"
             )
         for start in range(0, len(group.answers), room):
-            part = slice(start, start + room)
-            divided.append(Group(group.prompt, group.answers[part], group.weights[part]))
+            divided.append(group.part(slice(start, start + room)))
     divided.sort(key=lambda group: (len(group.prompt), group.longest))
     batch: tuple[Group, ...] = ()
     for group in divided:
-        if batch and MicroBatch((*batch, group)).tokens > token_budget:
-            yield MicroBatch(batch)
+        if batch and MicroBatch((*batch, group), shared).tokens > token_budget:
+            yield MicroBatch(batch, shared)
             batch = ()
         batch = (*batch, group)
     if batch:
-        yield MicroBatch(batch)
+        yield MicroBatch(batch, shared)
 
 
 @dataclass(frozen=True)
 class AnswerTokens:
     """The answers of a micro-batch, padded: what `answer_logits` reads and the loss is over."""
 
-    prompt_ids: Tensor  # [groups, P], left-padded
+    prefix: Tensor  # [S], what all prompts begin with; may be empty
+    prompt_ids: Tensor  # [groups, P], the prompts behind it, left-padded
     prompt_mask: Tensor
     answer_ids: Tensor  # [answers, T], right-padded
     answer_mask: Tensor
@@ -233,11 +358,12 @@ class AnswerTokens:
 
 
 def answer_tokens(batch: MicroBatch, pad_token: int, device: torch.device) -> AnswerTokens:
-    prompt_ids, prompt_mask = pad([group.prompt for group in batch.groups], pad_token, left=True)
+    shared, prompts = batch.shared, [group.prompt for group in batch.groups]
+    prompt_ids, prompt_mask = pad([prompt[shared:] for prompt in prompts], pad_token, left=True)
     answer_ids, answer_mask = pad([a for group in batch.groups for a in group.answers], pad_token, left=False)
     counts = torch.tensor([len(group.answers) for group in batch.groups])
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    tensors = (prompt_ids, prompt_mask, answer_ids, answer_mask, rows)
+    tensors = (prompts[0][:shared], prompt_ids, prompt_mask, answer_ids, answer_mask, rows)
     return AnswerTokens(*(tensor.to(device) for tensor in tensors))
 
 
@@ -248,36 +374,30 @@ def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = 
         share_prefix: read each prompt once for all its answers; otherwise once an answer, which activation
             checkpointing (no cache) needs. Models without a cache of keys and values always do the latter.
     """
-    model = policy.model
-    cache = new_cache(policy.transformer) if share_prefix else None
-    prompt_ids, prompt_mask, answers = tokens.prompt_ids, tokens.prompt_mask, tokens.answer_ids
+    model, answers = policy.model, tokens.answer_ids
     length = answers.shape[1]
+    cache = new_cache(policy.transformer) if share_prefix else None
     if cache is None:
-        mask = torch.cat([prompt_mask[tokens.group], tokens.answer_mask], dim=1)
+        prefix = tokens.prefix.expand(len(answers), -1)
+        mask = torch.cat([torch.ones_like(prefix), tokens.prompt_mask[tokens.group], tokens.answer_mask], dim=1)
         logits = model(
-            input_ids=torch.cat([prompt_ids[tokens.group], answers], dim=1),
+            input_ids=torch.cat([prefix, tokens.prompt_ids[tokens.group], answers], dim=1),
             attention_mask=mask,
             position_ids=positions(mask),
             use_cache=False,
             logits_to_keep=length + 1,
         ).logits[:, :-1]
         return logits[tokens.answer_mask.bool()]
-    first = model(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
-        position_ids=positions(prompt_mask),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[tokens.group]
+    first, seen = read_prompts(policy, cache, tokens.prefix, tokens.prompt_ids, tokens.prompt_mask)
+    first = first[tokens.group].unsqueeze(1)
     if length == 1:
         return first[tokens.answer_mask.bool()]
     cache.batch_select_indices(tokens.group)
-    seen = torch.cat([prompt_mask[tokens.group], tokens.answer_mask[:, :-1]], dim=1)
+    seen = torch.cat([seen[tokens.group], tokens.answer_mask[:, :-1]], dim=1)
     rest = model(
         input_ids=answers[:, :-1],
         attention_mask=seen,
-        position_ids=positions(seen)[:, prompt_ids.shape[1] :],
+        position_ids=positions(seen)[:, 1 - length :],
         past_key_values=cache,
         use_cache=True,
     ).logits

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from t2.attention import new_cache
 from t2.evaluation import Evaluation, encode, evaluate
 from t2.tasks import Problem, Task
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
@@ -39,6 +40,7 @@ from t2.training.rollouts import (
     answer_tokens,
     end_tokens,
     micro_batches,
+    shared_prefix,
     uniforms,
 )
 from t2kernels.files import write_text
@@ -254,7 +256,7 @@ class Trainer:
         )
         weights = (values / values.numel()).tolist()
         groups = [
-            Group(prompt, answers, tuple(weights[place]))
+            Group.of_distinct(prompt, answers, weights[place])
             for place, prompt, answers in zip(places, prompts, drawn, strict=True)
         ]
         lengths = self._gathered([(len(a), int(a[-1]) in self.generator.ends) for answers in drawn for a in answers])
@@ -276,7 +278,7 @@ class Trainer:
                 answer = torch.tensor([*ids, self.tokenizer.eos_token_id])
                 encoded.append((encode(problem, self.tokenizer), answer))
         tokens = sum(len(answer) for _, answer in encoded)
-        groups = [Group(prompt, (answer,), (1.0 / tokens,)) for prompt, answer in encoded]
+        groups = [Group(prompt, (answer,), (1.0 / tokens,), (1,)) for prompt, answer in encoded]
         return list(self._mine(groups)), {"length": tokens / max(len(encoded), 1)}
 
     def _update(self, groups: Sequence[Group]) -> Row:
@@ -291,10 +293,17 @@ class Trainer:
         total, loss_sum = TokenStatistics(), 0.0
         self.optimizer.zero_grad()
         self.policy.transformer.train(options.gradient_checkpointing)
-        for batch in micro_batches(groups, options.token_budget):
-            tokens = answer_tokens(batch, self.generator.pad_token, self.generator.device)
-            weights = tokens.per_token(
-                torch.tensor([w for group in batch.groups for w in group.weights], device=self.generator.device)
+        device = self.generator.device
+        cache = None if options.gradient_checkpointing else new_cache(self.policy.transformer)
+        shared = shared_prefix([group.prompt for group in groups], cache)
+        for batch in micro_batches(groups, options.token_budget, shared):
+            tokens = answer_tokens(batch, self.generator.pad_token, device)
+            weights, counts = (
+                tokens.per_token(torch.tensor(values, device=device))
+                for values in (
+                    [weight for group in batch.groups for weight in group.weights],
+                    [count for group in batch.groups for count in group.counts],
+                )
             )
             base = None
             if with_base:
@@ -303,7 +312,7 @@ class Trainer:
             with self.policy.learning():
                 with self.accelerator.autocast():
                     logits = self._logits(tokens)
-                loss, seen = policy_loss(logits, tokens.targets, weights, base, kl_weight)
+                loss, seen = policy_loss(logits, tokens.targets, weights, base, kl_weight, counts=counts)
                 del logits, base
                 loss.backward()
             total += seen
@@ -366,7 +375,6 @@ class Trainer:
             self.task,
             self._mine(problems),
             self.tokenizer,
-            new_tokens=self.new_tokens,
             token_budget=self.options.token_budget,
         )
         places = self._mine(range(len(problems)))

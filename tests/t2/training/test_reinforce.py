@@ -69,6 +69,25 @@ def test_policy_loss_and_its_gradient_are_those_of_autograd(tokens: int, with_ba
         assert seen.kl == pytest.approx(float(kl), rel=1e-4, abs=1e-6)
 
 
+def test_a_token_that_counts_several_times_is_several_tokens():
+    torch.manual_seed(0)
+    logits, base = torch.randn(3, 40), torch.randn(3, 40)
+    chosen, counts = torch.tensor([1, 2, 3]), torch.tensor([1, 3, 2])
+    weights = torch.tensor([0.5, -1.0, 2.0])
+    once = logits.clone().requires_grad_()
+    loss, seen = policy_loss(once, chosen, weights, base, 0.3, counts=counts)
+    loss.backward()
+    each = torch.repeat_interleave(torch.arange(3), counts)
+    all_logits = logits.clone().requires_grad_()
+    every, expected = policy_loss(all_logits[each], chosen[each], (weights / counts)[each], base[each], 0.3)
+    every.backward()
+    torch.testing.assert_close(loss, every)
+    torch.testing.assert_close(once.grad, all_logits.grad)
+    assert (
+        seen.tokens == 6 and seen.kl == pytest.approx(expected.kl) and seen.entropy == pytest.approx(expected.entropy)
+    )
+
+
 def test_the_kl_of_a_model_to_itself_is_nothing():
     logits = torch.randn(5, 40).requires_grad_()
     loss, seen = policy_loss(logits, torch.zeros(5, dtype=torch.int64), torch.zeros(5), logits.detach(), 1.0)

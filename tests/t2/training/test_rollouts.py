@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from t2.attention import new_cache
 from t2.training.policies import Policy, make_policy
 from t2.training.rollouts import (
     Generator,
@@ -15,15 +17,23 @@ from t2.training.rollouts import (
     Sampler,
     answer_logits,
     answer_tokens,
+    draw_tokens,
     end_tokens,
     micro_batches,
+    shared_prefix,
     uniforms,
 )
 from tests.t2.training.toy import toy_model, toy_tokenizer
 
+LONG = [4, 4, 5, 4, 6, 7, 4, 8, 9]
 PROMPTS = [torch.tensor(ids) for ids in ([4, 5], [4, 4, 4, 6], [7], [4, 8, 9])]
 GROUPS = tuple(
-    Group(prompt, tuple(torch.tensor(a) for a in answers), tuple(0.1 * (i + 1) for i in range(len(answers))))
+    Group(
+        prompt,
+        tuple(torch.tensor(a) for a in answers),
+        tuple(0.1 * (i + 1) for i in range(len(answers))),
+        (1,) * len(answers),
+    )
     for prompt, answers in zip(PROMPTS, ([[5, 2], [6, 7, 2]], [[8]], [[2], [9, 10, 11, 2], [3, 2]], [[5]]), strict=True)
 )
 
@@ -58,6 +68,19 @@ def test_the_sampler_draws_only_what_is_possible():
     assert set(drawn.tolist()) <= {1, 3}
 
 
+@pytest.mark.parametrize("vocabulary", [1, 7, 256, 577, 1031])
+def test_tokens_are_drawn_where_the_cumulated_probability_passes_the_number(vocabulary: int):
+    torch.manual_seed(vocabulary)
+    logits = 4 * torch.randn(400, vocabulary)
+    numbers = torch.rand(400, dtype=torch.float64)
+    cumulated = torch.softmax(logits.double() / 1.3, -1).cumsum(-1)
+    expected = torch.searchsorted(cumulated, numbers[:, None] * cumulated[:, -1:], right=True)[:, 0]
+    away = (cumulated - numbers[:, None]).abs().amin(-1) > 1e-6  # from an edge, where rounding decides
+    found = draw_tokens(logits, numbers, 1.3)
+    assert away.sum() > 350 and torch.equal(found[away], expected[away])
+    assert draw_tokens(logits[:0], numbers[:0]).shape == (0,)
+
+
 def test_uniform_numbers_belong_to_a_prompt_of_a_step():
     every = uniforms(5, 3, range(4), 2, 6)
     assert torch.equal(uniforms(5, 3, [2], 2, 6), every[4:6])
@@ -89,6 +112,35 @@ def test_answers_end_with_their_end_token(generator: Generator):
             assert ends in ([], [len(answer) - 1]) and (ends or len(answer) == 30)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_what_prompts_begin_with_is_read_once(generator: Generator, samples: int, monkeypatch):
+    prompts = [torch.tensor([*LONG, *prompt.tolist()]) for prompt in PROMPTS]
+    read: list[int] = []
+    forward = generator.policy.model.forward
+    monkeypatch.setattr(
+        generator.policy.model, "forward", lambda **kw: (read.append(kw["input_ids"].numel()), forward(**kw))[1]
+    )
+    draw = uniforms(0, 0, range(4), samples, 6)
+    together = generator.answers(prompts, 6, samples=samples, draw=draw)
+    assert read[:2] == [len(LONG), 4 * 4]
+    assert read[2:] and all(count <= 4 * samples for count in read[2:])
+    for i, prompt in enumerate(prompts):
+        (alone,) = generator.answers([prompt], 6, samples=samples, draw=draw[samples * i : samples * (i + 1)])
+        assert [a.tolist() for a in alone] == [a.tolist() for a in together[i]]
+
+
+def test_rows_that_have_ended_leave_the_batch(generator: Generator, monkeypatch):
+    rows: list[int] = []
+    forward = generator.policy.model.forward
+    monkeypatch.setattr(
+        generator.policy.model, "forward", lambda **kw: (rows.append(len(kw["input_ids"])), forward(**kw))[1]
+    )
+    answers = generator.answers(PROMPTS, 30, samples=8, draw=uniforms(1, 0, range(4), 8, 30))
+    lengths = [len(a) for group in answers for a in group]
+    assert rows[1] == 32 and rows[-1] < 16 and rows[1:] == sorted(rows[1:], reverse=True)
+    assert sum(rows[1:]) < 1.25 * sum(lengths) + 32
+
+
 def test_the_base_answers_where_it_is_asked(generator: Generator):
     base = make_greedy(toy_model(), PROMPTS)
     found = [answers[0] for answers in generator.answers(PROMPTS, 5, base=True)]
@@ -116,21 +168,30 @@ def one_by_one(policy: Policy, groups: tuple[Group, ...]) -> Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("common", [[], LONG])
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("method", ["svf", "lora", "dense-compose"])
-def test_logits_and_gradients_are_those_of_answers_one_by_one(make_options, method: str, share_prefix: bool):
+def test_logits_and_gradients_are_those_of_answers_one_by_one(
+    make_options, method: str, share_prefix: bool, common: list[int]
+):
+    groups = tuple(
+        Group(torch.tensor([*common, *group.prompt.tolist()]), group.answers, group.weights, group.counts)
+        for group in GROUPS
+    )
     policy = make_policy(toy_model(), make_options(method=method))
     with torch.no_grad():
         for parameter in policy.parameters:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    tokens = answer_tokens(MicroBatch(GROUPS), 0, torch.device("cpu"))
+    shared = shared_prefix([group.prompt for group in groups], new_cache(policy.transformer))
+    assert shared == len(common)
+    tokens = answer_tokens(MicroBatch(groups, shared), 0, torch.device("cpu"))
     assert tokens.targets.tolist() == [t for g in GROUPS for a in g.answers for t in a.tolist()]
     gradients = []
     weights = torch.randn(len(tokens.targets), 14, generator=torch.Generator().manual_seed(2))
     for together in (True, False):
         with policy.learning():
-            shared = {"share_prefix": share_prefix}
-            logits = answer_logits(policy, tokens, **shared) if together else one_by_one(policy, GROUPS)
+            one_pass = answer_logits(policy, tokens, share_prefix=share_prefix) if together else None
+            logits = one_by_one(policy, groups) if one_pass is None else one_pass
             (logits * weights).sum().backward()
         policy.finish_gradients()
         gradients.append((logits.detach(), *[p.grad.clone() for p in policy.parameters]))
@@ -165,6 +226,34 @@ def test_a_budget_too_small_for_one_answer_is_refused():
     with pytest.raises(ValueError, match=r"token_budget: .* 4 \+ 1 tokens, got 4"):
         list(micro_batches(GROUPS[1:2], 4))
     assert list(micro_batches([], 4)) == []
+
+
+def test_prompts_share_what_they_begin_with_if_it_is_worth_a_pass():
+    cache = new_cache(toy_model())
+    assert shared_prefix([torch.tensor([*LONG, 4, 5]), torch.tensor([*LONG, 4, 6, 7])], cache) == len(LONG) + 1
+    assert shared_prefix([torch.tensor([*LONG, 4]), torch.tensor([*LONG, 4])], cache) == len(LONG)
+    assert shared_prefix([torch.tensor([4, 5, 6, 7]), torch.tensor([4, 5, 6, 8])], cache) == 0
+    assert shared_prefix([torch.tensor(LONG)], cache) == 0
+    assert shared_prefix([torch.tensor([*LONG, 4])] * 2, None) == 0
+    cache.layers[1] = DynamicSlidingWindowLayer(sliding_window=8)
+    assert shared_prefix([torch.tensor([*LONG, 4])] * 2, cache) == 0
+
+
+def test_equal_answers_are_one_with_the_weight_of_all():
+    answers = [torch.tensor(a) for a in ([5, 2], [6, 2], [5, 2], [5], [6, 2])]
+    group = Group.of_distinct(PROMPTS[0], answers, [0.5, -1.0, 0.25, 2.0, -1.0])
+    assert [a.tolist() for a in group.answers] == [[5, 2], [6, 2], [5]]
+    assert group.weights == (0.75, -2.0, 2.0) and group.counts == (2, 2, 1)
+
+
+def test_models_without_a_plain_cache_answer_through_transformers(generator: Generator, monkeypatch):
+    draw = uniforms(0, 0, range(4), 2, 5)
+    ours = generator.answers(PROMPTS, 5, samples=2, draw=draw), generator.answers(PROMPTS, 5)
+    monkeypatch.setattr("t2.training.rollouts.growing_cache", lambda model: None)
+    monkeypatch.setattr("t2.training.rollouts.new_cache", lambda model: None)
+    theirs = generator.answers(PROMPTS, 5, samples=2, draw=draw), generator.answers(PROMPTS, 5)
+    for one, other in zip(ours, theirs, strict=True):
+        assert [[a.tolist() for a in answers] for answers in one] == [[a.tolist() for a in row] for row in other]
 
 
 def test_end_tokens_are_the_models_and_the_tokenizers():
