@@ -27,6 +27,7 @@ class State:
     best_step: int = 0
     rate_scale: float = 1.0
     first_entropy: float | None = None
+    first_kl: float | None = None
     last_alarm: int = -1
     base_score: float | None = None
 

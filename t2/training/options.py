@@ -36,6 +36,11 @@ class TrainOptions:
     """all-linear, attention, mlp, one regular expression, or several name suffixes."""
     dtype: Storage = "float32"
     """Storage of the factors (svf only)."""
+    cold_start_steps: int = 0
+    """First updates that follow the likelihood of the task's solutions, before rewards take over: reward alone cannot
+    find what the model never says."""
+    cold_start_learning_rate: float = 4e-3
+    """Of Adam in those updates, falling to the ordinary rate along a cosine."""
     start: Path | None = None
     """An expert to begin with instead of the base, such as one of the next-token objective (svf and dense-compose with
     a free z). The KL stays that to the base."""
@@ -73,9 +78,9 @@ class TrainOptions:
     learning_rate: float = 2e-3
     """Of Adam (published)."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0 (after a cold start)."""
     decay: bool = False
-    """Lower the learning rate to 0 along a cosine over the steps."""
+    """Lower the learning rate to 0 along a cosine over the steps (those after a cold start)."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are cut. The published 1e-3 cuts every one, so that a step of few answers, or none
     that are right, weighs as much as any other: for their 256 prompts a step, not for a dozen."""
@@ -94,9 +99,10 @@ class TrainOptions:
     """Steps between checkpoints."""
 
     entropy_alarm: float = 0.1
-    """An alarm is raised when the policy's entropy falls below this share of its first value."""
+    """An alarm is raised when the entropy of a policy that follows rewards falls below this share of its first value."""
     kl_alarm: float = 2.0
-    """An alarm is raised when the KL to the base exceeds this many nats a token."""
+    """An alarm is raised when the KL to the base exceeds this many nats a token, or after a cold start this many more
+    than then."""
     on_alarm: Alarm = "lower"
     """What an alarm does: a line in the log, or also half the learning rate from the best checkpoint on, or an end."""
 
@@ -111,9 +117,9 @@ class TrainOptions:
         at_least_one = ("steps", "prompts_per_step", "samples_per_prompt", "token_budget", "validate_every")
         for name in (*at_least_one, "validation_size", "save_every", "lora_rank"):
             self._check(name, getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("warmup_steps", "test_size", "kl_coefficient"):
+        for name in ("warmup_steps", "cold_start_steps", "test_size", "kl_coefficient"):
             self._check(name, getattr(self, name) >= 0, "a number >= 0")
-        for name in ("temperature", "learning_rate", "max_grad_norm"):
+        for name in ("temperature", "learning_rate", "cold_start_learning_rate", "max_grad_norm"):
             self._check(name, getattr(self, name) > 0, "a number > 0")
         self._check("max_new_tokens", self.max_new_tokens is None or self.max_new_tokens >= 1, "an integer >= 1")
         self._check("clip_rewards", self.clip_rewards is None or self.clip_rewards > 0, "a number > 0")
@@ -122,6 +128,7 @@ class TrainOptions:
             self.samples_per_prompt > 1 or self.baseline != "leave-one-out" or self.objective == "next-token",
             "at least 2 for the leave-one-out baseline",
         )
+        self._check("cold_start_steps", self.cold_start_steps <= self.steps, f"at most the {self.steps} steps in all")
         can_start = self.method != "lora" and self.parametrisation == "free"
         self._check("start", self.start is None or can_start, "none unless z is learnt, and free")
         try:

@@ -97,8 +97,13 @@ class Trainer:
                 f"task: expected problems to train on and to validate with, got {len(self.problems)} and "
                 f"{len(self.validation)} of {task.name}"
             )
-        if options.objective == "next-token" and all(problem.solution is None for problem in self.problems):
-            raise ValueError(f"objective: next-token expects a task with solutions, got {task.name}, which has none")
+        if (options.objective == "next-token" or options.cold_start_steps) and all(
+            problem.solution is None for problem in self.problems
+        ):
+            raise ValueError(
+                "objective, cold_start_steps: the likelihood of solutions expects a task that has some, got "
+                f"{task.name}, which has none"
+            )
         self._check_folder()
         self.new_tokens = options.max_new_tokens or task.max_new_tokens
         ends = end_tokens(model, tokenizer)
@@ -205,7 +210,9 @@ class Trainer:
     def step(self) -> Row:
         """One update: answers, rewards, gradient; a validation where one is due. Returns the step's metrics."""
         start = time.perf_counter()
-        groups, row = self._drawn() if self.options.objective == "policy-gradient" else self._solved()
+        if self._rewarded and self.state.step == self.options.cold_start_steps:
+            self.optimizer.state.clear()  # moments of another objective
+        groups, row = self._drawn() if self._rewarded else self._solved()
         answered = time.perf_counter()
         row |= self._update(groups)
         self.state.step += 1
@@ -216,6 +223,12 @@ class Trainer:
         else:
             self._record(row)
         return row
+
+    @property
+    def _rewarded(self) -> bool:
+        """Whether the next step follows rewards, not solutions."""
+        options = self.options
+        return options.objective == "policy-gradient" and self.state.step >= options.cold_start_steps
 
     def _mine(self, items: Sequence[Any]) -> Sequence[Any]:
         """This process' share."""
@@ -284,9 +297,8 @@ class Trainer:
     def _update(self, groups: Sequence[Group]) -> Row:
         """One step of Adam along the gradient of `policy_loss` over all groups of all processes."""
         options = self.options
-        rewarded = options.objective == "policy-gradient"
         answers = options.prompts_per_step * options.samples_per_prompt
-        kl_weight = options.kl_coefficient / answers if rewarded else 0.0
+        kl_weight = options.kl_coefficient / answers if self._rewarded else 0.0
         with_base = kl_weight > 0 or (self.state.step + 1) % options.validate_every == 0
         if options.skip_even_prompts or not with_base:
             groups = [group for group in groups if any(group.weights)]
@@ -351,11 +363,15 @@ class Trainer:
         return logits if self.options.temperature == 1.0 else logits / self.options.temperature
 
     def _rate(self) -> float:
-        options, step = self.options, self.state.step
-        rate = options.learning_rate * self.state.rate_scale
+        options, cold = self.options, self.options.cold_start_steps
+        rate, step = options.learning_rate, self.state.step
+        if step < cold:
+            return rate + (options.cold_start_learning_rate - rate) * (0.5 + 0.5 * math.cos(math.pi * step / cold))
+        rate, step = rate * self.state.rate_scale, step - cold
         if step < options.warmup_steps:
             rate *= (step + 1) / options.warmup_steps
-        return rate * (0.5 + 0.5 * math.cos(math.pi * step / options.steps)) if options.decay else rate
+        falls = 0.5 + 0.5 * math.cos(math.pi * step / max(options.steps - cold, 1))
+        return rate * falls if options.decay else rate
 
     def _validate(self, row: Row) -> None:
         """Adds the policy's validation accuracy to the row; keeps the parameters if none were better before."""
@@ -412,7 +428,8 @@ class Trainer:
 
     def _alarmed(self, row: Row) -> bool:
         """Whether an alarm ends the run; where it is to lower the rate, training goes on from the best parameters."""
-        cause = self.guard.alarm(self.state, row.get("entropy"), row.get("kl"))
+        rewarded = "reward" in row  # solutions are to be far from the base, and certain
+        cause = self.guard.alarm(self.state, row.get("entropy"), row.get("kl")) if rewarded else None
         if cause is None:
             return False
         action = {

@@ -176,6 +176,31 @@ def test_an_alarm_lowers_the_rate_and_goes_back(make_options, capsys):
     assert "half the learning rate" in capsys.readouterr().out
 
 
+def test_solutions_come_before_rewards_in_a_cold_start(make_options):
+    rates_of = {"cold_start_learning_rate": 0.04, "learning_rate": 0.01}
+    options = make_options(steps=8, cold_start_steps=5, **rates_of)
+    run(options)
+    rows = curve(options.output)[1:]
+    assert ["reward" in row for row in rows] == [False] * 5 + [True] * 3
+    rates = [row["learning_rate"] for row in rows]
+    assert rates[0] == 0.04 and rates[:5] == sorted(rates[:5], reverse=True) and rates[5] == 0.01
+
+
+def test_solutions_raise_no_alarm(make_options):
+    options = make_options(steps=5, cold_start_steps=5, validate_every=1, kl_alarm=1e-9, on_alarm="stop")
+    assert run(options).state.step == 5
+    assert curve(options.output)[-1]["kl"] > 1e-3
+
+
+def test_a_cold_start_resumes_to_the_same_curve(make_options):
+    whole = make_options(steps=6, cold_start_steps=3)
+    run(whole)
+    parts = replace(whole, output=whole.output.with_name("parts"))
+    run(replace(parts, steps=4))
+    run(replace(parts, resume=True))
+    assert curve(parts.output) == curve(whole.output)
+
+
 def test_an_alarm_can_end_the_run(make_options):
     options = make_options(steps=12, learning_rate=0.5, kl_alarm=0.05, on_alarm="stop")
     assert run(options).state.step < 12
