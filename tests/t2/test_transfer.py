@@ -130,12 +130,15 @@ class TestRanks:
 
 class TestFamilies:
     def test_same_kinds_under_other_names(self):
-        kinds = {"attention.wq": 6, "attention.wo": 6, "feed_forward.w2": 6, "feed_forward.w3": 6}
+        kinds = {
+            "attention.wq": "self_attn.q_proj",
+            "attention.wo": "self_attn.o_proj",
+            "feed_forward.w2": "mlp.down_proj",
+            "feed_forward.w3": "mlp.up_proj",
+        }
         expert = Expert.random(layout_of(2), seed=1)
-        moved = transfer(expert, layout_of(2, kinds, stack="decoder.blocks"))
-        for mine, theirs in zip(
-            kinds, ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.up_proj"], strict=True
-        ):
+        moved = transfer(expert, layout_of(2, dict.fromkeys(kinds, 6), stack="decoder.blocks"))
+        for mine, theirs in kinds.items():
             assert torch.equal(moved[f"decoder.blocks.1.{mine}"], expert[f"model.layers.1.{theirs}"])
 
     def test_fused_matrices_have_no_like(self):
