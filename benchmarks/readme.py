@@ -520,7 +520,8 @@ def transfer() -> str:
     head = ["expert, base", "base alone", "ordered", "shuffled, each", "same vectors", "near", "same change"]
     return (
         f"Experts of {settings['model']} on {settings['problems']} test problems ({trained}), right answers with 95% "
-        "intervals (`python benchmarks/transfer.py`):\n\n" + table(head, rows)
+        f"intervals (`python benchmarks/transfer.py EXPERT ... --problems {settings['problems']} --shuffles "
+        f"{settings['shuffles']}`):\n\n" + table(head, rows)
     )
 
 
