@@ -491,6 +491,40 @@ def humaneval() -> str:
     )
 
 
+def transfer() -> str:
+    results = read("transfer.json")
+    settings, rows = results["settings"], []
+
+    def cell(found: Mapping[str, Any]) -> str:
+        low, high = found["interval"]
+        return f"{found['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+
+    for name, base in ((name, base) for name in settings["experts"] for base in results["bases"]):
+        found = results["bases"][base]
+        if name not in found["experts"]:
+            continue
+        conditions = dict(found["experts"][name]["conditions"])
+        alone, ordered = (cell(conditions.pop(key)) for key in ("base", "ordered"))
+        lines_up = found["lines_up"]
+        same = [statistics.mean(kind["same"]) for kind in lines_up["vectors"].values()] if lines_up else []
+        near = [statistics.mean(kind["near"]) for kind in lines_up["vectors"].values()] if lines_up else []
+        vectors = [f"{statistics.mean(same):.2f}", f"{statistics.mean(near):.2f}"] if lines_up else ["", ""]
+        change = f"{lines_up['changes'][name]['ordered']:.2f}" if lines_up else ""
+        shuffled = ", ".join(f"{each['accuracy']:.1%}" for each in conditions.values())
+        rows.append([f"{name}, {base}", alone, ordered, shuffled, *vectors, change])
+    trained = "; ".join(
+        f"{name} on {each['task']}, {each['objective']} objective, {each['step']} steps of "
+        f"{each['prompts_per_step']} prompts"
+        for name, each in settings["experts"].items()
+    )
+    head = ["expert, base", "base alone", "ordered", "shuffled, each", "same vectors", "near", "same change"]
+    return (
+        f"Experts of {settings['model']} on {settings['problems']} test problems ({trained}), right answers with 95% "
+        f"intervals (`python benchmarks/transfer.py EXPERT ... --problems {settings['problems']} --shuffles "
+        f"{settings['shuffles']}`):\n\n" + table(head, rows)
+    )
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
     "docs/cpu.md": {
@@ -509,6 +543,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "triton-compile": triton_compile,
     },
     "docs/training.md": {"training-speed": training_speed},
+    "docs/transfer.md": {"transfer": transfer},
     "docs/tasks.md": {"sandbox": sandbox, "humaneval": humaneval},
 }
 

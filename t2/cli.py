@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from t2.training.options import TrainOptions
+from t2kernels.files import write_text
 
 Storage = Literal["float32", "bfloat16", "float16", "int8"]
 Targets = Annotated[
@@ -165,6 +167,92 @@ def train(model: tyro.conf.Positional[str], options: tyro.conf.OmitArgPrefixes[T
             low, high = found.interval
             out.print(f"{name}: {found.accuracy:.1%} of {len(found.scores)} test problems ({low:.1%} to {high:.1%})")
     return 0
+
+
+@app.command
+def transfer(
+    model: tyro.conf.Positional[str],
+    expert: Path,
+    output: Path,
+    target_modules: Targets = ("all-linear",),
+    depth: Literal["relative", "absolute"] = "relative",
+    ranks: Literal["leading", "relative"] = "leading",
+    unmatched: Literal["error", "base"] = "error",
+    shuffle_seed: int | None = None,
+    task: str | None = None,
+    task_options: str = "{}",
+    problems: int = 200,
+    shuffles: int = 3,
+    results: Path | None = None,
+    dtype: Storage = "float32",
+) -> int:
+    """Make an expert of another model one of this model, and measure it against the base and shuffled controls.
+
+    Example: t2 transfer other/model --expert runs/sums/best.safetensors --output moved.safetensors --task gsm8k
+
+    Args:
+        model: The target: alias, Hub id, local folder or GGUF file.
+        expert: File of the expert.
+        output: File for the same expert as one of the target.
+        depth: Layers match by relative depth, or by number.
+        ranks: Different ranks match from the largest singular value on, or are stretched over each other.
+        unmatched: What a matrix gets that has no like in the expert: an error, or z = 1.
+        shuffle_seed: Writes the control instead, permuted within each matrix; also the first seed of --shuffles.
+        task: Answers this task's test split with the base, the ordered expert and shuffled ones.
+        task_options: Options of the task, as JSON.
+        problems: How many of its problems.
+        shuffles: How many shuffled controls.
+        results: File for the figures as JSON; default the output's name with .json.
+        dtype: Storage of the factors, for the task.
+    """
+    from t2 import tasks
+    from t2.experts import Expert
+    from t2.layout import layout_of
+    from t2.loading import load
+    from t2.model import SVFConfig, SVFModel
+    from t2.svd import weight_key
+    from t2.targets import select_targets, weight_matrix
+    from t2.transfer import TransferOptions, match, measure
+    from t2.transfer import transfer as run
+
+    source, out = Expert.load(expert), Console()
+    options = TransferOptions(depth, ranks, unmatched)
+    judged = tasks.get(task, **_json_object("task_options", task_options)) if task else None
+    loaded, tokenizer = load(model)
+    svf = SVFModel(loaded, SVFConfig(_target_modules(target_modules), getattr(torch, dtype))) if judged else None
+    if svf is None:
+        targets = select_targets(loaded, _target_modules(target_modules))
+        weights = {name: weight_matrix(layer) for name, layer in targets.items()}
+        layout = layout_of(loaded, weights, {name: weight_key(weight) for name, weight in weights.items()})
+    else:
+        layout = svf.layout
+    run(source, layout, options, shuffle_seed=shuffle_seed).save(output)
+    found = match(source.layout, layout, depth)
+    out.print(
+        f"{output}: {len(layout.names) - len(found.unmatched)} of {len(layout.names)} matrices have the z of one of "
+        f"the expert's, {len(found.unused)} of its {len(source.layout.names)} were not used"
+    )
+    if svf is None or judged is None:
+        return 0
+    seeds = range(shuffle_seed or 0, (shuffle_seed or 0) + shuffles)
+    measured = measure(svf, source, judged, tokenizer, options, problems=problems, shuffle_seeds=seeds)
+    table = Table(str(task), "right", "95% interval")
+    for name, row in measured["conditions"].items():
+        low, high = row["interval"]
+        table.add_row(name, f"{row['accuracy']:.1%}", f"{low:.1%} to {high:.1%}")
+    out.print(table)
+    write_text(results or output.with_suffix(".json"), json.dumps({"expert": str(expert)} | measured, indent=1) + "\n")
+    return 0
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: expected a JSON object, got {text!r} ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {text!r}")
+    return found
 
 
 def main(args: Sequence[str] | None = None) -> None:

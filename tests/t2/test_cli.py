@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import itertools
+import json
+
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import t2
 from t2 import cli
 from t2.demo import run_demo
+from t2.evaluation import wilson_interval
 from t2.merged_check import compare_row
+from t2.transfer import TransferOptions, transfer
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +28,7 @@ def run(*args):
     return stop.value.code
 
 
-@pytest.mark.parametrize("command", ["demo", "decompose", "generate"])
+@pytest.mark.parametrize("command", ["demo", "decompose", "generate", "transfer"])
 def test_help_shows_an_example(command, capsys):
     assert run(command, "--help") == 0
     assert f"Example: t2 {command} " in capsys.readouterr().out
@@ -60,13 +67,55 @@ def test_generate_answers_each_prompt_with_its_expert(folder, tmp_path, capsys):
     assert run("generate", folder, "--prompt", "a b", "c", "--max-new-tokens", 2) == 0
 
 
-def test_errors_are_one_line_and_exit_code_2(folder, tmp_path, capsys):
+@pytest.fixture
+def other_expert(tmp_path):
+    """A file: an expert of a deeper and wider model than `folder`."""
+    config = LlamaConfig(vocab_size=8, hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+    svf = t2.SVFModel(LlamaForCausalLM(config), t2.SVFConfig(cache=False))
+    t2.Expert.random(svf.layout, std=2.0, seed=1).save(tmp_path / "other.safetensors")
+    return tmp_path / "other.safetensors"
+
+
+def test_transfer_writes_an_expert_of_the_model(folder, tmp_path, other_expert, capsys):
+    moved, shuffled = tmp_path / "moved.safetensors", tmp_path / "shuffled.safetensors"
+    assert run("transfer", folder, "--expert", other_expert, "--output", moved) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "14 of 14 matrices have the z of one of the expert's, 7 of its 21 were not used" in printed
+    options = ("--shuffle-seed", 3, "--ranks", "relative", "--depth", "absolute")
+    assert run("transfer", folder, "--expert", other_expert, "--output", shuffled, *options) == 0
+    svf, source = t2.SVFModel(t2.load(folder)[0]), t2.Expert.load(other_expert)
+    svf.add_expert("moved", t2.Expert.load(moved))
+    assert torch.equal(svf.bank["moved"].z, transfer(source, svf.layout).z)
+    expected = transfer(source, svf.layout, TransferOptions("absolute", "relative"), shuffle_seed=3)
+    assert torch.equal(t2.Expert.load(shuffled).z, expected.z)
+
+
+def test_transfer_measures_on_a_task(folder, tmp_path, other_expert, capsys):
+    rows = [{"prompt": " ".join(words), "answer": words[0]} for words in itertools.permutations("abcd", 3)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ("--task", f"jsonl:{tmp_path / 'test.jsonl'}", "--task-options", '{"max_new_tokens": 3}')
+    arguments = ("--expert", other_expert, "--output", tmp_path / "moved.safetensors", *task)
+    assert run("transfer", folder, *arguments, "--problems", 2, "--shuffles", 2, "--shuffle-seed", 5) == 0
+    assert "shuffled 6" in capsys.readouterr().out
+    results = json.loads((tmp_path / "moved.json").read_text())
+    assert list(results["conditions"]) == ["base", "ordered", "shuffled 5", "shuffled 6"]
+    assert results["problems"] == 2 and results["expert"] == str(other_expert)
+    for row in results["conditions"].values():
+        assert row["interval"] == list(wilson_interval(row["accuracy"], 2))
+
+
+def test_errors_are_one_line_and_exit_code_2(folder, tmp_path, other_expert, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"not an expert")
     for args, text in [
         (("decompose", tmp_path / "absent"), "absent"),
         (("decompose", folder, "--target-modules", "nothing"), "target_modules: expected"),
         (("generate", folder, "--prompt", "a", "--expert", tmp_path / "bad.safetensors"), "bad.safetensors"),
         (("generate", folder, "--prompt", "a", "b", "c", "--expert", "x", "y"), "expert: expected none, one, or"),
+        (("transfer", folder, "--expert", tmp_path / "bad.safetensors", "--output", "x"), "bad.safetensors"),
+        (
+            ("transfer", folder, "--expert", other_expert, "--output", "x", "--task", "gsm8k", "--task-options", "1"),
+            "task_options: expected a JSON object, got '1'",
+        ),
         (("demo", "--model", folder, "--new-tokens", "1"), "new_tokens: expected at least 2, got 1"),
     ]:
         assert run(*args) == 2
@@ -81,8 +130,6 @@ def test_demo_on_a_tiny_model(folder, tmp_path):
 
 
 def test_compare_row_lets_only_ties_differ():
-    import torch
-
     merged = torch.tensor([[0.0, 1.0, 2.0], [3.0, 2.9999, 0.0], [5.0, 0.0, 0.0]])
     own = merged + 1e-3 * torch.tensor([[1.0, -1.0, 0.5], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     same = compare_row(merged, merged, torch.tensor([2, 0, 0]), "x")
