@@ -1,6 +1,6 @@
 """Trains experts in three domains, and SVF against LoRA at equal rollouts, with `t2 train`.
 
-    python benchmarks/train_experts.py                    # all runs, one after the other; hours
+    python benchmarks/train_experts.py                    # all runs, one after the other; about an hour
     python benchmarks/train_experts.py --only sums        # the runs whose name starts so
 
 A run that is finished is not made again, one that was interrupted goes on. Everything a run writes is in its folder
@@ -30,37 +30,50 @@ SEEDS = (0, 1, 2)
 
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sums": ("reasoning-gym:chain_sum", {"config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}),
-    "letters": ("reasoning-gym:letter_counting", {"config": {"min_words": 2, "max_words": 4}}),
-    "logic": ("reasoning-gym:syllogism", {}),
+    "reading": ("reasoning-gym:needle_haystack", {"config": {"min_num_statements": 3, "max_num_statements": 6}}),
+    "sorting": ("reasoning-gym:word_sorting", {"config": {"min_words": 2, "max_words": 3}}),
 }
-SHARED = ("--prompts-per-step", "16", "--samples-per-prompt", "8", "--steps", "60", "--trackers")
-"""The rollouts of every run."""
+"""Three domains in which the base has some signal, and no majority answer: arithmetic, reading, order of letters."""
+SHARED = ("--samples-per-prompt", "8", "--kl-coefficient", "0.01", "--learning-rate", "1e-3", "--decay", "--trackers")
+FACTORS = ("--dtype", "bfloat16", "--bf16-products")
+EXPERTS = {
+    "sums": "--cold-start-steps 60 --steps 100 --prompts-per-step 64 --max-new-tokens 6 --validate-every 10",
+    "reading": "--cold-start-steps 30 --steps 50 --prompts-per-step 32 --max-new-tokens 8 --validate-every 5",
+    "sorting": "--cold-start-steps 40 --steps 60 --prompts-per-step 48 --validate-every 10",
+}
+COMPARED = "--steps 40 --prompts-per-step 32 --validate-every 10"
+"""Every run of the comparison has the same prompts and the same number of answers to them."""
+VARIANTS = {
+    "svf": "--cold-start-steps 20 --max-new-tokens 6",
+    "lora": "--cold-start-steps 20 --max-new-tokens 6 --method lora --cold-start-learning-rate 1e-3",
+    "mlp": "--cold-start-steps 20 --max-new-tokens 6 --target-modules mlp",
+    "attention": "--cold-start-steps 20 --max-new-tokens 6 --target-modules attention",
+    "rewards-alone": "--max-new-tokens 12",
+    "solutions-alone": "--objective next-token --learning-rate 4e-3",
+}
 
 
 def runs() -> dict[str, tuple[str, list[str]]]:
     """The task and further options of each run, by name."""
     made: dict[str, tuple[str, list[str]]] = {}
     for seed in SEEDS:
-        made[f"sums-svf-{seed}"] = "sums", ["--seed", str(seed)]
-    made["letters-svf-0"] = "letters", []
-    made["logic-svf-0"] = "logic", []
-    variants = {
-        "lora": ["--method", "lora", "--learning-rate", "2e-4"],
-        "svf-mlp": ["--target-modules", "mlp"],
-        "svf-attention": ["--target-modules", "attention"],
-        "svf-next-token": ["--objective", "next-token"],
-        "lora-next-token": ["--method", "lora", "--learning-rate", "2e-4", "--objective", "next-token"],
-    }
-    for name, options in variants.items():
+        made[f"sums-{seed}"] = "sums", [*EXPERTS["sums"].split(), *FACTORS, "--seed", str(seed)]
+    for name in ("reading", "sorting"):
+        made[f"{name}-0"] = name, [*EXPERTS[name].split(), *FACTORS]
+    for name, options in VARIANTS.items():
+        storage = () if name == "lora" else FACTORS
         for seed in SEEDS[:2]:
-            made[f"sums-{name}-{seed}"] = "sums", [*options, "--seed", str(seed)]
+            made[f"compare-{name}-{seed}"] = (
+                "sums",
+                [*COMPARED.split(), *options.split(), *storage, "--seed", str(seed)],
+            )
     return made
 
 
 def command(task: str, options: list[str], output: Path) -> list[str]:
     name, task_options = TASKS[task]
     command = ["train", MODEL, "--task", name, "--task-options", json.dumps(task_options), "--output", str(output)]
-    return [*command, *options, *SHARED]
+    return [*command, *SHARED, *options]  # the last one of two counts
 
 
 def collected(folder: Path) -> dict[str, Any]:
@@ -132,9 +145,9 @@ def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) ->
         subprocess.run([sys.executable, "-m", "t2.cli", *command(task, options, output), *again], check=True)
     found = collected(folder)
     write_text(RESULTS / "training.json", json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
-    for prefix in ("sums-svf-", "sums-lora", "letters", "logic"):
+    for prefix in ("sums", "reading", "sorting", "compare"):
         if any(name.startswith(prefix) for name in found):
-            plot(found, prefix, ROOT / "docs" / f"training-{prefix.strip('-')}.png")
+            plot(found, prefix, ROOT / "docs" / f"training-{prefix}.png")
     show(found)
 
 

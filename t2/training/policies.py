@@ -50,7 +50,8 @@ class Policy(ABC):
 
     @abstractmethod
     def acting(self, prompt_tokens: int, new_tokens: int, rows: int) -> AbstractContextManager[None]:
-        """Within the block the model runs with the parameters as they are, without gradient, for a phase so long."""
+        """Within the block the model runs with the parameters as they are, without gradient, for a phase so long:
+        tokens that are read and written for each of its rows."""
 
     @abstractmethod
     def base(self) -> AbstractContextManager[None]:

@@ -163,9 +163,10 @@ class Generator:
             draw: uniform numbers [len(prompts) * samples, new_tokens]; greedy answers without.
             base: whether the base model answers.
         """
-        rows, width = len(prompts) * samples, max(len(prompt) for prompt in prompts)
+        rows = len(prompts) * samples
         draw = None if draw is None else draw.to(self.device)
-        phase = self.policy.base() if base else self.policy.acting(width, new_tokens, rows)
+        read = -(-sum(map(len, prompts)) // rows)  # of the prompts, by row
+        phase = self.policy.base() if base else self.policy.acting(read, new_tokens, rows)
         with phase, torch.inference_mode():
             transformer = self.policy.transformer
             cache = growing_cache(transformer) or new_cache(transformer)
