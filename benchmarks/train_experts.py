@@ -31,23 +31,23 @@ SEEDS = (0, 1, 2)
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "sums": ("reasoning-gym:chain_sum", {"config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}),
     "reading": ("reasoning-gym:needle_haystack", {"config": {"min_num_statements": 3, "max_num_statements": 6}}),
-    "sorting": ("reasoning-gym:word_sorting", {"config": {"min_words": 2, "max_words": 3}}),
+    "logic": ("reasoning-gym:syllogism", {"config": {"invalid_ratio": 0.5}}),
 }
-"""Three domains in which the base has some signal, and no majority answer: arithmetic, reading, order of letters."""
+"""Three domains in which the base has some signal: arithmetic, reading, and logic with half of its answers yes."""
 SHARED = ("--samples-per-prompt", "8", "--kl-coefficient", "0.01", "--learning-rate", "1e-3", "--decay", "--trackers")
 FACTORS = ("--dtype", "bfloat16", "--bf16-products")
 EXPERTS = {
     "sums": "--cold-start-steps 60 --steps 100 --prompts-per-step 64 --max-new-tokens 6 --validate-every 10",
     "reading": "--cold-start-steps 30 --steps 50 --prompts-per-step 32 --max-new-tokens 8 --validate-every 5",
-    "sorting": "--cold-start-steps 40 --steps 60 --prompts-per-step 48 --validate-every 10",
+    "logic": "--cold-start-steps 25 --steps 50 --prompts-per-step 32 --max-new-tokens 4 --validate-every 5",
 }
-COMPARED = "--steps 40 --prompts-per-step 32 --validate-every 10"
+COMPARED = "--steps 24 --prompts-per-step 32 --validate-every 24"
 """Every run of the comparison has the same prompts and the same number of answers to them."""
 VARIANTS = {
-    "svf": "--cold-start-steps 20 --max-new-tokens 6",
-    "lora": "--cold-start-steps 20 --max-new-tokens 6 --method lora --cold-start-learning-rate 1e-3",
-    "mlp": "--cold-start-steps 20 --max-new-tokens 6 --target-modules mlp",
-    "attention": "--cold-start-steps 20 --max-new-tokens 6 --target-modules attention",
+    "svf": "--cold-start-steps 12 --max-new-tokens 6",
+    "lora": "--cold-start-steps 12 --max-new-tokens 6 --method lora --cold-start-learning-rate 1e-3",
+    "mlp": "--cold-start-steps 12 --max-new-tokens 6 --target-modules mlp",
+    "attention": "--cold-start-steps 12 --max-new-tokens 6 --target-modules attention",
     "rewards-alone": "--max-new-tokens 12",
     "solutions-alone": "--objective next-token --learning-rate 4e-3",
 }
@@ -58,7 +58,7 @@ def runs() -> dict[str, tuple[str, list[str]]]:
     made: dict[str, tuple[str, list[str]]] = {}
     for seed in SEEDS:
         made[f"sums-{seed}"] = "sums", [*EXPERTS["sums"].split(), *FACTORS, "--seed", str(seed)]
-    for name in ("reading", "sorting"):
+    for name in ("reading", "logic"):
         made[f"{name}-0"] = name, [*EXPERTS[name].split(), *FACTORS]
     for name, options in VARIANTS.items():
         storage = () if name == "lora" else FACTORS
@@ -145,7 +145,7 @@ def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) ->
         subprocess.run([sys.executable, "-m", "t2.cli", *command(task, options, output), *again], check=True)
     found = collected(folder)
     write_text(RESULTS / "training.json", json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
-    for prefix in ("sums", "reading", "sorting", "compare"):
+    for prefix in ("sums", "reading", "logic", "compare"):
         if any(name.startswith(prefix) for name in found):
             plot(found, prefix, ROOT / "docs" / f"training-{prefix}.png")
     show(found)
