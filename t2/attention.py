@@ -126,6 +126,12 @@ def new_cache(model: nn.Module) -> DynamicCache | None:
     return cache if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers) else None
 
 
+def keeps_everything(model: nn.Module) -> bool:
+    """Whether the model's cache holds all keys and values: then prompts may have padding between their tokens."""
+    cache = new_cache(model)
+    return cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
 def growing_cache(model: nn.Module) -> DynamicCache | None:
     """`new_cache` with layers that grow in place where they keep everything; None also off the CPU."""
     cache = new_cache(model)

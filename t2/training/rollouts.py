@@ -7,22 +7,33 @@ answers, and in the update the gradient flows back through them to the one promp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from t2.attention import growing_cache, new_cache
 from t2.training.policies import Policy
+
+
+class Running(Protocol):
+    """What runs: `model` is called, `transformer` is the transformers model that this ends in."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def transformer(self) -> PreTrainedModel: ...
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,15 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp_(min=0)
 
 
+def common_prefix(prompts: Sequence[Tensor]) -> int:
+    """How many first tokens all prompts share, at least one of each left over."""
+    first, shared = prompts[0], min(len(prompt) for prompt in prompts) - 1
+    for prompt in prompts[1:]:
+        different = (prompt[:shared] != first[:shared]).nonzero()
+        shared = int(different[0]) if len(different) else shared
+    return shared
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Groups whose tokens go through the model together."""
@@ -214,13 +234,17 @@ def micro_batches(groups: Sequence[Group], token_budget: int) -> Iterator[MicroB
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """The answers of a micro-batch, padded: what `answer_logits` reads and the loss is over."""
+    """The answers of a micro-batch, padded: what `answer_logits` reads and the loss is over.
+
+    `common` are token ids [C] that all prompts begin with and `prompt_ids` leaves out.
+    """
 
     prompt_ids: Tensor  # [groups, P], left-padded
     prompt_mask: Tensor
     answer_ids: Tensor  # [answers, T], right-padded
     answer_mask: Tensor
     group: Tensor  # [answers], the row of the prompt
+    common: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
     def targets(self) -> Tensor:
@@ -232,27 +256,37 @@ class AnswerTokens:
         return values.unsqueeze(1).expand_as(self.answer_ids)[self.answer_mask.bool()]
 
 
-def answer_tokens(batch: MicroBatch, pad_token: int, device: torch.device) -> AnswerTokens:
-    prompt_ids, prompt_mask = pad([group.prompt for group in batch.groups], pad_token, left=True)
+def answer_tokens(
+    batch: MicroBatch, pad_token: int, device: torch.device, *, share_common: bool = False
+) -> AnswerTokens:
+    """`share_common`: what all prompts begin with is read once; for models that `t2.attention.keeps_everything`."""
+    prompts = [group.prompt for group in batch.groups]
+    shared = common_prefix(prompts) if share_common else 0
+    prompt_ids, prompt_mask = pad([prompt[shared:] for prompt in prompts], pad_token, left=True)
     answer_ids, answer_mask = pad([a for group in batch.groups for a in group.answers], pad_token, left=False)
     counts = torch.tensor([len(group.answers) for group in batch.groups])
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    tensors = (prompt_ids, prompt_mask, answer_ids, answer_mask, rows)
+    tensors = (prompt_ids, prompt_mask, answer_ids, answer_mask, rows, prompts[0][:shared])
     return AnswerTokens(*(tensor.to(device) for tensor in tensors))
 
 
-def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
+def answer_logits(running: Running, tokens: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
     """Logits [tokens, vocabulary] of each answer's tokens, one answer after the other, with their gradient.
 
     Args:
+        running: a policy, or anything else that runs. Where it runs with a route, that is one expert for all rows.
         share_prefix: read each prompt once for all its answers; otherwise once an answer, which activation
             checkpointing (no cache) needs. Models without a cache of keys and values always do the latter.
     """
-    model = policy.model
-    cache = new_cache(policy.transformer) if share_prefix else None
+    model = running.model
+    cache = new_cache(running.transformer) if share_prefix else None
     prompt_ids, prompt_mask, answers = tokens.prompt_ids, tokens.prompt_mask, tokens.answer_ids
-    length = answers.shape[1]
+    length, common = answers.shape[1], len(tokens.common)
     if cache is None:
+        if common:
+            raise ValueError(
+                "tokens: expected whole prompts where no cache is shared, got ones without their beginning"
+            )
         mask = torch.cat([prompt_mask[tokens.group], tokens.answer_mask], dim=1)
         logits = model(
             input_ids=torch.cat([prompt_ids[tokens.group], answers], dim=1),
@@ -262,10 +296,14 @@ def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = 
             logits_to_keep=length + 1,
         ).logits[:, :-1]
         return logits[tokens.answer_mask.bool()]
+    if common:
+        model(input_ids=tokens.common.unsqueeze(0), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompt_ids))
+        prompt_mask = torch.cat([prompt_mask.new_ones(len(prompt_ids), common), prompt_mask], dim=1)
     first = model(
         input_ids=prompt_ids,
         attention_mask=prompt_mask,
-        position_ids=positions(prompt_mask),
+        position_ids=positions(prompt_mask)[:, common:],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -277,7 +315,7 @@ def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = 
     rest = model(
         input_ids=answers[:, :-1],
         attention_mask=seen,
-        position_ids=positions(seen)[:, prompt_ids.shape[1] :],
+        position_ids=positions(seen)[:, prompt_mask.shape[1] :],
         past_key_values=cache,
         use_cache=True,
     ).logits
