@@ -20,6 +20,9 @@ Granularity = Literal["model", "layer", "matrix"]
 Coefficients = Literal["normalised", "free"]
 
 
+Numbers = numpy.ndarray[Any, Any]
+
+
 @dataclass(frozen=True)
 class FewShotOptions:
     """How weights are searched for. "Published" are the values of arXiv 2501.06252 and its code."""
@@ -104,7 +107,7 @@ class Search(ABC):
         return drawn
 
     @abstractmethod
-    def _draw(self, count: int) -> numpy.ndarray[Any, Any]:
+    def _draw(self, count: int) -> Numbers:
         """[count, D] float64, bounds aside."""
 
     def tell(self, candidates: Tensor, fitness: Sequence[Fitness]) -> None:  # noqa: B027  # random search learns nothing
@@ -114,7 +117,7 @@ class Search(ABC):
 class RandomSearch(Search):
     """Uniform candidates."""
 
-    def _draw(self, count: int) -> numpy.ndarray[Any, Any]:
+    def _draw(self, count: int) -> Numbers:
         return self.random.uniform(self.options.low, self.options.high, (count, self.first.shape[1]))
 
 
@@ -131,7 +134,7 @@ class CrossEntropy(Search):
         self.std = numpy.full(first.shape[1], (options.high - options.low) / 2)
         self.elites: list[tuple[Fitness, Tensor]] = []
 
-    def _draw(self, count: int) -> numpy.ndarray[Any, Any]:
+    def _draw(self, count: int) -> Numbers:
         return self.mean + self.std * self.random.standard_normal((count, len(self.mean)))
 
     def tell(self, candidates: Tensor, fitness: Sequence[Fitness]) -> None:
@@ -143,7 +146,8 @@ class CrossEntropy(Search):
 
 
 class CMA(Search):
-    """CMA-ES of the package cma. It is told ranks, since a fitness is two numbers."""
+    """CMA-ES of the package cma. It is told ranks, since a fitness is two numbers; and candidates as they are after the
+    bounds, which it takes for what they are, not its own."""
 
     def __init__(self, first: Tensor, options: FewShotOptions, centre: float) -> None:
         super().__init__(first, options)
@@ -156,24 +160,19 @@ class CMA(Search):
             0.3 * (options.high - options.low),
             {
                 "popsize": options.population,
-                "bounds": [options.low, options.high],
                 "seed": numpy.nan,  # its own would seed numpy's global generator
                 "randn": lambda *shape: self.random.standard_normal(shape),
                 "verbose": -9,
             },
         )
-        self._strategy.inject([point.double().numpy() for point in first], force=True)
 
-    def ask(self) -> Tensor:
-        self._asked = self._strategy.ask()
-        return torch.from_numpy(numpy.stack(self._asked)).float()
-
-    def _draw(self, count: int) -> numpy.ndarray[Any, Any]:
-        raise NotImplementedError
+    def _draw(self, count: int) -> Numbers:
+        return numpy.stack(self._strategy.ask(count))
 
     def tell(self, candidates: Tensor, fitness: Sequence[Fitness]) -> None:
         order = sorted(set(fitness), reverse=True)
-        self._strategy.tell(self._asked, [float(order.index(each)) for each in fitness])
+        ranks = [float(order.index(each)) for each in fitness]
+        self._strategy.tell(list(candidates.double().numpy()), ranks)
 
 
 def make_search(first: Tensor, options: FewShotOptions, centre: float) -> Search:

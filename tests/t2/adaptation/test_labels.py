@@ -61,7 +61,9 @@ def test_different_first_tokens_take_one_pass(svf: t2.SVFModel):
 
 
 def test_labels_that_read_alike_are_refused():
-    with pytest.raises(ValueError, match=r"labels: expected labels that the tokenizer tells apart, got \['what', 'which'\]"):
+    with pytest.raises(
+        ValueError, match=r"labels: expected labels that the tokenizer tells apart, got \['what', 'which'\]"
+    ):
         label_tokens(("what", "which"), toy_tokenizer())
 
 

