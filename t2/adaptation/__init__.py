@@ -3,6 +3,7 @@
 from t2.adaptation.base import Adaptation, Strategy
 from t2.adaptation.dispatch import ClassifierStrategy, PromptStrategy
 from t2.adaptation.fewshot import FewShotResult, FewShotStrategy, few_shot_problems
+from t2.adaptation.folder import BankFolder, load_bank_folder, save_bank_folder
 from t2.adaptation.search import FewShotOptions
 from t2.adaptation.two_pass import TwoPass, two_pass
 from t2.tasks.classify import Classification as classification_task
@@ -10,6 +11,7 @@ from t2.tasks.classify import Domain
 
 __all__ = [
     "Adaptation",
+    "BankFolder",
     "ClassifierStrategy",
     "Domain",
     "FewShotOptions",
@@ -20,5 +22,7 @@ __all__ = [
     "TwoPass",
     "classification_task",
     "few_shot_problems",
+    "load_bank_folder",
+    "save_bank_folder",
     "two_pass",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -120,33 +120,55 @@ class Strategy(ABC):
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """The user's words in each row of a batch that `generate` got: as `user_words` finds them."""
         if attention_mask is None:
-            attention_mask = input_ids != self.tokenizer.pad_token_id
+            padded = (input_ids == self.tokenizer.pad_token_id).long()
+            attention_mask = 1 - padded.cumprod(1) | padded.flip(1).cumprod(1).flip(1)
         rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        return [user_words(str(self.tokenizer.decode(row)), self.tokenizer) for row in rows]
+        template = Template.of(self.tokenizer)
+        return [user_words(str(self.tokenizer.decode(row)), self.tokenizer, template) for row in rows]
 
 
-def user_words(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the user said in a prompt that went through the chat template: the last turn, without the template.
+@dataclass(frozen=True)
+class Template:
+    """What a chat template puts around a user's last words.
+
+    start: before them if they are the first of all. turns: between what somebody else said and them. end: after them.
+    """
+
+    start: str
+    turns: tuple[str, ...]
+    end: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Template | None:
+        """Found by filling the template in; None if the tokenizer has none."""
+        if tokenizer.chat_template is None:
+            return None
+        other, words, turns = "\x02", "\x03", []
+        start, _, end = prompt_text(_talk(user=words), tokenizer).partition(words)
+        for said in (_talk(system=other, user=words), _talk(("user", ""), assistant=other, user=words)):
+            try:
+                _, _, rest = prompt_text(said, tokenizer).partition(other)
+            except TemplateError:  # some have no place for a system prompt
+                continue
+            turns.append(rest.partition(words)[0])
+        return cls(start, tuple(turns), end)
+
+
+def _talk(*first: tuple[str, str], **said: str) -> Problem:
+    return Problem(tuple({"role": role, "content": content} for role, content in (*first, *said.items())))
+
+
+def user_words(text: str, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> str:
+    """What the user said last in a prompt that went through the chat template.
 
     A text that is not of the template's form was no conversation, and is all the user's.
     """
-    special = [token for token in tokenizer.all_special_tokens if token]
-    if tokenizer.chat_template is not None:
-        before, between, after = _around(tokenizer)
-        turn = text.rfind(between) if between.strip() else -1
-        start = turn + len(between) if turn >= 0 else len(before) if before and text.startswith(before) else None
-        if start is not None and text.rstrip().endswith(after.rstrip()):
-            text = text[start : len(text.rstrip()) - len(after.rstrip())]
-    for token in special:
+    if template is not None and text.rstrip().endswith(template.end.rstrip()):
+        turns = [turn for turn in template.turns if turn.strip() and turn in text]
+        begins = [text.rfind(turn) + len(turn) for turn in turns]
+        begins += [len(template.start)] if template.start and text.startswith(template.start) else []
+        if begins:
+            text = text[max(begins) : len(text.rstrip()) - len(template.end.rstrip())]
+    for token in tokenizer.all_special_tokens:
         text = text.replace(token, "")
     return text.strip()
-
-
-def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """What the chat template puts before a user's first words, between a turn and the user's next, and after them."""
-    first, second = "\x02", "\x03"
-    alone = Problem(({"role": "user", "content": first},))
-    turns = Problem(({"role": "system", "content": first}, {"role": "user", "content": second}))
-    before, _, after = prompt_text(alone, tokenizer).partition(first)
-    between = re.split(f"[{first}{second}]", prompt_text(turns, tokenizer))[1]
-    return before, between, after

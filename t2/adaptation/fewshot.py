@@ -146,7 +146,7 @@ class FewShotStrategy(Strategy):
         self.announce = announce
         self.result: FewShotResult | None = None
         self._memory_file = memory
-        self._prompts = [encode(problem, tokenizer) for problem in self.problems]
+        self.prompts = [encode(problem, tokenizer) for problem in self.problems]
         self._ends = end_tokens(svf.model, tokenizer)
         self._new_search()  # says what does not fit before any work
         self._read_memory()
@@ -194,14 +194,14 @@ class FewShotStrategy(Strategy):
 
     def answers(self, running: Any, candidates: int, route: RouteOf) -> list[list[Answer]]:
         """Greedy answers to the problems, by candidate."""
-        rows = [(c, p) for c in range(candidates) for p in range(len(self._prompts))]
+        rows = [(c, p) for c in range(candidates) for p in range(len(self.prompts))]
         found: dict[tuple[int, int], Answer] = {}
-        lengths = [len(self._prompts[p]) + self.new_tokens for _, p in rows]
+        lengths = [len(self.prompts[p]) + self.new_tokens for _, p in rows]
         for indices in length_batches(lengths, self.options.token_budget):
             batch = [rows[index] for index in indices]
             answers = greedy(
                 running,
-                [self._prompts[p] for _, p in batch],
+                [self.prompts[p] for _, p in batch],
                 [c for c, _ in batch],
                 route,
                 new_tokens=self.new_tokens,
@@ -210,7 +210,7 @@ class FewShotStrategy(Strategy):
                 device=self.svf.sigma.device,
             )
             found.update(zip(batch, answers, strict=True))
-        return [[found[c, p] for p in range(len(self._prompts))] for c in range(candidates)]
+        return [[found[c, p] for p in range(len(self.prompts))] for c in range(candidates)]
 
     def fitness(self, answers: Sequence[Sequence[Answer]]) -> list[Fitness]:
         """Of each candidate, from its answers to the problems."""
@@ -297,7 +297,7 @@ class FewShotStrategy(Strategy):
         for part in (self.svf.layout.fingerprint, self.task.name, self.names, self.groups, self.new_tokens):
             digest.update(f"{part}\n".encode())
         digest.update(str(self.svf.svf_config.dtype).encode())
-        for problem, prompt in zip(self.problems, self._prompts, strict=True):
+        for problem, prompt in zip(self.problems, self.prompts, strict=True):
             digest.update(f"{prompt.tolist()} {problem.solution}\n".encode())
         for name in self.names[1:]:
             digest.update(self.svf.bank[name].z.numpy().tobytes())

@@ -49,7 +49,7 @@ class FewShotOptions:
     """The other bound (published)."""
     seed: int = 0
     """Of all candidates drawn."""
-    token_budget: int = 16384
+    token_budget: int = 32768
     """Most tokens of a batch, padding and answers included."""
 
     def __post_init__(self) -> None:

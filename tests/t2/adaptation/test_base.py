@@ -4,15 +4,22 @@ import pytest
 import torch
 
 import t2
-from t2.adaptation import Adaptation
-from t2.adaptation.base import mixed, user_words
-from tests.t2.training.toy import toy_tokenizer
+from t2.adaptation import Adaptation, FewShotStrategy
+from t2.adaptation.base import Template, mixed, user_words
+from tests.t2.training.toy import SayTheWord, toy_tokenizer
 
 NAMES = ("base", "green", "red")
 CHATML = (
     "{% if messages[0]['role'] != 'system' %}<s>system you help </s>{% endif %}"
     "{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }} </s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
+)
+
+INST = (
+    "<s>{% for message in messages %}"
+    "{% if message['role'] == 'system' %}<<SYS>>\n{{ message['content'] }}\n<</SYS>>\n\n"
+    "{% elif message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% else %} {{ message['content'] }} </s><s>{% endif %}{% endfor %}"
 )
 
 
@@ -77,14 +84,36 @@ def test_bad_adaptations():
     ],
 )
 def test_the_template_is_taken_off_a_prompt(messages: list[dict[str, str]], words: str):
+    for template in (CHATML, INST):
+        tokenizer = toy_tokenizer()
+        tokenizer.chat_template = template
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert user_words(text, tokenizer, Template.of(tokenizer)) == words
+
+
+def test_some_templates_have_no_system_prompt():
     tokenizer = toy_tokenizer()
-    tokenizer.chat_template = CHATML
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert user_words(text, tokenizer) == words
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML
+    )
+    assert len(Template.of(tokenizer).turns) == 1
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "cat"}], tokenize=False, add_generation_prompt=True
+    )
+    assert user_words(text, tokenizer, Template.of(tokenizer)) == "cat"
 
 
 def test_a_prompt_without_a_template_is_the_users():
     tokenizer = toy_tokenizer()
-    assert user_words("<s> say red", tokenizer) == "say red"
+    assert Template.of(tokenizer) is None and user_words("<s> say red", tokenizer, None) == "say red"
     tokenizer.chat_template = CHATML
-    assert user_words("say red", tokenizer) == "say red"
+    assert user_words("say red", tokenizer, Template.of(tokenizer)) == "say red"
+
+
+def test_padding_is_no_word_but_the_same_token_within_is_the_templates(svf: t2.SVFModel):
+    tokenizer = toy_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    strategy = FewShotStrategy(svf, tokenizer, SayTheWord(), SayTheWord().problems("train"))
+    ids = torch.tensor([[2, 2, 4, 2, 5], [2, 2, 2, 2, 6], [7, 2, 9, 2, 2]])
+    assert strategy.read(ids) == ["say  red", "green", "blue  two"]
+    assert strategy.read(ids, torch.tensor([[0, 0, 0, 0, 1]] * 3)) == ["red", "green", ""]

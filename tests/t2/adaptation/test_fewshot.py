@@ -53,7 +53,7 @@ def test_a_population_in_one_batch_is_candidates_one_at_a_time(make, granularity
     right_somewhere = False
     for index, vector in enumerate(z):
         plain = strategy.svf.merge(vector)
-        own = [answer_alone(plain, prompt, 9) for prompt in strategy._prompts]
+        own = [answer_alone(plain, prompt, 9) for prompt in strategy.prompts]
         texts = [strategy.tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in own]
         scores = TASK.scores(PROBLEMS, texts)
         right = [likelihood for (_, likelihood), score in zip(own, scores, strict=True) if score]
@@ -126,7 +126,7 @@ def test_never_worse_than_the_base_and_every_single_expert(make, make_svf, metho
     choice = None if name == "base" else name
     plain = svf.merge(choice)
     strategy = make(svf)
-    own = {strategy.tokenizer.decode(answer_alone(plain, p, 3)[0], skip_special_tokens=True) for p in strategy._prompts}
+    own = {strategy.tokenizer.decode(answer_alone(plain, p, 3)[0], skip_special_tokens=True) for p in strategy.prompts}
     strategy = make(svf, task=Judged(own.__contains__), options={"search": method})
     result = strategy.search()
     assert result.fitness.score == 1.0 == result.singles[name].score

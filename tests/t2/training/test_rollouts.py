@@ -15,6 +15,7 @@ from t2.training.rollouts import (
     Sampler,
     answer_logits,
     answer_tokens,
+    common_prefix,
     end_tokens,
     micro_batches,
     uniforms,
@@ -116,21 +117,32 @@ def one_by_one(policy: Policy, groups: tuple[Group, ...]) -> Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("share_common", [True, False])
 @pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("method", ["svf", "lora", "dense-compose"])
-def test_logits_and_gradients_are_those_of_answers_one_by_one(make_options, method: str, share_prefix: bool):
+def test_logits_and_gradients_are_those_of_answers_one_by_one(
+    make_options, method: str, share_prefix: bool, share_common: bool
+):
     policy = make_policy(toy_model(), make_options(method=method))
     with torch.no_grad():
         for parameter in policy.parameters:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    tokens = answer_tokens(MicroBatch(GROUPS), 0, torch.device("cpu"))
+    groups = GROUPS
+    if share_common:
+        groups = tuple(Group(torch.cat([torch.tensor([4, 12, 4]), g.prompt]), g.answers, g.weights) for g in GROUPS)
+    tokens = answer_tokens(MicroBatch(groups), 0, torch.device("cpu"), share_common=share_common)
+    if share_common and not share_prefix:
+        with pytest.raises(ValueError, match="tokens: expected whole prompts"):
+            answer_logits(policy, tokens, share_prefix=False)
+        return
+    assert len(tokens.common) == (3 if share_common else 0)
     assert tokens.targets.tolist() == [t for g in GROUPS for a in g.answers for t in a.tolist()]
     gradients = []
     weights = torch.randn(len(tokens.targets), 14, generator=torch.Generator().manual_seed(2))
     for together in (True, False):
         with policy.learning():
             shared = {"share_prefix": share_prefix}
-            logits = answer_logits(policy, tokens, **shared) if together else one_by_one(policy, GROUPS)
+            logits = answer_logits(policy, tokens, **shared) if together else one_by_one(policy, groups)
             (logits * weights).sum().backward()
         policy.finish_gradients()
         gradients.append((logits.detach(), *[p.grad.clone() for p in policy.parameters]))
@@ -138,6 +150,14 @@ def test_logits_and_gradients_are_those_of_answers_one_by_one(make_options, meth
             parameter.grad = None
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "prompts, shared",
+    [([[1, 2, 3], [1, 2, 4, 5]], 2), ([[1, 2], [1, 2, 3]], 1), ([[1, 2, 3]], 2), ([[1, 2], [3, 2]], 0), ([[1]], 0)],
+)
+def test_what_prompts_begin_with_leaves_one_token_of_each(prompts: list[list[int]], shared: int):
+    assert common_prefix([torch.tensor(ids) for ids in prompts]) == shared
 
 
 def test_values_of_answers_reach_their_tokens():
