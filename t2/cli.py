@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from t2.adaptation.search import FewShotOptions
 from t2.training.options import TrainOptions
 from t2kernels.files import write_text
 
@@ -20,6 +21,12 @@ Storage = Literal["float32", "bfloat16", "float16", "int8"]
 Targets = Annotated[
     tuple[str, ...],
     tyro.conf.arg(help="all-linear, attention, mlp, one regular expression, or several name suffixes"),
+]
+
+Bank = Annotated[Path | None, tyro.conf.arg(help="Folder with experts and domains.json (docs/adaptation.md).")]
+NamedExperts = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(metavar="NAME=FILE ...", help="Experts, in place of a bank; 'classifier' is the one of pass one."),
 ]
 
 app = tyro.extras.SubcommandApp()
@@ -111,20 +118,41 @@ def generate(
         tuple[Path, ...],
         tyro.conf.arg(help="One expert file for all prompts, or one for each; none is the base."),
     ] = (),
+    adapt: Literal["prompt", "classifier"] | None = None,
+    bank: Bank = None,
+    experts: NamedExperts = (),
+    domains: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAME=TEXT ...", help="What the experts given by name are for, a line each."),
+    ] = (),
     dtype: Storage = "float32",
     max_new_tokens: int = 64,
     sample: bool = False,
 ) -> int:
-    """Answer prompts in one batch, each with its own expert.
+    """Answer prompts in one batch, each with its own expert: given, or chosen by a first pass.
 
     Example: t2 generate smollm2-135m-instruct --prompt "Add 2 and 3." "Hello!" --expert math.safetensors my.safetensors
 
+    Example: t2 generate smollm2-135m-instruct --prompt "Add 2 and 3." "Hello!" --bank experts/mine --adapt classifier
+
     Args:
         model: Alias, Hub id, local folder or GGUF file.
+        adapt: Let a first pass choose from the bank: the base asked for each prompt's domain, or an expert for that.
         dtype: Storage of the factors.
         max_new_tokens: Longest answer.
         sample: Sample instead of taking the likeliest token.
     """
+    if adapt is not None:
+        from t2.adaptation.command import answer, open_bank
+
+        if expert:
+            raise ValueError("expert: expected none with adapt, which chooses from --bank or --experts")
+        chosen = open_bank(bank, experts, domains)
+        answer(model, prompt, chosen, adapt, dtype=dtype, max_new_tokens=max_new_tokens, sample=sample)
+        return 0
+    if bank is not None or experts or domains:
+        raise ValueError("adapt: expected prompt or classifier beside a bank, got none")
+
     from t2.demo import chat_batch
     from t2.experts import Expert
     from t2.loading import load
@@ -137,8 +165,8 @@ def generate(
     for path in set(expert):
         svf.add_expert(str(path), Expert.load(path))
     batch = chat_batch(tokenizer, list(prompt))
-    experts = [str(path) for path in expert] * (len(prompt) if len(expert) == 1 else 1) or None
-    out = svf.generate(**batch, experts=experts, max_new_tokens=max_new_tokens, do_sample=sample)
+    names = [str(path) for path in expert] * (len(prompt) if len(expert) == 1 else 1) or None
+    out = svf.generate(**batch, experts=names, max_new_tokens=max_new_tokens, do_sample=sample)
     for text, row in zip(prompt, out[:, batch["input_ids"].shape[1] :], strict=True):
         print(f"> {text}\n{str(tokenizer.decode(row, skip_special_tokens=True)).strip()}\n")
     return 0
@@ -253,6 +281,52 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name}: expected a JSON object, got {text!r}")
     return found
+
+
+def adapt(
+    model: tyro.conf.Positional[str],
+    task: str,
+    output: Path,
+    options: tyro.conf.OmitArgPrefixes[FewShotOptions],
+    bank: Bank = None,
+    experts: NamedExperts = (),
+    task_options: str = "{}",
+    few_shot: int = 10,
+    split: Literal["train", "validation", "test"] = "train",
+    dtype: Storage = "float32",
+    max_new_tokens: int | None = None,
+) -> int:
+    """Search for the mix of experts that answers a few problems of a task best. Ctrl-C keeps what is known so far.
+
+    Example: t2 adapt smollm2-135m-instruct --bank experts/mine --task gsm8k --few-shot 10 --output gsm8k.safetensors
+
+    Args:
+        model: Alias, Hub id, local folder or GGUF file.
+        task: What to adapt to: a name that t2.tasks.get knows.
+        output: File for the mixed expert.
+        options: Of the search.
+        task_options: Options of the task, as JSON.
+        few_shot: Problems that candidates are tried on.
+        split: Where these are drawn from; not the ones that the result is to be judged on.
+        dtype: Storage of the factors.
+        max_new_tokens: Longest answer; the task's own room if none is given.
+    """
+    from t2.adaptation.command import adapt_to_task, open_bank
+
+    finished = adapt_to_task(
+        model,
+        open_bank(bank, experts),
+        task,
+        output,
+        task_options=task_options,
+        few_shot=few_shot,
+        split=split,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        options=options,
+        console=Console(),
+    )
+    return 0 if finished else 130
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -49,6 +49,18 @@ def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return ids[0]
 
 
+def length_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Indices of rows of like length, as many at a time as the budget holds with their padding; one row always fits."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * lengths[order[end]] <= token_budget:
+            end += 1
+        yield order[start:end]
+        start = end
+
+
 def evaluate(
     answerer: Answerer,
     task: Task,
@@ -72,20 +84,9 @@ def evaluate(
     room = new_tokens or task.max_new_tokens
     prompts = [encode(problem, tokenizer) for problem in problems]
     answers, done = [""] * len(prompts), 0
-    for indices in batches([len(prompt) for prompt in prompts], room, token_budget):
+    for indices in length_batches([len(prompt) + room for prompt in prompts], token_budget):
         for index, answer in zip(indices, answerer([prompts[i] for i in indices], room), strict=True):
             answers[index] = str(tokenizer.decode(answer, skip_special_tokens=True))
         done += len(indices)
         announce(done)
     return Evaluation(tuple(task.scores(problems, answers)), tuple(answers))
-
-
-def batches(lengths: Sequence[int], room: int, token_budget: int) -> Iterator[list[int]]:
-    """Indices of prompts of like length, as many as fit the budget with padding and answers; one always fits."""
-    order, start = sorted(range(len(lengths)), key=lambda index: lengths[index]), 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * (lengths[order[end]] + room) <= token_budget:
-            end += 1
-        yield order[start:end]
-        start = end

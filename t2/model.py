@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from t2.targets import Linear, groups_of_one_input, other_linears, select_target
 from t2kernels import DenseWeight, FactoredWeight, Factors, decompose
 from t2kernels.packing import STORAGE_DTYPES
 from t2kernels.planner import CostModel, DeltaWeight, Phase, Plan, delta_components, plan_layer
+
+if TYPE_CHECKING:  # strategies are made of this module's models
+    from t2.adaptation.base import Adaptation, Strategy
+    from t2.tasks.classify import Prompt
 
 ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
 """What one request uses: a name, a mix of names with weights, an expert, a vector z [R], or None for the base."""
@@ -102,6 +106,9 @@ class SVFModel(nn.Module):
         self.bank = ExpertBank(self.layout)
         self._slots: dict[str, int] = {}
         self.z: nn.Parameter | None = None
+        self._strategies: dict[str, Strategy] = {}
+        self.last_adaptation: Adaptation | None = None
+        """Of the last `generate(adapt=...)`, pass one's seconds and reasons included."""
         self._lock = threading.RLock()
         self._targets: dict[str, _Target] = {}
         self._packed: dict[str, tuple[PackedLinear, Linear]] = {}
@@ -464,14 +471,48 @@ class SVFModel(nn.Module):
         with self.route(experts):
             return self.model(*args, **kwargs)
 
+    def set_adaptation(self, strategy: Strategy) -> None:
+        """Lets `generate(adapt=...)` find a strategy by its name: "prompt", "classifier", "few-shot"."""
+        self._strategies[strategy.name] = strategy
+
+    def adaptation(self, strategy: Strategy | str) -> Strategy:
+        """The strategy itself, or the one that `set_adaptation` was given under this name."""
+        if not isinstance(strategy, str):
+            if not callable(getattr(strategy, "adapt", None)):
+                raise TypeError(f"adapt: expected a strategy or the name of one, got {type(strategy).__name__}")
+            return strategy
+        if strategy not in self._strategies:
+            known = ", ".join(self._strategies) or "none: set_adaptation() adds one"
+            raise ValueError(f"adapt: expected a strategy or one of {known}, got {strategy!r}")
+        return self._strategies[strategy]
+
+    def _adapted(
+        self, adapt: Strategy | str, prompts: Sequence[Prompt] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[ExpertChoice]:
+        """Pass one."""
+        strategy = self.adaptation(adapt)
+        if prompts is None:
+            ids = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs"), *args) if t is not None), None)
+            if ids is None:
+                raise ValueError("prompts: expected the requests' texts where generate gets no input_ids, got none")
+            prompts = strategy.read(ids, kwargs.get("attention_mask"))
+        self.last_adaptation = strategy.adapt(prompts)
+        return self.last_adaptation.choices(self)
+
     def generate(
         self,
         *args: Any,
         experts: ExpertChoice | Sequence[ExpertChoice] = None,
         plan: ServingPlan | None = None,
+        adapt: Strategy | str | None = None,
+        prompts: Sequence[Prompt] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's `generate`, each request with its own expert; `experts` as in `route`, one entry per prompt.
+
+        With `adapt` a first pass chooses the experts (`t2.adaptation`): a strategy, or the name of one that
+        `set_adaptation` was given. It reads `prompts`, one for each row, or else the user's words in `input_ids`,
+        without the chat template around them. `last_adaptation` tells what it chose.
 
         Runs in inference mode unless a cache is given or `return_dict_in_generate` asks for more than tokens: what
         streamers and processors of logits see are then inference tensors.
@@ -482,6 +523,12 @@ class SVFModel(nn.Module):
         generate = getattr(self.model, "generate", None)
         if generate is None:
             raise TypeError(f"model: expected one with a generate method, got {type(self.model).__name__}")
+        if adapt is not None:
+            if experts is not None or plan is not None:
+                raise ValueError("adapt: expected neither experts nor a plan beside it, which pass one cannot know of")
+            experts = self._adapted(adapt, prompts, args, kwargs)
+        elif prompts is not None:
+            raise ValueError("prompts: expected a strategy to read them, got none in adapt")
         with ExitStack() as held:
             if experts is not None or plan is not None:
                 self._check_count(experts, args, kwargs)

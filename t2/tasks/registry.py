@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from t2.tasks.arc import ARC
 from t2.tasks.base import Task
+from t2.tasks.classify import Classification
 from t2.tasks.gsm8k import GSM8K
 from t2.tasks.humaneval import HumanEval
 from t2.tasks.jsonl import JsonlTask
@@ -16,9 +17,18 @@ from t2.tasks.math import MATH
 from t2.tasks.mbpp_pro import MBPPPro
 from t2.tasks.reasoning_gym import ReasoningGym
 
+
+def classify(tasks: Mapping[str, Mapping[str, Any]], domains: Mapping[str, str], **options: Any) -> Classification:
+    """`Classification` of tasks that are given by name: {label: {"name": ..., and the options of that task}}."""
+    if not isinstance(tasks, Mapping) or not all(isinstance(t, Mapping) and "name" in t for t in tasks.values()):
+        raise ValueError(f"tasks: expected {{label: {{'name': ..., options}}}}, got {tasks!r:.200}")
+    return Classification({label: get(**task) for label, task in tasks.items()}, domains, **options)
+
+
 NAMED: dict[str, Callable[..., Task]] = {
     "arc-challenge": partial(ARC, "Challenge"),
     "arc-easy": partial(ARC, "Easy"),
+    "classify": classify,
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
     "math": MATH,

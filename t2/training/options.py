@@ -99,7 +99,7 @@ class TrainOptions:
     """Steps between checkpoints."""
 
     entropy_alarm: float = 0.1
-    """An alarm is raised when the entropy of a policy that follows rewards falls below this share of its first value."""
+    """An alarm is raised when the entropy of a policy under rewards falls below this share of its first value."""
     kl_alarm: float = 2.0
     """An alarm is raised when the KL to the base exceeds this many nats a token, or after a cold start this many more
     than then."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -19,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -30,6 +31,16 @@ WORTH_SHARING = 8
 """Tokens that prompts must have in common for a pass of their own."""
 BLOCK = 256
 """Entries of the vocabulary whose probabilities are added up before the token is looked for among them."""
+
+
+class Running(Protocol):
+    """What runs: `model` is called, `transformer` is the transformers model that this ends in."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def transformer(self) -> PreTrainedModel: ...
 
 
 @dataclass(frozen=True)
@@ -270,7 +281,7 @@ def shared_prefix(prompts: Sequence[Tensor], cache: DynamicCache | None) -> int:
 
 
 def read_prompts(
-    policy: Policy, cache: DynamicCache, prefix: Tensor, ids: Tensor, mask: Tensor
+    running: Running, cache: DynamicCache, prefix: Tensor, ids: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Fills the cache with a prefix [S], which may be empty, and what each prompt has behind it [prompts, P].
 
@@ -278,10 +289,10 @@ def read_prompts(
         The logits [prompts, vocabulary] after each prompt, and the mask [prompts, S + P] of what is in the cache.
     """
     if len(prefix):
-        policy.model(input_ids=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        running.model(input_ids=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(ids))
     mask = torch.cat([mask.new_ones(len(ids), len(prefix)), mask], dim=1)
-    logits = policy.model(
+    logits = running.model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions(mask)[:, len(prefix) :],
@@ -368,16 +379,17 @@ def answer_tokens(batch: MicroBatch, pad_token: int, device: torch.device) -> An
     return AnswerTokens(*(tensor.to(device) for tensor in tensors))
 
 
-def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
+def answer_logits(running: Running, tokens: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
     """Logits [tokens, vocabulary] of each answer's tokens, one answer after the other, with their gradient.
 
     Args:
+        running: a policy, or anything else that runs. Where it runs with a route, that is one expert for all rows.
         share_prefix: read each prompt once for all its answers; otherwise once an answer, which activation
             checkpointing (no cache) needs. Models without a cache of keys and values always do the latter.
     """
-    model, answers = policy.model, tokens.answer_ids
+    model, answers = running.model, tokens.answer_ids
     length = answers.shape[1]
-    cache = new_cache(policy.transformer) if share_prefix else None
+    cache = new_cache(running.transformer) if share_prefix else None
     if cache is None:
         prefix = tokens.prefix.expand(len(answers), -1)
         mask = torch.cat([torch.ones_like(prefix), tokens.prompt_mask[tokens.group], tokens.answer_mask], dim=1)
@@ -389,7 +401,7 @@ def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = 
             logits_to_keep=length + 1,
         ).logits[:, :-1]
         return logits[tokens.answer_mask.bool()]
-    first, seen = read_prompts(policy, cache, tokens.prefix, tokens.prompt_ids, tokens.prompt_mask)
+    first, seen = read_prompts(running, cache, tokens.prefix, tokens.prompt_ids, tokens.prompt_mask)
     first = first[tokens.group].unsqueeze(1)
     if length == 1:
         return first[tokens.answer_mask.bool()]

@@ -9,6 +9,7 @@ def test_every_name_is_known():
     assert tasks.names() == [
         "arc-challenge",
         "arc-easy",
+        "classify",
         "gsm8k",
         "humaneval",
         "math",
@@ -16,7 +17,7 @@ def test_every_name_is_known():
         "reasoning-gym:TASK",
         "jsonl:PATH",
     ]
-    for name in tasks.names()[:6]:
+    for name in set(tasks.names()[:7]) - {"classify"}:
         task = tasks.get(name)
         assert task.name == name and task.max_new_tokens > 0
 
