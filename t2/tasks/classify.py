@@ -75,17 +75,16 @@ def question(prompt: Prompt) -> str:
 def adaptation_problem(prompt: Prompt, domains: Sequence[Domain], label: str | None = None) -> Problem:
     """The adaptation prompt around a prompt: which of the domains, or "others"? `label` is the right answer."""
     lines = [f"- {domain.name}: {domain.description}".removesuffix(": ") for domain in domains]
-    names = ", ".join(domain.name for domain in domains)
     system = "\n".join(
         [
-            "Classify the user's question into one of these categories:",
+            "Analyze the given question and classify it into one of these categories:",
             *lines,
             f"- {OTHERS}: anything else",
-            f"Do not answer the question. Reply with the name of its category only: {names} or {OTHERS}.",
+            "Consider the skills and knowledge required to answer the question. "
+            "Reply with the name of the category only.",
         ]
     )
-    asked = f"Question: {question(prompt)}\n\nWhich category is this question?"
-    messages = ({"role": "system", "content": system}, {"role": "user", "content": asked})
+    messages = ({"role": "system", "content": system}, {"role": "user", "content": question(prompt)})
     return Problem(messages, reference=label, solution=label)
 
 
