@@ -7,7 +7,7 @@ answers, and in the update the gradient flows back through them to the one promp
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -23,18 +23,21 @@ from transformers import (
 
 from t2.attention import growing_cache, new_cache
 from t2.training.policies import Policy
+from t2.vision import ImageInputs, collate, placeholder_tokens, positions, positions_of
 
 
 @dataclass(frozen=True)
 class Group:
     """A prompt and some answers to it, as token ids [length] without padding; an answer ends with its end token.
 
-    `weights` are what the log-likelihood of each answer's tokens is multiplied with in the update.
+    `weights` are what the log-likelihood of each answer's tokens is multiplied with in the update, `images` what the
+    model reads with the prompt beside its ids.
     """
 
     prompt: Tensor
     answers: tuple[Tensor, ...]
     weights: tuple[float, ...] = ()
+    images: ImageInputs = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -102,6 +105,7 @@ class Generator:
         prompts: Sequence[Tensor],
         new_tokens: int,
         *,
+        images: Sequence[ImageInputs] = (),
         samples: int = 1,
         draw: Tensor | None = None,
         temperature: float = 1.0,
@@ -112,6 +116,7 @@ class Generator:
         Args:
             prompts: token ids [length] each.
             new_tokens: the longest answer.
+            images: of each prompt, or none at all. No token that stands for an image is answered then.
             draw: uniform numbers [len(prompts) * samples, new_tokens]; greedy answers without.
             base: whether the base model answers.
         """
@@ -124,27 +129,33 @@ class Generator:
             repetition_penalty=1.0,
             eos_token_id=list(self.ends),
             pad_token_id=self.pad_token,
+            suppress_tokens=placeholder_tokens(self.policy.transformer) if any(images) else None,
         )
         processors = LogitsProcessorList()
         if draw is not None:
             processors.append(Sampler(draw.to(self.device), width, temperature))
         phase = self.policy.base() if base else self.policy.acting(width, new_tokens, rows)
         with phase, torch.inference_mode():
-            cache = self._prefix(ids, mask) if samples > 1 else None
+            inputs = collate(images, width, device=self.device)
+            places, _ = positions_of(self.policy.transformer, ids, mask, inputs)
+            cache = self._prefix(ids, mask, places, inputs) if samples > 1 else None
             if cache is not None:
                 cache.batch_repeat_interleave(samples)
+                rest: dict[str, Any] = {"past_key_values": cache, "position_ids": places.repeat_interleave(samples, -2)}
+            else:
+                rest = dict(collate([each for each in images for _ in range(samples)], width, device=self.device))
             model: Any = self.policy.model
             out = model.generate(
                 input_ids=ids.repeat_interleave(samples, 0),
                 attention_mask=mask.repeat_interleave(samples, 0),
                 generation_config=options,
                 logits_processor=processors,
-                **({} if cache is None else {"past_key_values": cache}),
+                **rest,
             )
         answers = [self._cut(row) for row in out[:, width:].cpu().clone()]
         return [tuple(answers[i : i + samples]) for i in range(0, rows, samples)]
 
-    def _prefix(self, ids: Tensor, mask: Tensor) -> DynamicCache | None:
+    def _prefix(self, ids: Tensor, mask: Tensor, places: Tensor, images: ImageInputs) -> DynamicCache | None:
         """Keys and values of all but the prompts' last tokens, or None where the model's cache cannot be repeated."""
         transformer = self.policy.transformer
         cache = growing_cache(transformer) or new_cache(transformer)
@@ -153,10 +164,11 @@ class Generator:
         self.policy.model(
             input_ids=ids[:, :-1],
             attention_mask=mask[:, :-1],
-            position_ids=positions(mask[:, :-1]),
+            position_ids=places[..., :-1],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{name: each[:, :-1] if name.endswith("token_type_ids") else each for name, each in images.items()},
         )
         return cache
 
@@ -164,10 +176,6 @@ class Generator:
         """The tokens up to the first end token, with it."""
         ended = torch.isin(row, torch.tensor(self.ends)).nonzero()
         return row[: int(ended[0]) + 1] if len(ended) else row
-
-
-def positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp_(min=0)
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ def micro_batches(groups: Sequence[Group], token_budget: int) -> Iterator[MicroB
             )
         for start in range(0, len(group.answers), room):
             part = slice(start, start + room)
-            divided.append(Group(group.prompt, group.answers[part], group.weights[part]))
+            divided.append(replace(group, answers=group.answers[part], weights=group.weights[part]))
     divided.sort(key=lambda group: (len(group.prompt), group.longest))
     batch: tuple[Group, ...] = ()
     for group in divided:
@@ -221,6 +229,7 @@ class AnswerTokens:
     answer_ids: Tensor  # [answers, T], right-padded
     answer_mask: Tensor
     group: Tensor  # [answers], the row of the prompt
+    images: tuple[ImageInputs, ...] = field(default=(), kw_only=True)  # of each prompt, if there are any
 
     @property
     def targets(self) -> Tensor:
@@ -238,7 +247,8 @@ def answer_tokens(batch: MicroBatch, pad_token: int, device: torch.device) -> An
     counts = torch.tensor([len(group.answers) for group in batch.groups])
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
     tensors = (prompt_ids, prompt_mask, answer_ids, answer_mask, rows)
-    return AnswerTokens(*(tensor.to(device) for tensor in tensors))
+    images = tuple(group.images for group in batch.groups)
+    return AnswerTokens(*(tensor.to(device) for tensor in tensors), images=images)
 
 
 def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
@@ -251,24 +261,32 @@ def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = 
     model = policy.model
     cache = new_cache(policy.transformer) if share_prefix else None
     prompt_ids, prompt_mask, answers = tokens.prompt_ids, tokens.prompt_mask, tokens.answer_ids
-    length = answers.shape[1]
+    width, length = prompt_ids.shape[1], answers.shape[1]
     if cache is None:
         mask = torch.cat([prompt_mask[tokens.group], tokens.answer_mask], dim=1)
+        ids = torch.cat([prompt_ids[tokens.group], answers], dim=1)
+        each = [tokens.images[row] for row in tokens.group.tolist()]
+        inputs = collate(each, width, after=length, device=ids.device)
+        places, _ = positions_of(policy.transformer, ids, mask, inputs)
         logits = model(
-            input_ids=torch.cat([prompt_ids[tokens.group], answers], dim=1),
+            input_ids=ids,
             attention_mask=mask,
-            position_ids=positions(mask),
+            position_ids=places,
             use_cache=False,
             logits_to_keep=length + 1,
+            **inputs,
         ).logits[:, :-1]
         return logits[tokens.answer_mask.bool()]
+    inputs = collate(tokens.images, width, device=prompt_ids.device)
+    places, further = positions_of(policy.transformer, prompt_ids, prompt_mask, inputs)
     first = model(
         input_ids=prompt_ids,
         attention_mask=prompt_mask,
-        position_ids=positions(prompt_mask),
+        position_ids=places,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **inputs,
     ).logits[tokens.group]
     if length == 1:
         return first[tokens.answer_mask.bool()]
@@ -277,7 +295,7 @@ def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = 
     rest = model(
         input_ids=answers[:, :-1],
         attention_mask=seen,
-        position_ids=positions(seen)[:, prompt_ids.shape[1] :],
+        position_ids=positions(seen)[:, width:] + further[tokens.group],
         past_key_values=cache,
         use_cache=True,
     ).logits
