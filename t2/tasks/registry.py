@@ -14,7 +14,9 @@ from t2.tasks.humaneval import HumanEval
 from t2.tasks.jsonl import JsonlTask
 from t2.tasks.math import MATH
 from t2.tasks.mbpp_pro import MBPPPro
+from t2.tasks.okvqa import OKVQA
 from t2.tasks.reasoning_gym import ReasoningGym
+from t2.tasks.textvqa import TextVQA
 
 NAMED: dict[str, Callable[..., Task]] = {
     "arc-challenge": partial(ARC, "Challenge"),
@@ -23,6 +25,8 @@ NAMED: dict[str, Callable[..., Task]] = {
     "humaneval": HumanEval,
     "math": MATH,
     "mbpp-pro": MBPPPro,
+    "okvqa": OKVQA,
+    "textvqa": TextVQA,
 }
 FAMILIES: dict[str, tuple[str, Callable[..., Task]]] = {
     "reasoning-gym": ("TASK", ReasoningGym),

@@ -265,7 +265,7 @@ def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = 
     if cache is None:
         mask = torch.cat([prompt_mask[tokens.group], tokens.answer_mask], dim=1)
         ids = torch.cat([prompt_ids[tokens.group], answers], dim=1)
-        each = [tokens.images[row] for row in tokens.group.tolist()]
+        each = [tokens.images[row] for row in tokens.group.tolist()] if tokens.images else []
         inputs = collate(each, width, after=length, device=ids.device)
         places, _ = positions_of(policy.transformer, ids, mask, inputs)
         logits = model(
