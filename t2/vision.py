@@ -44,6 +44,13 @@ def encode_prompt(problem: Problem, tokenizer: Tokenizer) -> tuple[Tensor, Image
     return batch["input_ids"][0], inputs if problem.images else {}
 
 
+def prompt_batch(problems: Sequence[Problem], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The prompts of several problems as one batch for `generate`, padded as the tokenizer pads."""
+    encoded = [encode_prompt(problem, tokenizer) for problem in problems]
+    padded = tokenizer_of(tokenizer).pad({"input_ids": [ids.tolist() for ids, _ in encoded]}, return_tensors="pt")
+    return dict(padded) | collate([inputs for _, inputs in encoded], padded["input_ids"].shape[1])
+
+
 def collate(inputs: Sequence[ImageInputs], width: int, after: int = 0, device: Any = "cpu") -> dict[str, Tensor]:
     """The image inputs of several prompts as those of one batch; empty if none has any.
 

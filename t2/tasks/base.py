@@ -29,6 +29,12 @@ class Problem:
     images: tuple[Any, ...] = ()
 
 
+def user_message(text: str, images: int = 0) -> dict[str, Any]:
+    """The user's words, behind so many images."""
+    parts = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
+    return {"role": "user", "content": parts if images else text}
+
+
 class Task(ABC):
     """A set of problems with a metric. Splits are the same in every process and at every call."""
 

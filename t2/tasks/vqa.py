@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from t2.tasks.base import Problem, Split
+from t2.tasks.base import Problem, Split, user_message
 from t2.tasks.data import Data, Row
 from t2.tasks.images import StoredImage
 from t2.tasks.official import DatasetTask, check_split
@@ -152,10 +152,9 @@ class VQATask(DatasetTask):
         if len(answers) < 2 or not all(isinstance(each, str) for each in answers):
             raise row.error("answers", "the answers of two or more people", given)
         lines = [self.question(row), *([self.instruction] if self.instruction else [])]
-        content = [{"type": "image"}, {"type": "text", "text": "\n".join(lines)}]
         image = replace(self._image(row), key=self.image_key(row))
         solution = Counter(answers).most_common(1)[0][0]
-        return Problem(({"role": "user", "content": content},), tuple(answers), solution, (image,))
+        return Problem((user_message("\n".join(lines), images=1),), tuple(answers), solution, (image,))
 
     def _image(self, row: Row) -> StoredImage:
         image = row.fields.get("image")

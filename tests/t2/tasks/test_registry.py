@@ -13,6 +13,8 @@ def test_every_name_is_known():
         "humaneval",
         "math",
         "mbpp-pro",
+        "okvqa",
+        "textvqa",
         "reasoning-gym:TASK",
         "jsonl:PATH",
     ]
