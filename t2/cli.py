@@ -125,6 +125,10 @@ def generate(
         tuple[str, ...],
         tyro.conf.arg(metavar="NAME=TEXT ...", help="What the experts given by name are for, a line each."),
     ] = (),
+    image: Annotated[
+        tuple[Path, ...],
+        tyro.conf.arg(help="One image file for all prompts, or one for each, for a model that reads images."),
+    ] = (),
     dtype: Storage = "float32",
     max_new_tokens: int = 64,
     sample: bool = False,
@@ -153,22 +157,27 @@ def generate(
     if bank is not None or experts or domains:
         raise ValueError("adapt: expected prompt or classifier beside a bank, got none")
 
-    from t2.demo import chat_batch
     from t2.experts import Expert
-    from t2.loading import load
+    from t2.loading import load, tokenizer_of
     from t2.model import SVFConfig, SVFModel
+    from t2.tasks.base import Problem, user_message
+    from t2.vision import prompt_batch
 
-    if len(expert) not in (0, 1, len(prompt)):
-        raise ValueError(f"expert: expected none, one, or one for each of {len(prompt)} prompts, got {len(expert)}")
+    for name, given in (("expert", expert), ("image", image)):
+        if len(given) not in (0, 1, len(prompt)):
+            raise ValueError(f"{name}: expected none, one, or one for each of {len(prompt)} prompts, got {len(given)}")
     loaded, tokenizer = load(model)
     svf = SVFModel(loaded, SVFConfig(dtype=getattr(torch, dtype)))
     for path in set(expert):
         svf.add_expert(str(path), Expert.load(path))
-    batch = chat_batch(tokenizer, list(prompt))
+    files = list(image) * (len(prompt) if len(image) == 1 else 1)
+    images = [tuple(files[i : i + 1]) for i in range(len(prompt))]
+    problems = [Problem((user_message(text, len(own)),), images=own) for text, own in zip(prompt, images, strict=True)]
+    batch = prompt_batch(problems, tokenizer)
     names = [str(path) for path in expert] * (len(prompt) if len(expert) == 1 else 1) or None
     out = svf.generate(**batch, experts=names, max_new_tokens=max_new_tokens, do_sample=sample)
     for text, row in zip(prompt, out[:, batch["input_ids"].shape[1] :], strict=True):
-        print(f"> {text}\n{str(tokenizer.decode(row, skip_special_tokens=True)).strip()}\n")
+        print(f"> {text}\n{str(tokenizer_of(tokenizer).decode(row, skip_special_tokens=True)).strip()}\n")
     return 0
 
 

@@ -16,7 +16,9 @@ from t2.tasks.jsonl import JsonlTask
 from t2.tasks.math import MATH
 from t2.tasks.mbpp_pro import MBPPPro
 from t2.tasks.mixture import Mixture
+from t2.tasks.okvqa import OKVQA
 from t2.tasks.reasoning_gym import ReasoningGym
+from t2.tasks.textvqa import TextVQA
 
 
 def classify(tasks: Mapping[str, Mapping[str, Any]], domains: Mapping[str, str], **options: Any) -> Classification:
@@ -45,6 +47,8 @@ NAMED: dict[str, Callable[..., Task]] = {
     "math": MATH,
     "mbpp-pro": MBPPPro,
     "mixture": mixture,
+    "okvqa": OKVQA,
+    "textvqa": TextVQA,
 }
 FAMILIES: dict[str, tuple[str, Callable[..., Task]]] = {
     "reasoning-gym": ("TASK", ReasoningGym),

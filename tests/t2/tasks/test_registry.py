@@ -15,10 +15,12 @@ def test_every_name_is_known():
         "math",
         "mbpp-pro",
         "mixture",
+        "okvqa",
+        "textvqa",
         "reasoning-gym:TASK",
         "jsonl:PATH",
     ]
-    for name in set(tasks.names()[:8]) - {"classify", "mixture"}:
+    for name in set(tasks.names()[:10]) - {"classify", "mixture"}:
         task = tasks.get(name)
         assert task.name == name and task.max_new_tokens > 0
 
