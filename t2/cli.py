@@ -15,6 +15,13 @@ from rich.table import Table
 from t2.training.options import TrainOptions
 
 Storage = Literal["float32", "bfloat16", "float16", "int8"]
+ModelDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], tyro.conf.arg(help="Of the model around the factors; targets too.")
+]
+Stream = Annotated[
+    Literal["auto", "yes", "no"],
+    tyro.conf.arg(help="Read one matrix at a time, never the dense model; auto: from local folders with shards."),
+]
 Targets = Annotated[
     tuple[str, ...],
     tyro.conf.arg(help="all-linear, attention, mlp, one regular expression, or several name suffixes"),
@@ -56,6 +63,8 @@ def decompose(
     target_modules: Targets = ("all-linear",),
     cache_dir: Path | None = None,
     verify: bool = False,
+    model_dtype: ModelDtype = "float32",
+    stream: Stream = "auto",
 ) -> int:
     """Decompose every target matrix of a model into the cache. Continues where an interrupted run stopped.
 
@@ -67,20 +76,18 @@ def decompose(
         cache_dir: Folder of the cache.
         verify: Read every file back and check it against its weight.
     """
-    from t2.loading import load
+    from t2.streaming import target_weights
     from t2.svd import FactorCache, decompose_weights
-    from t2.targets import select_targets, weight_matrix
 
     out, cache = Console(), FactorCache(cache_dir)
-    loaded, _ = load(model)
-    targets = select_targets(loaded, _target_modules(target_modules))
-    done = decompose_weights({name: weight_matrix(layer) for name, layer in targets.items()}, cache)
+    weights = target_weights(model, _target_modules(target_modules), stream=stream, dtype=getattr(torch, model_dtype))
+    done = decompose_weights(weights, cache)
     if verify:
         for entry in done.values():
             cache.verify(entry.key)
     shapes: dict[tuple[int, int], list[str]] = {}
-    for name, layer in targets.items():
-        rows, columns = weight_matrix(layer).shape
+    for name, weight in weights.items():
+        rows, columns = weight.shape
         shapes.setdefault((rows, columns), []).append(name)
     table = Table("matrices", "out x in", "rank", "largest relative error", "new", "seconds each")
     for (rows, columns), names in shapes.items():
@@ -112,6 +119,8 @@ def generate(
     dtype: Storage = "float32",
     max_new_tokens: int = 64,
     sample: bool = False,
+    model_dtype: ModelDtype = "float32",
+    stream: Stream = "auto",
 ) -> int:
     """Answer prompts in one batch, each with its own expert.
 
@@ -125,13 +134,13 @@ def generate(
     """
     from t2.demo import chat_batch
     from t2.experts import Expert
-    from t2.loading import load
-    from t2.model import SVFConfig, SVFModel
+    from t2.model import SVFConfig
+    from t2.streaming import load_svf
 
     if len(expert) not in (0, 1, len(prompt)):
         raise ValueError(f"expert: expected none, one, or one for each of {len(prompt)} prompts, got {len(expert)}")
-    loaded, tokenizer = load(model)
-    svf = SVFModel(loaded, SVFConfig(dtype=getattr(torch, dtype)))
+    config = SVFConfig(dtype=getattr(torch, dtype))
+    svf, tokenizer = load_svf(model, config, stream=stream, dtype=getattr(torch, model_dtype))
     for path in set(expert):
         svf.add_expert(str(path), Expert.load(path))
     batch = chat_batch(tokenizer, list(prompt))

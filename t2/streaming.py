@@ -6,14 +6,14 @@ dense is the rest: embeddings, norms, biases, the output embedding. The result i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ from t2.loading import ALIASES, alias_file, convert_gguf, load, padded_left
 from t2.model import SVFConfig, SVFModel
 from t2.shards import Lazy, Shards, StoredWeight, is_sharded
 from t2.storage import FileFormatError
-from t2.targets import Linear, select_targets
+from t2.targets import Linear, select_targets, weight_matrix
 
 Stream = Literal["auto", "yes", "no"]
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
@@ -90,6 +90,16 @@ def load_factored(
     model.name_or_path = model.config._name_or_path = str(name_or_path)
     tokenizer = padded_left(AutoTokenizer.from_pretrained(str(checkpoint.folder)))
     return SVFModel(model, config, weights=weights), tokenizer
+
+
+def target_weights(
+    name_or_path: str | Path, target_modules: str | Sequence[str], *, stream: Stream = "auto", dtype: torch.dtype
+) -> Mapping[str, Tensor | StoredWeight]:
+    """The target matrices [out, in] of a model by module name, as `decompose_weights` takes them; `stream` as above."""
+    if streams(name_or_path, stream):
+        return Checkpoint(checkpoint_folder(name_or_path), dtype).weights(target_modules)
+    model, _ = load(name_or_path, dtype=dtype)
+    return {name: weight_matrix(layer) for name, layer in select_targets(model, target_modules).items()}
 
 
 def checkpoint_folder(name_or_path: str | Path) -> Path:

@@ -91,3 +91,21 @@ def test_compare_row_lets_only_ties_differ():
     assert not tie.equal and tie.passed and tie.ties[0][0] == 1
     wrong = compare_row(merged, own, torch.tensor([0, 0, 0]), "x")
     assert not wrong.equal and not wrong.passed
+
+
+def test_sharded_models_are_read_matrix_by_matrix(folder, cache, tmp_path, capsys, monkeypatch):
+    sharded = tmp_path / "sharded"
+    model, tokenizer = t2.load(folder)
+    model.save_pretrained(sharded, max_shard_size="3KB")
+    tokenizer.save_pretrained(sharded)
+    assert run("generate", sharded, "--prompt", "a b", "--max-new-tokens", 4, "--stream", "no") == 0
+    whole = capsys.readouterr().out
+    files = {path.name for path in (cache / "factors").iterdir()}
+    monkeypatch.setattr("t2.streaming.load", None)  # not called
+    assert run("decompose", sharded, "--verify") == 0
+    assert "14 matrices" in capsys.readouterr().out
+    assert run("generate", sharded, "--prompt", "a b", "--max-new-tokens", 4) == 0
+    assert capsys.readouterr().out == whole
+    assert {path.name for path in (cache / "factors").iterdir()} == files
+    assert run("decompose", sharded, "--model-dtype", "bfloat16") == 0
+    assert len(list((cache / "factors").iterdir())) == 28
