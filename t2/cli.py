@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from t2.sizes import Work
 from t2.training.options import TrainOptions
 
 Storage = Literal["float32", "bfloat16", "float16", "int8"]
@@ -65,17 +67,28 @@ def decompose(
     verify: bool = False,
     model_dtype: ModelDtype = "float32",
     stream: Stream = "auto",
+    plan: bool = False,
+    work: tyro.conf.OmitArgPrefixes[Work] = Work(),  # noqa: B008  # frozen
+    json: Path | None = None,
 ) -> int:
     """Decompose every target matrix of a model into the cache. Continues where an interrupted run stopped.
 
     Example: t2 decompose smollm2-135m-instruct --target-modules q_proj v_proj
+    With --plan, nothing is read but the config: t2 decompose config.json --plan --model-dtype bfloat16
 
     Args:
-        model: Alias, Hub id, local folder or GGUF file.
+        model: Alias, Hub id, local folder or GGUF file; with --plan also a config.json.
         target_modules: Which layers.
         cache_dir: Folder of the cache.
         verify: Read every file back and check it against its weight.
+        plan: Only show what the model would take: disk, memory, time, and the GPUs it could be served and trained on.
+        work: Sizes of a training step, for the plan.
+        json: File for the plan as JSON, in bytes and seconds.
     """
+    if plan:
+        return _show_plan(model, _target_modules(target_modules), getattr(torch, model_dtype), work, json)
+    if json is not None:
+        raise ValueError("json: expected none without --plan")
     from t2.streaming import target_weights
     from t2.svd import FactorCache, decompose_weights
 
@@ -105,6 +118,19 @@ def decompose(
     total = sum(entry.rank for entry in done.values())
     checked = ", each read back and checked" if verify else ""
     out.print(f"{len(done)} matrices in {cache.directory}{checked}; an expert is {total:,} numbers")
+    return 0
+
+
+def _show_plan(model: str, targets: str | list[str], dtype: torch.dtype, work: Work, path: Path | None) -> int:
+    from t2.footprint import footprint
+    from t2.footprint_tables import show
+    from t2.sizes import Rates
+    from t2kernels.files import write_text
+
+    plan = footprint(model, targets, dtype=dtype, rates=Rates.measure())
+    show(plan, work, Console())
+    if path is not None:
+        write_text(path, dumps(plan.to_dict(work), indent=1) + "\n")
     return 0
 
 

@@ -102,8 +102,11 @@ def target_weights(
     return {name: weight_matrix(layer) for name, layer in select_targets(model, target_modules).items()}
 
 
-def checkpoint_folder(name_or_path: str | Path) -> Path:
-    """The local folder of a model that `t2.load` knows, downloaded or converted where need be."""
+def checkpoint_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of a model that `t2.load` knows, downloaded or converted where need be.
+
+    `weights`: whether a Hub model's are wanted beside its config.
+    """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -111,10 +114,10 @@ def checkpoint_folder(name_or_path: str | Path) -> Path:
         return convert_gguf(path)
     if name in ALIASES:
         file = alias_file(ALIASES[name])
-        return convert_gguf(file) if file else checkpoint_folder(ALIASES[name].hub_id)
+        return convert_gguf(file) if file else checkpoint_folder(ALIASES[name].hub_id, weights=weights)
     if path.exists() or isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"model folder {path} does not exist")
-    return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    return Path(snapshot_download(name, allow_patterns=[*FILES] if weights else ["config.json"]))
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -128,13 +128,16 @@ def groups_of_one_input(names: Iterable[str]) -> list[list[str]]:
     return groups
 
 
-def other_linears(model: nn.Module) -> dict[str, Linear]:
-    """The nn.Linear and Conv1D layers that are still in the model, the output embedding among them."""
+def other_linears(model: nn.Module, *, on_meta: bool = False) -> dict[str, Linear]:
+    """The nn.Linear and Conv1D layers that are still in the model, the output embedding among them.
+
+    `on_meta`: those on the meta device instead of those in memory.
+    """
     return {
         name: module
         for name, module in model.named_modules()
         if name
         and type(module) in (nn.Linear, Conv1D)
-        and not module.weight.is_meta
+        and module.weight.is_meta == on_meta
         and module.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
