@@ -164,7 +164,7 @@ class Footprint:
         """Of the base, the policy's before and after joining and choosing tokens; or, in the loss, base, policy and
         gradient with its float32 temporaries of some rows."""
         row, e = self.architecture.vocabulary, self.dtype.itemsize
-        temporaries = (4 if e == 4 else 5) * 4 * min(tokens, LOSS_ROWS)
+        temporaries = (5 if e == 4 else 6) * 4 * min(tokens, LOSS_ROWS)
         return row * max(4 * tokens * e, 3 * tokens * e + temporaries)
 
     def rollout(self, work: Work) -> float:
