@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import t2
 from t2 import svd
+from t2.footprint import footprint
 from t2.shards import INDEX, StoredWeight
+from t2.sizes import decompose_bytes
 from t2.storage import FileFormatError
 from t2.streaming import Checkpoint, load_svf, streams
 from tests.t2.conftest import CONFIGS
+from tests.t2.live_bytes import LiveBytes
 from tests.t2.test_model import add_random_experts, assert_same_state, prompts, state
 
 
@@ -143,6 +146,23 @@ def test_one_large_matrix_at_a_time(tmp_path, checkpoint, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert most[0] == 1 and alive[0] == 0
+
+
+def test_the_dense_model_is_never_in_memory(tmp_path, checkpoint):
+    """Tensors that loading holds at most, beside what decomposing one matrix takes (the test above)."""
+    path = checkpoint("llama", torch.bfloat16, "64KB", num_hidden_layers=12, hidden_size=96, intermediate_size=256)
+    options = config(tmp_path, dtype=torch.int8)
+    peaks = {}
+    for way in ("yes", "no", "yes"):  # the first fills the cache
+        with LiveBytes() as live:
+            svf, _ = load_svf(path, options, stream=way)
+        peaks[way] = live.peak
+    weights = [target.layer.weight for target in svf._targets.values()]
+    dense = sum(4 * w.in_features * w.out_features for w in weights)
+    plan = footprint(path, dtype=torch.float32)
+    bound = plan.serving(torch.int8) + decompose_bytes(256, 96, torch.float32)
+    print(peaks, bound, dense, plan.serving(torch.int8))
+    assert peaks["yes"] <= bound < dense + plan.serving(torch.int8) <= 1.1 * peaks["no"]
 
 
 def test_an_interrupted_decomposition_goes_on(tmp_path, checkpoint, monkeypatch):
