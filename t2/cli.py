@@ -14,10 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from t2.adaptation.search import FewShotOptions
+from t2.sizes import Work
 from t2.training.options import TrainOptions
 from t2kernels.files import write_text
 
 Storage = Literal["float32", "bfloat16", "float16", "int8"]
+ModelDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], tyro.conf.arg(help="Of the model around the factors; targets too.")
+]
+Stream = Annotated[
+    Literal["auto", "yes", "no"],
+    tyro.conf.arg(help="Read one matrix at a time, never the dense model; auto: from local folders with shards."),
+]
 Targets = Annotated[
     tuple[str, ...],
     tyro.conf.arg(help="all-linear, attention, mlp, one regular expression, or several name suffixes"),
@@ -65,31 +73,42 @@ def decompose(
     target_modules: Targets = ("all-linear",),
     cache_dir: Path | None = None,
     verify: bool = False,
+    model_dtype: ModelDtype = "float32",
+    stream: Stream = "auto",
+    plan: bool = False,
+    work: tyro.conf.OmitArgPrefixes[Work] = Work(),  # noqa: B008  # frozen
+    json: Path | None = None,
 ) -> int:
     """Decompose every target matrix of a model into the cache. Continues where an interrupted run stopped.
 
     Example: t2 decompose smollm2-135m-instruct --target-modules q_proj v_proj
+    With --plan, nothing is read but the config: t2 decompose config.json --plan --model-dtype bfloat16
 
     Args:
-        model: Alias, Hub id, local folder or GGUF file.
+        model: Alias, Hub id, local folder or GGUF file; with --plan also a config.json.
         target_modules: Which layers.
         cache_dir: Folder of the cache.
         verify: Read every file back and check it against its weight.
+        plan: Only show what the model would take: disk, memory, time, and the GPUs it could be served and trained on.
+        work: Sizes of a training step, for the plan.
+        json: File for the plan as JSON, in bytes and seconds.
     """
-    from t2.loading import load
+    if plan:
+        return _show_plan(model, _target_modules(target_modules), getattr(torch, model_dtype), work, json)
+    if json is not None:
+        raise ValueError("json: expected none without --plan")
+    from t2.streaming import target_weights
     from t2.svd import FactorCache, decompose_weights
-    from t2.targets import select_targets, weight_matrix
 
     out, cache = Console(), FactorCache(cache_dir)
-    loaded, _ = load(model)
-    targets = select_targets(loaded, _target_modules(target_modules))
-    done = decompose_weights({name: weight_matrix(layer) for name, layer in targets.items()}, cache)
+    weights = target_weights(model, _target_modules(target_modules), stream=stream, dtype=getattr(torch, model_dtype))
+    done = decompose_weights(weights, cache)
     if verify:
         for entry in done.values():
             cache.verify(entry.key)
     shapes: dict[tuple[int, int], list[str]] = {}
-    for name, layer in targets.items():
-        rows, columns = weight_matrix(layer).shape
+    for name, weight in weights.items():
+        rows, columns = weight.shape
         shapes.setdefault((rows, columns), []).append(name)
     table = Table("matrices", "out x in", "rank", "largest relative error", "new", "seconds each")
     for (rows, columns), names in shapes.items():
@@ -107,6 +126,19 @@ def decompose(
     total = sum(entry.rank for entry in done.values())
     checked = ", each read back and checked" if verify else ""
     out.print(f"{len(done)} matrices in {cache.directory}{checked}; an expert is {total:,} numbers")
+    return 0
+
+
+def _show_plan(model: str, targets: str | list[str], dtype: torch.dtype, work: Work, path: Path | None) -> int:
+    from t2.footprint import footprint
+    from t2.footprint_tables import show
+    from t2.sizes import Rates
+    from t2kernels.files import write_text
+
+    plan = footprint(model, targets, dtype=dtype, rates=Rates.measure())
+    show(plan, work, Console())
+    if path is not None:
+        write_text(path, json.dumps(plan.to_dict(work), indent=1) + "\n")
     return 0
 
 
@@ -132,6 +164,8 @@ def generate(
     dtype: Storage = "float32",
     max_new_tokens: int = 64,
     sample: bool = False,
+    model_dtype: ModelDtype = "float32",
+    stream: Stream = "auto",
 ) -> int:
     """Answer prompts in one batch, each with its own expert: given, or chosen by a first pass.
 
@@ -158,16 +192,17 @@ def generate(
         raise ValueError("adapt: expected prompt or classifier beside a bank, got none")
 
     from t2.experts import Expert
-    from t2.loading import load, tokenizer_of
-    from t2.model import SVFConfig, SVFModel
+    from t2.loading import tokenizer_of
+    from t2.model import SVFConfig
+    from t2.streaming import load_svf
     from t2.tasks.base import Problem, user_message
     from t2.vision import prompt_batch
 
     for name, given in (("expert", expert), ("image", image)):
         if len(given) not in (0, 1, len(prompt)):
             raise ValueError(f"{name}: expected none, one, or one for each of {len(prompt)} prompts, got {len(given)}")
-    loaded, tokenizer = load(model)
-    svf = SVFModel(loaded, SVFConfig(dtype=getattr(torch, dtype)))
+    config = SVFConfig(dtype=getattr(torch, dtype))
+    svf, tokenizer = load_svf(model, config, stream=stream, dtype=getattr(torch, model_dtype))
     for path in set(expert):
         svf.add_expert(str(path), Expert.load(path))
     files = list(image) * (len(prompt) if len(image) == 1 else 1)

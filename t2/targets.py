@@ -55,11 +55,15 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
     }
 
 
-def select_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Linear]:
+def select_targets(
+    model: nn.Module, target_modules: str | Sequence[str], *, on_meta: bool = False
+) -> dict[str, Linear]:
     """The layers that `target_modules` names (see `SVFConfig`), in module order.
 
+    `on_meta`: whether their weights are on the meta device and come from elsewhere (`t2.streaming`).
+
     Raises ValueError where nothing, or a suffix of the list, matches; and for layers that can't be replaced: on the
-    meta device, or with a weight that another module shares.
+    meta device unless `on_meta`, or with a weight that another module shares.
     """
     layers = linear_layers(model)
     chosen = _match(layers, target_modules)
@@ -69,9 +73,11 @@ def select_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dic
             owners.setdefault(id(parameter), []).append(f"{module_name}.{parameter_name}".lstrip("."))
     devices = set()
     for name, layer in chosen.items():
-        if layer.weight.is_meta:
+        if layer.weight.is_meta != on_meta:
             raise ValueError(
-                f"model: expected weights in memory, got {name}.weight on the meta device; load the model first"
+                f"model: expected target weights on the meta device, got {name}.weight in memory"
+                if on_meta
+                else f"model: expected weights in memory, got {name}.weight on the meta device; load the model first"
             )
         if len(owners[id(layer.weight)]) > 1:
             raise ValueError(
@@ -145,8 +151,11 @@ def groups_of_one_input(names: Iterable[str]) -> list[list[str]]:
     return groups
 
 
-def other_linears(model: nn.Module) -> dict[str, Linear]:
-    """The nn.Linear and Conv1D layers that are still in the (language) model, the output embedding among them."""
+def other_linears(model: nn.Module, *, on_meta: bool = False) -> dict[str, Linear]:
+    """The nn.Linear and Conv1D layers that are still in the (language) model, the output embedding among them.
+
+    `on_meta`: those on the meta device instead of those in memory.
+    """
     head, within = output_embedding(model), language_modules(model)
     return {
         name: module
@@ -154,6 +163,6 @@ def other_linears(model: nn.Module) -> dict[str, Linear]:
         if name
         and (name in within or module is head)
         and type(module) in (nn.Linear, Conv1D)
-        and not module.weight.is_meta
+        and module.weight.is_meta == on_meta
         and module.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     }

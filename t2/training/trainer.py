@@ -26,12 +26,13 @@ from transformers import PreTrainedModel
 from t2.attention import new_cache
 from t2.evaluation import Evaluation, evaluate
 from t2.loading import Tokenizer, tokenizer_of
+from t2.model import SVFModel
 from t2.tasks import Problem, Task
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
 from t2.training.curves import Metrics, Row, plot
 from t2.training.guard import Guard
 from t2.training.options import TrainOptions
-from t2.training.policies import make_policy
+from t2.training.policies import make_policy, svf_config
 from t2.training.reinforce import TokenStatistics, advantages, policy_loss
 from t2.training.rollouts import (
     AnswerTokens,
@@ -66,7 +67,7 @@ class Trainer:
     up to the order in which gradients are added.
 
     Args:
-        model: from `t2.load`, changed in place.
+        model: from `t2.load`, changed in place; for the svf method also from `t2.load_factored`.
         tokenizer: its tokenizer, or its processor.
         task: problems and rewards.
         options: all knobs; `options.task` only names the task.
@@ -81,7 +82,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | SVFModel,
         tokenizer: Tokenizer,
         task: Task,
         options: TrainOptions,
@@ -524,9 +525,15 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 def train(model_name: str, options: TrainOptions, *, console: Console | None = None) -> Result:
     """Loads model and task by name and trains (`t2 train`). Raises as `t2.load`, `t2.tasks.get` and `Trainer` do."""
     from t2.loading import load
+    from t2.streaming import load_factored, streams
     from t2.tasks import get
 
     accelerator = make_accelerator(options)
     task = get(options.task, **json.loads(options.task_options))
-    model, tokenizer = load(model_name, device=accelerator.device)
+    dtype, device = getattr(torch, options.model_dtype), accelerator.device
+    model: PreTrainedModel | SVFModel
+    if options.method == "svf" and streams(model_name, options.stream):
+        model, tokenizer = load_factored(model_name, svf_config(options), dtype=dtype, device=device)
+    else:
+        model, tokenizer = load(model_name, dtype=dtype, device=device)
     return Trainer(model, tokenizer, task, options, accelerator=accelerator, console=console).run()
