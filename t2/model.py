@@ -41,12 +41,14 @@ class SVFConfig:
     """How a model is decomposed.
 
     target_modules: "all-linear" (all but the output embedding), "attention" or "mlp" (layers below a module so
-        named), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"].
+        named), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"]. Of a
+        model that reads images, only layers of its language model are meant.
     dtype: storage of the factors: float32, bfloat16, float16 or int8; None keeps each weight's own.
     bf16_products: lets activations be rounded to bfloat16 before they meet bfloat16 factors, where the processor has
         that dot product: twice the arithmetic, for a drift that `benchmarks/fidelity.py` measures.
     pack_others: whether linear layers beside the targets, the output embedding first of all, run on the same kernels
-        too, stored as `dtype` (as float16 where that is int8: logits come straight out of them).
+        too, stored as `dtype` (as float16 where that is int8: logits come straight out of them). What comes before the
+        language model of one that reads images is left as it is.
     cache: True keeps factors (and the base weights, which `merge` and `detach` need) in `cache_dir` instead of
         computing them at every start; False holds the base weights in memory beside the factors.
     cache_dir: folder of the cache; None is `t2kernels.files.cache_root() / "factors"`.

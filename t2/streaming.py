@@ -42,8 +42,9 @@ def load_svf(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[SVFModel, Tokenizer]:
-    """A model that is wrapped, and its tokenizer (or processor): by `load_factored`, or by `t2.load` and `SVFModel`; the same bits.
+    """A model that is wrapped, and its tokenizer or processor: by `load_factored`, or by `t2.load` and `SVFModel`.
 
+    Both give the same bits.
     `stream`: "auto" takes the first way for local folders with several shards, unless the model reads images.
     """
     if streams(name_or_path, stream):

@@ -35,7 +35,8 @@ class TrainOptions:
     objective: Objective = "policy-gradient"
     """REINFORCE on the task's reward (section 3.1), or the likelihood of its solutions (the paper's ablation)."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """all-linear, attention, mlp, one regular expression, or several name suffixes."""
+    """all-linear, attention, mlp, one regular expression, or several name suffixes: of the language model alone, where
+    the model reads images too."""
     dtype: Storage = "float32"
     """Storage of the factors (svf only)."""
     cold_start_steps: int = 0

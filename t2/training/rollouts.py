@@ -49,7 +49,7 @@ class Group:
     """A prompt and some answers to it, as token ids [length] without padding; an answer ends with its end token.
 
     `weights` are what the log-likelihood of each answer's tokens is multiplied with in the update, `counts` how many
-    drawn answers each one stands for, `images` what the model reads with the prompt beside its ids.
+    drawn answers each one stands for (1 if none are given), `images` what the model reads with the prompt beside its ids.
     """
 
     prompt: Tensor
@@ -57,6 +57,10 @@ class Group:
     weights: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
     images: ImageInputs = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            object.__setattr__(self, "counts", (1,) * len(self.answers))
 
     @property
     def longest(self) -> int:

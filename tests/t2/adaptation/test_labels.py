@@ -57,7 +57,7 @@ def test_different_first_tokens_take_one_pass(svf: t2.SVFModel):
     calls = []
     svf.model.register_forward_pre_hook(lambda _, __, given: calls.append(given["input_ids"].shape), with_kwargs=True)
     label_scores(svf, PROMPTS[:2], label_tokens(LABELS["first tokens differ"], toy_tokenizer()), pad_token=0)
-    assert calls == [(1, 3), (2, 3)]  # what both begin with, then the rest of each
+    assert calls == [(2, 6)]
 
 
 def test_labels_that_read_alike_are_refused():

@@ -34,7 +34,7 @@ def moved_policy(family: str, options: Any) -> tuple[Policy, Any]:
 def groups_of(processor: Any) -> tuple[Group, ...]:
     encoded = [encode_prompt(problem, processor) for problem in PROBLEMS]
     return tuple(
-        Group(ids, tuple(torch.tensor(a) for a in answers), (0.1,) * len(answers), inputs)
+        Group(ids, tuple(torch.tensor(a) for a in answers), (0.1,) * len(answers), (1,) * len(answers), inputs)
         for (ids, inputs), answers in zip(encoded, ANSWERS, strict=True)
     )
 
