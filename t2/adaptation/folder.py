@@ -21,6 +21,8 @@ from t2.storage import FileFormatError, atomic_directory
 from t2.tasks.classify import Domain, Domains, as_domains
 from t2kernels.files import write_text
 
+SHIPPED = Path(__file__).parent.parent / "banks"
+"""Banks that come with the package, a folder for each model."""
 FORMAT, FORMAT_VERSION = "t2-bank-folder", "1"
 CLASSIFIER = "classifier"
 
@@ -41,14 +43,21 @@ class BankFolder:
             svf.add_expert(CLASSIFIER, self.classifier)
 
 
+def bank_path(path: str | Path) -> Path:
+    """The folder itself, or the one of the bank with this name that comes with the package."""
+    folder = Path(path).expanduser()
+    shipped = SHIPPED / str(path)
+    return shipped if not folder.exists() and (shipped / "domains.json").is_file() else folder
+
+
 def load_bank_folder(path: str | Path) -> BankFolder:
-    """Reads a folder that `save_bank_folder` wrote, or one made by hand.
+    """Reads a folder that `save_bank_folder` wrote, one made by hand, or a bank that comes with the package, by name.
 
     Raises:
         FileNotFoundError: the folder, its domains.json, or an expert's file is not there.
         FileFormatError: a file is not what it should be, or the experts are of different bases.
     """
-    folder = Path(path).expanduser()
+    folder = bank_path(path)
     described = folder / "domains.json"
     if not described.is_file():
         raise FileNotFoundError(f"bank: expected a folder with domains.json, got {folder}")

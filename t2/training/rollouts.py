@@ -49,7 +49,7 @@ class Group:
     """A prompt and some answers to it, as token ids [length] without padding; an answer ends with its end token.
 
     `weights` are what the log-likelihood of each answer's tokens is multiplied with in the update, `counts` how many
-    drawn answers each one stands for (1 if none are given), `images` what the model reads with the prompt beside its ids.
+    drawn answers each one stands for (1 if none are given), `images` what the model reads beside the ids.
     """
 
     prompt: Tensor
