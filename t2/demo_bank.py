@@ -26,7 +26,7 @@ NEW_TOKENS = 16
 
 
 def bank_tasks(folder: Path) -> dict[str, Task]:
-    """What each expert of a bank was trained on: `tasks.json`, {domain: {"name": ..., and the options of that task}}."""
+    """What the experts of a bank were trained on: `tasks.json`, {domain: {"name": ..., and options of that task}}."""
     return {domain: get(**task) for domain, task in json.loads((folder / "tasks.json").read_text()).items()}
 
 
