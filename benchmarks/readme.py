@@ -451,6 +451,78 @@ def training_speed() -> str:
     )
 
 
+def experts_trained() -> str:
+    """One row for each expert that was trained."""
+    results = read("training.json")
+    rows = []
+    for name, run in results["runs"].items():
+        if name.startswith("compare-"):
+            continue
+        scores = [run["curve"][0]["base"], *(row["validation"] for row in run["curve"] if "validation" in row)]
+        rows.append(
+            [
+                name,
+                percent(run["base"]),
+                f"**{percent(run['best'])}**",
+                f"{run['best']['step']} of {run['steps']}",
+                f"{max(scores):.0%}, {scores[-1]:.0%}",
+                f"{run['training_seconds'] / 60:.1f}",
+            ]
+        )
+    head = ["task and seed", "base", "trained", "best step", "validation: best, last", "minutes"]
+    machine, settings = results["machine"], next(iter(results["runs"].values()))
+    return (
+        f"Right answers to {settings['test_problems']} test problems with 95% intervals; base and expert with the same "
+        f"storage, {settings['options']['dtype']}; {machine['threads']} cores of {machine['processor']} "
+        "(`python benchmarks/train_experts.py`):\n\n" + table(head, rows)
+    )
+
+
+def experts_compared() -> str:
+    """One row for each variant, its seeds side by side."""
+    results = read("training.json")["runs"]
+    seconds = {name: read("training-speed.json")["methods"][of] for name, of in METHOD_OF.items()}
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for name, run in results.items():
+        if name.startswith("compare-"):
+            variants.setdefault(name.removeprefix("compare-").rpartition("-")[0], []).append(run)
+    rows = [
+        [
+            NAME_OF[name],
+            ", ".join(f"{run['best']['accuracy']:.1%}" for run in runs),
+            f"{runs[0]['trainable']:,}",
+            f"{statistics.median(seconds[name]['seconds']):.1f}" if name in seconds else "",
+            f"{seconds[name]['peak_anonymous_bytes'] / 1e6:,.0f}" if name in seconds else "",
+        ]
+        for name, runs in variants.items()
+    ]
+    options = next(iter(variants.values()))[0]["options"]
+    head = ["trained", "right, by seed", "numbers learnt", "s a step", "peak, MB"]
+    return (
+        f"{options['steps']} steps of {options['prompts_per_step']} prompts, {options['cold_start_steps']} of them on "
+        f"solutions where both are used, else {options['samples_per_prompt']} answers a prompt; "
+        "the base has "
+        f"{next(iter(variants.values()))[0]['base']['accuracy']:.1%}. Seconds and memory as above, where the methods "
+        "took turns:\n\n" + table(head, rows)
+    )
+
+
+NAME_OF = {
+    "svf": "SVF, all layers",
+    "lora": "LoRA r=16 (PEFT), all layers",
+    "mlp": "SVF, MLP alone",
+    "attention": "SVF, attention alone",
+    "rewards-alone": "SVF, rewards alone",
+    "solutions-alone": "SVF, solutions alone",
+}
+METHOD_OF = {"svf": "SVF", "lora": "LoRA r=16 (PEFT)", "mlp": "SVF, MLP alone", "attention": "SVF, attention alone"}
+
+
+def percent(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['accuracy']:.1%} ({100 * low:.0f} to {100 * high:.0f})"
+
+
 def sandbox() -> str:
     """One row for each program: what happened under the first tool, and whether each of them stopped it."""
     results = read("sandbox.json")
@@ -542,7 +614,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "nvcc-compile": nvcc_compile,
         "triton-compile": triton_compile,
     },
-    "docs/training.md": {"training-speed": training_speed},
+    "docs/training.md": {
+        "experts-trained": experts_trained,
+        "training-speed": training_speed,
+        "experts-compared": experts_compared,
+    },
     "docs/transfer.md": {"transfer": transfer},
     "docs/tasks.md": {"sandbox": sandbox, "humaneval": humaneval},
 }

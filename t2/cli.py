@@ -13,13 +13,28 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from t2.adaptation.search import FewShotOptions
+from t2.sizes import Work
 from t2.training.options import TrainOptions
 from t2kernels.files import write_text
 
 Storage = Literal["float32", "bfloat16", "float16", "int8"]
+ModelDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], tyro.conf.arg(help="Of the model around the factors; targets too.")
+]
+Stream = Annotated[
+    Literal["auto", "yes", "no"],
+    tyro.conf.arg(help="Read one matrix at a time, never the dense model; auto: from local folders with shards."),
+]
 Targets = Annotated[
     tuple[str, ...],
     tyro.conf.arg(help="all-linear, attention, mlp, one regular expression, or several name suffixes"),
+]
+
+Bank = Annotated[Path | None, tyro.conf.arg(help="Folder with experts and domains.json (docs/adaptation.md).")]
+NamedExperts = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(metavar="NAME=FILE ...", help="Experts, in place of a bank; 'classifier' is the one of pass one."),
 ]
 
 app = tyro.extras.SubcommandApp()
@@ -58,31 +73,42 @@ def decompose(
     target_modules: Targets = ("all-linear",),
     cache_dir: Path | None = None,
     verify: bool = False,
+    model_dtype: ModelDtype = "float32",
+    stream: Stream = "auto",
+    plan: bool = False,
+    work: tyro.conf.OmitArgPrefixes[Work] = Work(),  # noqa: B008  # frozen
+    json: Path | None = None,
 ) -> int:
     """Decompose every target matrix of a model into the cache. Continues where an interrupted run stopped.
 
     Example: t2 decompose smollm2-135m-instruct --target-modules q_proj v_proj
+    With --plan, nothing is read but the config: t2 decompose config.json --plan --model-dtype bfloat16
 
     Args:
-        model: Alias, Hub id, local folder or GGUF file.
+        model: Alias, Hub id, local folder or GGUF file; with --plan also a config.json.
         target_modules: Which layers.
         cache_dir: Folder of the cache.
         verify: Read every file back and check it against its weight.
+        plan: Only show what the model would take: disk, memory, time, and the GPUs it could be served and trained on.
+        work: Sizes of a training step, for the plan.
+        json: File for the plan as JSON, in bytes and seconds.
     """
-    from t2.loading import load
+    if plan:
+        return _show_plan(model, _target_modules(target_modules), getattr(torch, model_dtype), work, json)
+    if json is not None:
+        raise ValueError("json: expected none without --plan")
+    from t2.streaming import target_weights
     from t2.svd import FactorCache, decompose_weights
-    from t2.targets import select_targets, weight_matrix
 
     out, cache = Console(), FactorCache(cache_dir)
-    loaded, _ = load(model)
-    targets = select_targets(loaded, _target_modules(target_modules))
-    done = decompose_weights({name: weight_matrix(layer) for name, layer in targets.items()}, cache)
+    weights = target_weights(model, _target_modules(target_modules), stream=stream, dtype=getattr(torch, model_dtype))
+    done = decompose_weights(weights, cache)
     if verify:
         for entry in done.values():
             cache.verify(entry.key)
     shapes: dict[tuple[int, int], list[str]] = {}
-    for name, layer in targets.items():
-        rows, columns = weight_matrix(layer).shape
+    for name, weight in weights.items():
+        rows, columns = weight.shape
         shapes.setdefault((rows, columns), []).append(name)
     table = Table("matrices", "out x in", "rank", "largest relative error", "new", "seconds each")
     for (rows, columns), names in shapes.items():
@@ -103,6 +129,19 @@ def decompose(
     return 0
 
 
+def _show_plan(model: str, targets: str | list[str], dtype: torch.dtype, work: Work, path: Path | None) -> int:
+    from t2.footprint import footprint
+    from t2.footprint_tables import show
+    from t2.sizes import Rates
+    from t2kernels.files import write_text
+
+    plan = footprint(model, targets, dtype=dtype, rates=Rates.measure())
+    show(plan, work, Console())
+    if path is not None:
+        write_text(path, json.dumps(plan.to_dict(work), indent=1) + "\n")
+    return 0
+
+
 @app.command
 def generate(
     model: tyro.conf.Positional[str],
@@ -111,36 +150,69 @@ def generate(
         tuple[Path, ...],
         tyro.conf.arg(help="One expert file for all prompts, or one for each; none is the base."),
     ] = (),
+    adapt: Literal["prompt", "classifier"] | None = None,
+    bank: Bank = None,
+    experts: NamedExperts = (),
+    domains: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAME=TEXT ...", help="What the experts given by name are for, a line each."),
+    ] = (),
+    image: Annotated[
+        tuple[Path, ...],
+        tyro.conf.arg(help="One image file for all prompts, or one for each, for a model that reads images."),
+    ] = (),
     dtype: Storage = "float32",
     max_new_tokens: int = 64,
     sample: bool = False,
+    model_dtype: ModelDtype = "float32",
+    stream: Stream = "auto",
 ) -> int:
-    """Answer prompts in one batch, each with its own expert.
+    """Answer prompts in one batch, each with its own expert: given, or chosen by a first pass.
 
     Example: t2 generate smollm2-135m-instruct --prompt "Add 2 and 3." "Hello!" --expert math.safetensors my.safetensors
 
+    Example: t2 generate smollm2-135m-instruct --prompt "Add 2 and 3." "Hello!" --bank experts/mine --adapt classifier
+
     Args:
         model: Alias, Hub id, local folder or GGUF file.
+        adapt: Let a first pass choose from the bank: the base asked for each prompt's domain, or an expert for that.
         dtype: Storage of the factors.
         max_new_tokens: Longest answer.
         sample: Sample instead of taking the likeliest token.
     """
-    from t2.demo import chat_batch
-    from t2.experts import Expert
-    from t2.loading import load
-    from t2.model import SVFConfig, SVFModel
+    if adapt is not None:
+        from t2.adaptation.command import answer, open_bank
 
-    if len(expert) not in (0, 1, len(prompt)):
-        raise ValueError(f"expert: expected none, one, or one for each of {len(prompt)} prompts, got {len(expert)}")
-    loaded, tokenizer = load(model)
-    svf = SVFModel(loaded, SVFConfig(dtype=getattr(torch, dtype)))
+        if expert:
+            raise ValueError("expert: expected none with adapt, which chooses from --bank or --experts")
+        chosen = open_bank(bank, experts, domains)
+        answer(model, prompt, chosen, adapt, dtype=dtype, max_new_tokens=max_new_tokens, sample=sample)
+        return 0
+    if bank is not None or experts or domains:
+        raise ValueError("adapt: expected prompt or classifier beside a bank, got none")
+
+    from t2.experts import Expert
+    from t2.loading import tokenizer_of
+    from t2.model import SVFConfig
+    from t2.streaming import load_svf
+    from t2.tasks.base import Problem, user_message
+    from t2.vision import prompt_batch
+
+    for name, given in (("expert", expert), ("image", image)):
+        if len(given) not in (0, 1, len(prompt)):
+            raise ValueError(f"{name}: expected none, one, or one for each of {len(prompt)} prompts, got {len(given)}")
+    config = SVFConfig(dtype=getattr(torch, dtype))
+    svf, tokenizer = load_svf(model, config, stream=stream, dtype=getattr(torch, model_dtype))
     for path in set(expert):
         svf.add_expert(str(path), Expert.load(path))
-    batch = chat_batch(tokenizer, list(prompt))
-    experts = [str(path) for path in expert] * (len(prompt) if len(expert) == 1 else 1) or None
-    out = svf.generate(**batch, experts=experts, max_new_tokens=max_new_tokens, do_sample=sample)
+    files = list(image) * (len(prompt) if len(image) == 1 else 1)
+    images = [tuple(files[i : i + 1]) for i in range(len(prompt))]
+    problems = [Problem((user_message(text, len(own)),), images=own) for text, own in zip(prompt, images, strict=True)]
+    batch = prompt_batch(problems, tokenizer)
+    names = [str(path) for path in expert] * (len(prompt) if len(expert) == 1 else 1) or None
+    out = svf.generate(**batch, experts=names, max_new_tokens=max_new_tokens, do_sample=sample)
     for text, row in zip(prompt, out[:, batch["input_ids"].shape[1] :], strict=True):
-        print(f"> {text}\n{str(tokenizer.decode(row, skip_special_tokens=True)).strip()}\n")
+        print(f"> {text}\n{str(tokenizer_of(tokenizer).decode(row, skip_special_tokens=True)).strip()}\n")
     return 0
 
 
@@ -253,6 +325,53 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name}: expected a JSON object, got {text!r}")
     return found
+
+
+@app.command
+def adapt(
+    model: tyro.conf.Positional[str],
+    task: str,
+    output: Path,
+    options: tyro.conf.OmitArgPrefixes[FewShotOptions],
+    bank: Bank = None,
+    experts: NamedExperts = (),
+    task_options: str = "{}",
+    few_shot: int = 10,
+    split: Literal["train", "validation", "test"] = "train",
+    dtype: Storage = "float32",
+    max_new_tokens: int | None = None,
+) -> int:
+    """Search for the mix of experts that answers a few problems of a task best. Ctrl-C keeps what is known so far.
+
+    Example: t2 adapt smollm2-135m-instruct --bank experts/mine --task gsm8k --few-shot 10 --output gsm8k.safetensors
+
+    Args:
+        model: Alias, Hub id, local folder or GGUF file.
+        task: What to adapt to: a name that t2.tasks.get knows.
+        output: File for the mixed expert.
+        options: Of the search.
+        task_options: Options of the task, as JSON.
+        few_shot: Problems that candidates are tried on.
+        split: Where these are drawn from; not the ones that the result is to be judged on.
+        dtype: Storage of the factors.
+        max_new_tokens: Longest answer; the task's own room if none is given.
+    """
+    from t2.adaptation.command import adapt_to_task, open_bank
+
+    finished = adapt_to_task(
+        model,
+        open_bank(bank, experts),
+        task,
+        output,
+        task_options=task_options,
+        few_shot=few_shot,
+        split=split,
+        dtype=dtype,
+        max_new_tokens=max_new_tokens,
+        options=options,
+        console=Console(),
+    )
+    return 0 if finished else 130
 
 
 def main(args: Sequence[str] | None = None) -> None:

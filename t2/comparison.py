@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from t2.evaluation import Evaluation, batches, encode
+from t2.adaptation.base import Wrapped
+from t2.adaptation.decoding import greedy
+from t2.evaluation import Evaluation, encode, length_batches
 from t2.model import ExpertChoice, SVFModel
 from t2.tasks import Problem, Task
-from t2.training.rollouts import end_tokens, pad
+from t2.training.rollouts import end_tokens
 
 
 def evaluate_experts(
@@ -43,25 +46,26 @@ def evaluate_experts(
     choices, room = list(experts.values()), new_tokens or task.max_new_tokens
     prompts = [encode(problem, tokenizer) for problem in problems]
     fill = int(tokenizer.pad_token_id)
-    options = GenerationConfig(
-        max_new_tokens=room,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=end_tokens(svf.model, tokenizer),
-        pad_token_id=fill,
-    )
+    ends = end_tokens(svf.model, tokenizer)
+
+    def route(candidates: Sequence[int]) -> AbstractContextManager[None]:
+        return svf.route([choices[candidate] for candidate in candidates])
+
     answers, done = [[""] * len(prompts) for _ in choices], 0
-    for indices in batches([len(prompt) for prompt in prompts], room, token_budget // len(choices)):
-        rows = [prompts[index] for index in indices for _ in choices]
-        ids, mask = (tensor.to(svf.sigma.device) for tensor in pad(rows, fill, left=True))
-        out = svf.generate(
-            input_ids=ids, attention_mask=mask, experts=choices * len(indices), generation_config=options
+    for indices in length_batches([len(prompt) + room for prompt in prompts], token_budget // len(choices)):
+        rows = [(index, candidate) for index in indices for candidate in range(len(choices))]
+        found = greedy(
+            Wrapped(svf),
+            [prompts[index] for index, _ in rows],
+            [candidate for _, candidate in rows],
+            route,
+            new_tokens=room,
+            ends=ends,
+            pad_token=fill,
+            device=svf.sigma.device,
         )
-        texts = iter(tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
-        for index in indices:
-            for column in answers:
-                column[index] = next(texts)
+        for (index, candidate), answer in zip(rows, found, strict=True):
+            answers[candidate][index] = str(tokenizer.decode(answer.tokens, skip_special_tokens=True))
         done += len(indices)
         announce(done)
     return {

@@ -1,4 +1,5 @@
-"""One batch, a different expert for every request: served, checked against merged models, timed beside the peers."""
+"""A batch that gets the experts it needs (`t2.demo_bank`); then one with a different expert for every request: served,
+checked against merged models, timed beside the peers."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 import t2kernels
 from t2 import peers
+from t2.adaptation.folder import SHIPPED, bank_path, load_bank_folder
+from t2.demo_bank import bank_tasks, show_bank
 from t2.experts import Expert
 from t2.loading import load
 from t2.merged_check import RowCheck, check_row
@@ -125,11 +128,17 @@ def run_demo(
         f"largest relative error {worst:.1e}; an expert is {layout.R:,} numbers"
     )
 
+    adapted = None
+    if (SHIPPED / model_name).is_dir():
+        folder = bank_path(model_name)
+        adapted = show_bank(out, svf, tokenizer, load_bank_folder(folder), bank_tasks(folder), QUESTIONS[:5])
+        for name in svf.bank.names:
+            svf.remove_expert(name)
     names = [f"expert{i:02}" for i in range(requests)]
     for seed, name in enumerate(names):
         svf.add_expert(name, Expert.random(layout, std=std, seed=seed))
     out.print(
-        f"No trained experts ship yet: these {requests} are drawn around 1 (std {std}, seeds 0 to {requests - 1}).\n"
+        f"What {requests} experts in a batch cost: these are drawn around 1 (std {std}, seeds 0 to {requests - 1}).\n"
     )
     questions = list(QUESTIONS[:requests])
     batch = chat_batch(tokenizer, questions)
@@ -156,6 +165,7 @@ def run_demo(
             "model": model_name,
             "dtype": str(dtype).removeprefix("torch."),
             "machine": machine(),
+            "adaptation": adapted,
             "rows_equal_to_merged_model": sum(c.equal for c in checks),
             "largest_logit_difference": max(c.logit_difference for c in checks),
             "paths": [

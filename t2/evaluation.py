@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from t2.tasks import Problem, Task, prompt_text
+from t2.loading import Tokenizer, tokenizer_of
+from t2.tasks import Problem, Task
+from t2.vision import encode_prompt
 
-Answerer = Callable[[Sequence[Tensor], int], list[Tensor]]
-"""Greedy answers to prompts, both as token ids [length]: (prompts, longest answer) -> answers."""
+Answerer = Callable[..., list[Tensor]]
+"""Greedy answers to prompts, both as token ids [length]: (prompts, longest answer) -> answers. Where problems have
+images: (prompts, longest answer, image inputs of each prompt) -> answers."""
+
+IMAGES_AT_ONCE = 64
+"""Problems with images that are in memory together."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,26 @@ def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, f
 
 def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The prompt's token ids [length]."""
-    ids: Tensor = tokenizer(prompt_text(problem, tokenizer), return_tensors="pt", add_special_tokens=False)["input_ids"]
-    return ids[0]
+    return encode_prompt(problem, tokenizer)[0]
+
+
+def length_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Indices of rows of like length, as many at a time as the budget holds with their padding; one row always fits."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * lengths[order[end]] <= token_budget:
+            end += 1
+        yield order[start:end]
+        start = end
 
 
 def evaluate(
     answerer: Answerer,
     task: Task,
     problems: Sequence[Problem],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     new_tokens: int | None = None,
     token_budget: int = 4096,
@@ -65,27 +82,27 @@ def evaluate(
         answerer: gives greedy answers.
         task: whose metric counts.
         problems: of one of its splits.
+        tokenizer: the model's, or its processor.
         new_tokens: longest answer; default the task's own.
         token_budget: most tokens of a batch, padding and answers included; one problem always fits.
         announce: called with the number of problems answered so far.
     """
     room = new_tokens or task.max_new_tokens
-    prompts = [encode(problem, tokenizer) for problem in problems]
-    answers, done = [""] * len(prompts), 0
-    for indices in batches([len(prompt) for prompt in prompts], room, token_budget):
-        for index, answer in zip(indices, answerer([prompts[i] for i in indices], room), strict=True):
-            answers[index] = str(tokenizer.decode(answer, skip_special_tokens=True))
-        done += len(indices)
-        announce(done)
+    with_images = any(problem.images for problem in problems)
+    size = IMAGES_AT_ONCE if with_images else max(1, len(problems))
+    answers: list[str] = []
+    done = 0
+    for first in range(0, len(problems), size):
+        part = problems[first : first + size]
+        encoded = [encode_prompt(problem, tokenizer) for problem in part]
+        prompts = [prompt for prompt, _ in encoded]
+        found = [""] * len(part)
+        for indices in length_batches([len(prompt) + room for prompt in prompts], token_budget):
+            arguments = [[prompts[i] for i in indices], room]
+            arguments += [[encoded[i][1] for i in indices]] if with_images else []
+            for index, answer in zip(indices, answerer(*arguments), strict=True):
+                found[index] = str(tokenizer_of(tokenizer).decode(answer, skip_special_tokens=True))
+            done += len(indices)
+            announce(done)
+        answers += found
     return Evaluation(tuple(task.scores(problems, answers)), tuple(answers))
-
-
-def batches(lengths: Sequence[int], room: int, token_budget: int) -> Iterator[list[int]]:
-    """Indices of prompts of like length, as many as fit the budget with padding and answers; one always fits."""
-    order, start = sorted(range(len(lengths)), key=lambda index: lengths[index]), 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * (lengths[order[end]] + room) <= token_budget:
-            end += 1
-        yield order[start:end]
-        start = end

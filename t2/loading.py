@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: Hub id, local folder, GGUF file, or alias. Safetensors or GGUF only."""
+"""Models, with tokenizer or processor, by name: Hub id, local folder, GGUF file or alias. Safetensors or GGUF only."""
 
 from __future__ import annotations
 
@@ -10,12 +10,26 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
 from t2.storage import FileFormatError, atomic_directory
 from t2kernels.files import cache_root
 
 GGUF_MAGIC = b"GGUF"
+Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
+"""What makes a model's inputs: a processor for one that reads images, a tokenizer for any other."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +48,11 @@ ALIASES = {
 
 def load(
     name_or_path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model in eval mode, and its tokenizer (left padding, with a pad token).
+
+    A model that reads images and text comes with its processor in the tokenizer's place (`tokenizer_of` has the
+    tokenizer in it).
 
     `name_or_path` is an alias (`ALIASES`), a GGUF file, a local folder, or a Hub id. A GGUF file is converted
     to float32 safetensors once, under `cache_root() / "models"` by the hash of its content; later loads take
@@ -69,10 +86,21 @@ def load(
     else:
         model, tokenizer = _load_hub(name, dtype)
     model.name_or_path = model.config._name_or_path = name
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return cast(Any, model).to(device).eval(), tokenizer
+    return cast(Any, model).to(device).eval(), padded_left(tokenizer)
+
+
+def padded_left(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer (or processor), set to pad on the left, with its end token where it has no pad token."""
+    words = tokenizer_of(tokenizer)
+    words.padding_side = "left"
+    if words.pad_token is None:
+        words.pad_token = words.eos_token
+    return tokenizer
+
+
+def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """A processor's tokenizer; a tokenizer as it is."""
+    return cast(Any, tokenizer).tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
 def convert_gguf(path: str | Path) -> Path:
@@ -128,12 +156,10 @@ def _check_gguf(path: Path) -> None:
         )
 
 
-def _load_alias(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_alias(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     alias = ALIASES[name]
-    spec = importlib.util.find_spec(alias.module)
-    files = [f for root in (spec.submodule_search_locations or () if spec else ()) for f in Path(root).glob("*.gguf")]
-    if files:
-        return _load_pretrained(convert_gguf(files[0]), dtype)
+    if (file := alias_file(alias)) is not None:
+        return _load_pretrained(convert_gguf(file), dtype)
     try:
         return _load_hub(alias.hub_id, dtype)
     except OSError as error:
@@ -143,7 +169,14 @@ def _load_alias(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         ) from error
 
 
-def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def alias_file(alias: Alias) -> Path | None:
+    """The GGUF file in the alias' package, if that is installed."""
+    spec = importlib.util.find_spec(alias.module)
+    roots = (spec.submodule_search_locations or ()) if spec else ()
+    return next((file for root in roots for file in Path(root).glob("*.gguf")), None)
+
+
+def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     try:
         return _load_pretrained(name, dtype)
     except OSError as error:
@@ -153,9 +186,11 @@ def _load_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTraine
         ) from error
 
 
-def _load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
+    config = AutoConfig.from_pretrained(str(source))
+    auto = AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype, use_safetensors=True)
+        model = auto.from_pretrained(str(source), config=config, dtype=dtype, use_safetensors=True)
     except OSError as error:
         if isinstance(source, Path) and not any(source.glob("*.safetensors")):
             found = sorted(f.name for f in source.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -166,4 +201,29 @@ def _load_pretrained(source: str | Path, dtype: torch.dtype) -> tuple[PreTrained
         raise
     except SafetensorError as error:
         raise FileFormatError(f"the weights of {source} are truncated or corrupt: {error}") from error
-    return model, AutoTokenizer.from_pretrained(str(source))
+    return model, (_processor_class(config) if reads_images(config) else AutoTokenizer).from_pretrained(str(source))
+
+
+def reads_images(config: Any) -> bool:
+    """Whether transformers has a model with images and text in, text out, for this config."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _processor_class(config: Any) -> Any:
+    """AutoProcessor, or the class it would take without the part for videos, where torchvision is missing."""
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if kind is None or is_torchvision_available() or "video_processor" not in kind.get_attributes():
+        return AutoProcessor
+    return images_only(kind)
+
+
+def images_only(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A processor class without its part for videos, which alone would need torchvision."""
+
+    class ImagesOnly(kind):  # type: ignore[misc,valid-type]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in kind.get_attributes() if name != "video_processor"]
+
+    ImagesOnly.__name__ = kind.__name__  # what save_pretrained writes down
+    return ImagesOnly

@@ -6,14 +6,15 @@ import copy
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from t2.attention import ATTENTION, growing_cache, set_attention
 from t2.experts import Expert, ExpertBank, check_z
@@ -27,6 +28,10 @@ from t2kernels import DenseWeight, FactoredWeight, Factors, decompose
 from t2kernels.packing import STORAGE_DTYPES
 from t2kernels.planner import CostModel, DeltaWeight, Phase, Plan, delta_components, plan_layer
 
+if TYPE_CHECKING:  # strategies are made of this module's models
+    from t2.adaptation.base import Adaptation, Strategy
+    from t2.tasks.classify import Prompt
+
 ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
 """What one request uses: a name, a mix of names with weights, an expert, a vector z [R], or None for the base."""
 
@@ -36,12 +41,14 @@ class SVFConfig:
     """How a model is decomposed.
 
     target_modules: "all-linear" (all but the output embedding), "attention" or "mlp" (layers below a module so
-        named), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"].
+        named), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"]. Of a
+        model that reads images, only layers of its language model are meant.
     dtype: storage of the factors: float32, bfloat16, float16 or int8; None keeps each weight's own.
     bf16_products: lets activations be rounded to bfloat16 before they meet bfloat16 factors, where the processor has
         that dot product: twice the arithmetic, for a drift that `benchmarks/fidelity.py` measures.
     pack_others: whether linear layers beside the targets, the output embedding first of all, run on the same kernels
-        too, stored as `dtype` (as float16 where that is int8: logits come straight out of them).
+        too, stored as `dtype` (as float16 where that is int8: logits come straight out of them). What comes before the
+        language model of one that reads images is left as it is.
     cache: True keeps factors (and the base weights, which `merge` and `detach` need) in `cache_dir` instead of
         computing them at every start; False holds the base weights in memory beside the factors.
     cache_dir: folder of the cache; None is `t2kernels.files.cache_root() / "factors"`.
@@ -74,9 +81,20 @@ class SVFModel(nn.Module):
     `detach()` puts them back bit for bit. Everything is checked and decomposed before the model is changed.
 
     `layout` tells the decomposed matrices, `bank` the experts' vectors, `model` is the wrapped module.
+
+    Args:
+        config: how; default `SVFConfig()`.
+        weights: functions that read the target weights [out, in], by module name, for a model that has these on the
+            meta device and all else in memory: `t2.load_factored` makes both from a checkpoint. Needs a cache.
     """
 
-    def __init__(self, model: nn.Module, config: SVFConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SVFConfig | None = None,
+        *,
+        weights: Mapping[str, Callable[[], Tensor]] | None = None,
+    ) -> None:
         super().__init__()
         config = config or SVFConfig()
         if not isinstance(model, nn.Module):
@@ -85,49 +103,64 @@ class SVFModel(nn.Module):
             raise TypeError(f"dtype: expected None, float32, bfloat16, float16 or int8, got {config.dtype}")
         if any(isinstance(module, RoutedLinear) for module in model.modules()):
             raise ValueError("model: expected a plain model, got one that is wrapped already; detach() it first")
-        targets = select_targets(model, config.target_modules)
-        weights = {name: weight_matrix(layer) for name, layer in targets.items()}
+        if weights is not None and not config.cache:
+            raise ValueError("cache: expected True where weights are read one by one, got False")
+        targets = select_targets(model, config.target_modules, on_meta=weights is not None)
+        if weights is not None and (unknown := targets.keys() - weights.keys()):
+            raise ValueError(f"weights: expected one for each target layer, got none for {sorted(unknown)[:3]}")
+        matrices = {name: weight_matrix(layer) for name, layer in targets.items()}
         self.svf_config = config
         self._cache = FactorCache(config.cache_dir) if config.cache else None
         if self._cache is not None:
-            done = decompose_weights(weights, self._cache, progress=config.progress)
+            sources = matrices if weights is None else {name: weights[name] for name in targets}
+            done = decompose_weights(sources, self._cache, progress=config.progress)
             keys = {name: entry.key for name, entry in done.items()}
         else:
-            keys = {name: weight_key(weight) for name, weight in weights.items()}
-        self.layout = layout_of(model, weights, keys)
-        device = next(iter(weights.values())).device
-        del weights  # views that would keep every dense weight alive while the factors are loaded
+            keys = {name: weight_key(weight) for name, weight in matrices.items()}
+        self.layout = layout_of(model, matrices, keys)
+        device = next(iter(matrices.values())).device
+        if device.type == "meta":
+            device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        del matrices  # views that would keep every dense weight alive while the factors are loaded
         self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device))
         self.router = Router(self._table)
         self.bank = ExpertBank(self.layout)
         self._slots: dict[str, int] = {}
         self.z: nn.Parameter | None = None
+        self._strategies: dict[str, Strategy] = {}
+        self.last_adaptation: Adaptation | None = None
+        """Of the last `generate(adapt=...)`, pass one's seconds and reasons included."""
         self._lock = threading.RLock()
         self._targets: dict[str, _Target] = {}
         self._packed: dict[str, tuple[PackedLinear, Linear]] = {}
         self.model = model
         try:
-            for index, (name, layer) in enumerate(targets.items()):
+            bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not config.progress)
+            for index, (name, layer) in enumerate(bar):
                 self._replace(index, name, layer, keys[name])
             self._share_inputs()
             if config.pack_others:
                 self._pack_others()
             set_attention(model, ATTENTION, instead_of="sdpa")
         except BaseException:
-            self._restore()
+            if weights is None:
+                self._restore()
             raise
         self._table.table[:] = self._table.sigma
 
     def _replace(self, index: int, name: str, layer: Linear, key: str) -> None:
-        weight = weight_matrix(layer)
+        weight, device = weight_matrix(layer), self._table.sigma.device
         factors = self._cache.load(key) if self._cache else decompose(weight)
         dtype = self.svf_config.dtype or weight.dtype
         packed = FactoredWeight.pack(*factors, dtype=dtype, bf16_products=self.svf_config.bf16_products)
-        packed = packed.to(weight.device)
+        packed = packed.to(device)
         self._table.sigma[self.layout.window(name)] = packed.s
         routed = RoutedLinear(index, packed, layer.bias, self.router).train(layer.training)
         self._targets[name] = _Target(routed, layer, key, None if self._cache else weight.clone())
-        layer.weight.data = weight.new_empty(0)
+        if weight.is_meta:
+            layer.weight = nn.Parameter(weight.new_empty(0, device=device), requires_grad=layer.weight.requires_grad)
+        else:
+            layer.weight.data = weight.new_empty(0)
         self.model.set_submodule(name, routed)
 
     def _share_inputs(self) -> None:
@@ -464,14 +497,48 @@ class SVFModel(nn.Module):
         with self.route(experts):
             return self.model(*args, **kwargs)
 
+    def set_adaptation(self, strategy: Strategy) -> None:
+        """Lets `generate(adapt=...)` find a strategy by its name: "prompt", "classifier", "few-shot"."""
+        self._strategies[strategy.name] = strategy
+
+    def adaptation(self, strategy: Strategy | str) -> Strategy:
+        """The strategy itself, or the one that `set_adaptation` was given under this name."""
+        if not isinstance(strategy, str):
+            if not callable(getattr(strategy, "adapt", None)):
+                raise TypeError(f"adapt: expected a strategy or the name of one, got {type(strategy).__name__}")
+            return strategy
+        if strategy not in self._strategies:
+            known = ", ".join(self._strategies) or "none: set_adaptation() adds one"
+            raise ValueError(f"adapt: expected a strategy or one of {known}, got {strategy!r}")
+        return self._strategies[strategy]
+
+    def _adapted(
+        self, adapt: Strategy | str, prompts: Sequence[Prompt] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[ExpertChoice]:
+        """Pass one."""
+        strategy = self.adaptation(adapt)
+        if prompts is None:
+            ids = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs"), *args) if t is not None), None)
+            if ids is None:
+                raise ValueError("prompts: expected the requests' texts where generate gets no input_ids, got none")
+            prompts = strategy.read(ids, kwargs.get("attention_mask"))
+        self.last_adaptation = strategy.adapt(prompts)
+        return self.last_adaptation.choices(self)
+
     def generate(
         self,
         *args: Any,
         experts: ExpertChoice | Sequence[ExpertChoice] = None,
         plan: ServingPlan | None = None,
+        adapt: Strategy | str | None = None,
+        prompts: Sequence[Prompt] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's `generate`, each request with its own expert; `experts` as in `route`, one entry per prompt.
+
+        With `adapt` a first pass chooses the experts (`t2.adaptation`): a strategy, or the name of one that
+        `set_adaptation` was given. It reads `prompts`, one for each row, or else the user's words in `input_ids`,
+        without the chat template around them. `last_adaptation` tells what it chose.
 
         Runs in inference mode unless a cache is given or `return_dict_in_generate` asks for more than tokens: what
         streamers and processors of logits see are then inference tensors.
@@ -482,6 +549,12 @@ class SVFModel(nn.Module):
         generate = getattr(self.model, "generate", None)
         if generate is None:
             raise TypeError(f"model: expected one with a generate method, got {type(self.model).__name__}")
+        if adapt is not None:
+            if experts is not None or plan is not None:
+                raise ValueError("adapt: expected neither experts nor a plan beside it, which pass one cannot know of")
+            experts = self._adapted(adapt, prompts, args, kwargs)
+        elif prompts is not None:
+            raise ValueError("prompts: expected a strategy to read them, got none in adapt")
         with ExitStack() as held:
             if experts is not None or plan is not None:
                 self._check_count(experts, args, kwargs)

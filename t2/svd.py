@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -189,7 +190,8 @@ def decompose_weights(
 ) -> dict[str, Decomposed]:
     """Bring every weight into `cache`: hash it, and if it is not there decompose it and save it at once.
 
-    Weights are tensors [out, in] or functions that return one, called when its turn comes. Since each
+    Weights are tensors [out, in] or functions that return one, called when its turn comes; a function's `shape`, if
+    it has one, is that of its tensor. Since each
     finished matrix is a whole file, an interrupted run goes on where it stopped, and several processes may
     run at once.
 
@@ -214,7 +216,7 @@ def decompose_weights(
     threads = torch.get_num_threads()
     if workers is not None and (not isinstance(workers, int) or workers < 1):
         raise ValueError(f"workers is {workers!r}, expected None or an integer of at least 1")
-    large = any(isinstance(weight, Tensor) and weight.numel() > LARGE for weight in weights.values())
+    large = any(prod(getattr(weight, "shape", ())) > LARGE for weight in weights.values())
     count = min(workers or (1 if large else min(threads, 4)), max(1, len(weights)))
     _sweep(cache.directory)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 Linear = nn.Linear | Conv1D
@@ -17,26 +18,52 @@ def weight_matrix(linear: Linear) -> Tensor:
     return linear.weight.detach() if isinstance(linear, nn.Linear) else linear.weight.detach().T
 
 
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    return get_head() if callable(get_head) else None
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """The language model within one that generates text from images too; any other model is that as a whole."""
+    if not isinstance(model, PreTrainedModel) or "image" not in model.input_modalities or not model.can_generate():
+        return model
+    found: nn.Module = model.get_decoder()
+    return found
+
+
+def language_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the language model, by their full names."""
+    inner = language_model(model)
+    prefix = next(name for name, module in model.named_modules() if module is inner)
+    return {f"{prefix}.{name}".strip("."): module for name, module in inner.named_modules()}
+
+
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """Every nn.Linear and Conv1D of the model by name, but for its output embedding (lm_head).
+
+    Of a model that reads images these are the layers of its language model: what comes before, the vision tower and
+    what connects it, sees patches of images, not requests that could each have an expert.
 
     Subclasses are left out: they are layers with a meaning of their own (quantised weights, weights that their
     parent reads directly).
     """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
+    head = output_embedding(model)
     return {
         name: module
-        for name, module in model.named_modules()
-        if name and type(module) in (nn.Linear, Conv1D) and module is not head
+        for name, module in language_modules(model).items()
+        if name and isinstance(module, Linear) and type(module) in (nn.Linear, Conv1D) and module is not head
     }
 
 
-def select_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, Linear]:
+def select_targets(
+    model: nn.Module, target_modules: str | Sequence[str], *, on_meta: bool = False
+) -> dict[str, Linear]:
     """The layers that `target_modules` names (see `SVFConfig`), in module order.
 
+    `on_meta`: whether their weights are on the meta device and come from elsewhere (`t2.streaming`).
+
     Raises ValueError where nothing, or a suffix of the list, matches; and for layers that can't be replaced: on the
-    meta device, or with a weight that another module shares.
+    meta device unless `on_meta`, or with a weight that another module shares.
     """
     layers = linear_layers(model)
     chosen = _match(layers, target_modules)
@@ -46,9 +73,11 @@ def select_targets(model: nn.Module, target_modules: str | Sequence[str]) -> dic
             owners.setdefault(id(parameter), []).append(f"{module_name}.{parameter_name}".lstrip("."))
     devices = set()
     for name, layer in chosen.items():
-        if layer.weight.is_meta:
+        if layer.weight.is_meta != on_meta:
             raise ValueError(
-                f"model: expected weights in memory, got {name}.weight on the meta device; load the model first"
+                f"model: expected target weights on the meta device, got {name}.weight in memory"
+                if on_meta
+                else f"model: expected weights in memory, got {name}.weight on the meta device; load the model first"
             )
         if len(owners[id(layer.weight)]) > 1:
             raise ValueError(
@@ -122,13 +151,18 @@ def groups_of_one_input(names: Iterable[str]) -> list[list[str]]:
     return groups
 
 
-def other_linears(model: nn.Module) -> dict[str, Linear]:
-    """The nn.Linear and Conv1D layers that are still in the model, the output embedding among them."""
+def other_linears(model: nn.Module, *, on_meta: bool = False) -> dict[str, Linear]:
+    """The nn.Linear and Conv1D layers that are still in the (language) model, the output embedding among them.
+
+    `on_meta`: those on the meta device instead of those in memory.
+    """
+    head, within = output_embedding(model), language_modules(model)
     return {
         name: module
         for name, module in model.named_modules()
         if name
+        and (name in within or module is head)
         and type(module) in (nn.Linear, Conv1D)
-        and not module.weight.is_meta
+        and module.weight.is_meta == on_meta
         and module.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     }

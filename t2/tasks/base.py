@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Split = Literal["train", "validation", "test"]
 
@@ -16,14 +16,23 @@ Split = Literal["train", "validation", "test"]
 class Problem:
     """One prompt, and what is needed to judge an answer to it.
 
-    messages: the conversation, as {"role": ..., "content": ...}.
+    messages: the conversation, as {"role": ..., "content": ...}; with images, contents are lists as chat templates take
+        them: [{"type": "image"}, {"type": "text", "text": ...}].
     reference: whatever the task's own metric needs.
     solution: a right answer in the words a model should use, for the next-token objective; None if there is none.
+    images: one for each {"type": "image"}, in their order: PIL images, paths, or `t2.tasks.images.StoredImage`s.
     """
 
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     reference: Any = None
     solution: str | None = None
+    images: tuple[Any, ...] = ()
+
+
+def user_message(text: str, images: int = 0) -> dict[str, Any]:
+    """The user's words, behind so many images."""
+    parts = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
+    return {"role": "user", "content": parts if images else text}
 
 
 class Task(ABC):
@@ -46,9 +55,19 @@ class Task(ABC):
         return [1.0 if score == 1.0 else -1.0 for score in self.scores(problems, answers)]
 
 
-def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:
     """The prompt as the model reads it: through the chat template, or the contents one below the other without one."""
-    if tokenizer.chat_template is None:
-        return "\n\n".join(message["content"] for message in problem.messages) + "\n\n"
     messages = [dict(message) for message in problem.messages]
+    if isinstance(tokenizer, ProcessorMixin):  # whose templates take lists of parts alone
+        for message in messages:
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+    if tokenizer.chat_template is None:
+        return "\n\n".join(_plain(message["content"], tokenizer) for message in messages) + "\n\n"
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _plain(content: str | list[dict[str, str]], tokenizer: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(tokenizer.image_token if part["type"] == "image" else part["text"] for part in content)

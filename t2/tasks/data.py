@@ -7,11 +7,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from t2.storage import FileFormatError
 from t2.tasks.base import Problem
+from t2.tasks.images import StoredImage
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 Data = str | Path | Mapping[str, str | Path] | None
@@ -22,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Row:
-    """One row, and where it is from."""
+    """One row, and where it is from. A field that is an image is a `StoredImage`: it stays in its file until read."""
 
     fields: Mapping[str, Any]
     where: str
@@ -117,6 +119,24 @@ def read_rows(path: str | Path) -> list[Row]:
     return list(_read_jsonl(path))
 
 
+def read_listed(path: Path, name: str) -> list[Row]:
+    """The rows of a JSON file {name: [rows]}.
+
+    Raises:
+        FileNotFoundError: there is no such file. FileFormatError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data: file {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path}: not JSON ({error})") from error
+    listed = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        raise FileFormatError(f'{path}: expected {{"{name}": [rows]}}, as the official file has them')
+    return [Row(each, f"{path}, {name}[{i}]") for i, each in enumerate(listed)]
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
     opened = gzip.open if path.name.endswith(".gz") else open
     number = 0
@@ -143,11 +163,47 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except ImportError as error:
         raise ImportError(f"reading {path} needs pyarrow: pip install 't2kernels[tasks]'") from error
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            images = [column.name for column in file.schema_arrow if _holds_images(column.type)]
+            others = [name for name in file.schema_arrow.names if name not in images]
+            groups = [file.read_row_group(i, columns=others).to_pylist() for i in range(file.num_row_groups)]
     except ArrowException as error:
         raise FileFormatError(f"{path} is not a Parquet file, or damaged: {error}") from error
-    for number, fields in enumerate(table.to_pylist(), 1):
-        yield Row(fields, f"{path}, row {number}")
+    number = 0
+    for group, rows in enumerate(groups):
+        for place, fields in enumerate(rows):
+            number += 1
+            where = f"{path}, row {number}"
+            for name in images:
+                fields[name] = StoredImage(where, where, partial(_parquet_image, path, name, group, place))
+            yield Row(fields, where)
+
+
+def _holds_images(kind: Any) -> bool:
+    """Whether a Parquet column is of images as the Hub has them: {"bytes": binary, "path": string}."""
+    from pyarrow import types
+
+    return types.is_struct(kind) and {kind.field(i).name for i in range(kind.num_fields)} == {"bytes", "path"}
+
+
+def _parquet_image(path: Path, column: str, group: int, place: int) -> bytes:
+    return _image_bytes(_parquet_images(path, column, group)[place].as_py(), path.parent)
+
+
+@lru_cache(maxsize=4)
+def _parquet_images(path: Path, column: str, group: int) -> Any:
+    """One row group's images; files of images have few rows in each."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column]).column(column)
+
+
+def _image_bytes(image: Mapping[str, Any] | None, folder: Path = Path()) -> bytes:
+    """The file of {"bytes", "path"}; a path is meant where there are no bytes."""
+    if image is None or not (image["bytes"] or image["path"]):
+        raise ValueError("no image")
+    return bytes(image["bytes"]) if image["bytes"] else (folder / image["path"]).read_bytes()
 
 
 def _read_hub(name: str, config: str | None, split: str) -> Iterator[Row]:
@@ -163,8 +219,18 @@ def _read_hub(name: str, config: str | None, split: str) -> Iterator[Row]:
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # its errors are of many kinds: connection, Hub, builder, pyarrow
         raise OSError(f"data set {place}, split {split}, cannot be loaded from the Hub: {error}") from error
-    for number, fields in enumerate(rows, 1):
-        yield Row(fields, f"{place}, {split}, row {number}")
+    images = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    for name in images:
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    for number, fields in enumerate(rows.remove_columns(images), 1):
+        where = f"{place}, {split}, row {number}"
+        for name in images:
+            fields[name] = StoredImage(where, where, partial(_hub_image, rows, number - 1, name))
+        yield Row(fields, where)
+
+
+def _hub_image(rows: Any, index: int, name: str) -> bytes:
+    return _image_bytes(rows[index][name])
 
 
 def read_problems(rows: Sequence[Row], problem: Callable[[Row], Problem]) -> list[Problem]:
@@ -175,8 +241,9 @@ def read_problems(rows: Sequence[Row], problem: Callable[[Row], Problem]) -> lis
 
 
 def prompt_key(problem: Problem) -> str:
-    """Equal for equal prompts."""
-    return hashlib.sha256(json.dumps(problem.messages, sort_keys=True).encode()).hexdigest()
+    """Equal for equal prompts; images are told apart by their keys."""
+    content = json.dumps(problem.messages, sort_keys=True) + "".join(f"\n{image.key}" for image in problem.images)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def hold_out(problems: Sequence[Problem], size: int, option: str) -> tuple[list[Problem], list[Problem]]:

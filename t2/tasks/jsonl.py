@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from t2.storage import FileFormatError
-from t2.tasks.base import Problem, Split, Task
+from t2.tasks.base import Problem, Split, Task, user_message
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_rows, read_split
+from t2.tasks.images import StoredImage
 from t2.tasks.official import check_size, check_split
 
 Reward = Callable[[str, dict[str, Any]], float]
@@ -51,7 +52,8 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 class JsonlTask(Task):
-    """Rows with "prompt" (a text) or "messages" (a conversation), and whatever the reward function needs.
+    """Rows with "prompt" (a text) or "messages" (a conversation), and whatever the reward function needs. "image" or
+    "images" name the image files that stand before the prompt, or where the messages have {"type": "image"}.
 
     The reward is what training maximises, as the function gives it. The score is 1 where the reward is 1 or more, else
     0. "answer", if a row has one, is the solution for the next-token objective.
@@ -61,6 +63,7 @@ class JsonlTask(Task):
             for each split (`t2.tasks.data.read_split`).
         reward: `reward(answer, row) -> float`, or its name (`load_function`); default `equals_answer`.
         validation_size, test_size: problems held out of one file; default a tenth each.
+        images: folder of the image files; default the data's.
         system_prompt: put before a row's "prompt"; None for none.
         max_new_tokens: room for an answer.
     """
@@ -72,6 +75,7 @@ class JsonlTask(Task):
         *,
         validation_size: int | None = None,
         test_size: int | None = None,
+        images: str | Path | None = None,
         system_prompt: str | None = None,
         max_new_tokens: int = 128,
     ) -> None:
@@ -88,6 +92,7 @@ class JsonlTask(Task):
         self.data = data
         self.validation_size = validation_size
         self.test_size = test_size
+        self.images = images
         self.system_prompt = system_prompt
         self.max_new_tokens = max_new_tokens
 
@@ -107,23 +112,40 @@ class JsonlTask(Task):
         return {"train": train, "validation": validation, "test": test}
 
     def problem(self, row: Row) -> Problem:
+        images = self._images(row)
         if "messages" in row.fields:
             messages = row.get("messages", list)
             if not messages or not all(
                 isinstance(message, dict)
                 and isinstance(message.get("role"), str)
-                and isinstance(message.get("content"), str)
+                and isinstance(message.get("content"), str | list)
                 for message in messages
             ):
                 raise row.error("messages", "a list of {'role': ..., 'content': ...}", messages)
             conversation = tuple({"role": m["role"], "content": m["content"]} for m in messages)
+            parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+            if sum(part == {"type": "image"} for part in parts) != len(images):
+                raise row.error("messages", f"{len(images)} times {{'type': 'image'}}, as there are images", messages)
         else:
             system = ({"role": "system", "content": self.system_prompt},) if self.system_prompt else ()
-            conversation = (*system, {"role": "user", "content": row.text("prompt")})
+            conversation = (*system, user_message(row.text("prompt"), len(images)))
         if self.reward is equals_answer and "answer" not in row.fields:
             raise FileFormatError(f"{row.where}: no field 'answer', which a task without a reward function needs")
         answer = row.fields.get("answer")
-        return Problem(conversation, dict(row.fields), None if answer is None else str(answer))
+        return Problem(conversation, dict(row.fields), None if answer is None else str(answer), images)
+
+    def _images(self, row: Row) -> tuple[StoredImage, ...]:
+        given = row.fields.get("images", [row.fields["image"]] if "image" in row.fields else [])
+        if not isinstance(given, list) or not all(isinstance(each, str | StoredImage) for each in given):
+            raise row.error("images", "a list of names of files", given)
+        files = [self._image_folder() / name for name in given if isinstance(name, str)]
+        return tuple(StoredImage.of_file(file) for file in files) or tuple(given)
+
+    def _image_folder(self) -> Path:
+        if self.images is None and not isinstance(self.data, str | Path):
+            raise ValueError("images: expected the folder of the image files that the data names, got none")
+        folder = Path(str(self.images or self.data)).expanduser()
+        return folder.parent if folder.is_file() else folder
 
     def rewards(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
         return [self._reward(problem.reference, answer) for problem, answer in zip(problems, answers, strict=True)]

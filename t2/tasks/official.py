@@ -60,8 +60,12 @@ class DatasetTask(Task):
 
     def _read(self, split: str) -> list[Problem]:
         if split not in self._problems:
-            self._problems[split] = read_problems(read_split(self.data, self.dataset, split), self.problem)
+            self._problems[split] = read_problems(self.rows(split), self.problem)
         return self._problems[split]
+
+    def rows(self, split: str) -> list[Row]:
+        """The rows of one of the data set's own splits."""
+        return read_split(self.data, self.dataset, split)
 
     @cached_property
     def _problems(self) -> dict[str, list[Problem]]:

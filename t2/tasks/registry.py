@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from t2.tasks.arc import ARC
 from t2.tasks.base import Task
+from t2.tasks.classify import Classification
 from t2.tasks.gsm8k import GSM8K
 from t2.tasks.humaneval import HumanEval
 from t2.tasks.jsonl import JsonlTask
 from t2.tasks.math import MATH
 from t2.tasks.mbpp_pro import MBPPPro
+from t2.tasks.mixture import Mixture
+from t2.tasks.okvqa import OKVQA
 from t2.tasks.reasoning_gym import ReasoningGym
+from t2.tasks.textvqa import TextVQA
+
+
+def classify(tasks: Mapping[str, Mapping[str, Any]], domains: Mapping[str, str], **options: Any) -> Classification:
+    """`Classification` of tasks that are given by name, as `_named` takes them."""
+    return Classification(_named(tasks), domains, **options)
+
+
+def mixture(tasks: Mapping[str, Mapping[str, Any]], **options: Any) -> Mixture:
+    """`Mixture` of tasks that are given by name, as `_named` takes them."""
+    return Mixture(_named(tasks), **options)
+
+
+def _named(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Task]:
+    """Tasks from {label: {"name": ..., and the options of that task}}."""
+    if not isinstance(tasks, Mapping) or not all(isinstance(t, Mapping) and "name" in t for t in tasks.values()):
+        raise ValueError(f"tasks: expected {{label: {{'name': ..., options}}}}, got {tasks!r:.200}")
+    return {label: get(**task) for label, task in tasks.items()}
+
 
 NAMED: dict[str, Callable[..., Task]] = {
     "arc-challenge": partial(ARC, "Challenge"),
     "arc-easy": partial(ARC, "Easy"),
+    "classify": classify,
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
     "math": MATH,
     "mbpp-pro": MBPPPro,
+    "mixture": mixture,
+    "okvqa": OKVQA,
+    "textvqa": TextVQA,
 }
 FAMILIES: dict[str, tuple[str, Callable[..., Task]]] = {
     "reasoning-gym": ("TASK", ReasoningGym),

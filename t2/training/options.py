@@ -12,6 +12,8 @@ Objective = Literal["policy-gradient", "next-token"]
 Parametrisation = Literal["free", "sigmoid"]
 Baseline = Literal["none", "leave-one-out", "group"]
 Storage = Literal["float32", "bfloat16", "float16", "int8"]
+ModelDtype = Literal["float32", "bfloat16", "float16"]
+Stream = Literal["auto", "yes", "no"]
 Alarm = Literal["warn", "lower", "stop"]
 
 
@@ -33,7 +35,8 @@ class TrainOptions:
     objective: Objective = "policy-gradient"
     """REINFORCE on the task's reward (section 3.1), or the likelihood of its solutions (the paper's ablation)."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """all-linear, attention, mlp, one regular expression, or several name suffixes."""
+    """all-linear, attention, mlp, one regular expression, or several name suffixes: of the language model alone, where
+    the model reads images too."""
     dtype: Storage = "float32"
     """Storage of the factors (svf only)."""
     cold_start_steps: int = 0
@@ -41,6 +44,11 @@ class TrainOptions:
     find what the model never says."""
     cold_start_learning_rate: float = 4e-3
     """Of Adam in those updates, falling to the ordinary rate along a cosine."""
+    model_dtype: ModelDtype = "float32"
+    """Of the model around the factors: embeddings, norms, activations, logits. An expert belongs to one."""
+    stream: Stream = "auto"
+    """Read target matrices one by one from the checkpoint, so that the dense model is never in memory (svf only); auto
+    does so for local folders with several shards. The model is the same to the bit."""
     start: Path | None = None
     """An expert to begin with instead of the base, such as one of the next-token objective (svf and dense-compose with
     a free z). The KL stays that to the base."""
@@ -99,7 +107,7 @@ class TrainOptions:
     """Steps between checkpoints."""
 
     entropy_alarm: float = 0.1
-    """An alarm is raised when the entropy of a policy that follows rewards falls below this share of its first value."""
+    """An alarm is raised when the entropy of a policy under rewards falls below this share of its first value."""
     kl_alarm: float = 2.0
     """An alarm is raised when the KL to the base exceeds this many nats a token, or after a cold start this many more
     than then."""
@@ -129,6 +137,7 @@ class TrainOptions:
             "at least 2 for the leave-one-out baseline",
         )
         self._check("cold_start_steps", self.cold_start_steps <= self.steps, f"at most the {self.steps} steps in all")
+        self._check("stream", self.stream != "yes" or self.method == "svf", "auto or no unless the method is svf")
         can_start = self.method != "lora" and self.parametrisation == "free"
         self._check("start", self.start is None or can_start, "none unless z is learnt, and free")
         try:
@@ -148,6 +157,9 @@ class TrainOptions:
         return as_json
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
-        """The names of options that a saved run had otherwise; more steps are no difference."""
-        free = {"steps", "test_size", "trackers", "token_budget", "save_every"}
+        """The names of options that a saved run had otherwise; more steps are no difference.
+
+        A run that was saved before an option was there had its default."""
+        free = {"steps", "test_size", "trackers", "token_budget", "save_every", "stream"}
+        saved = {"model_dtype": "float32"} | saved
         return [name for name, value in self.to_dict().items() if name not in free and value != saved.get(name)]

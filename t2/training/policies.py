@@ -108,13 +108,14 @@ class ExpertPolicy(Policy):
 class SVFPolicy(ExpertPolicy):
     """An expert on the fused ops: no weight and no gradient of a weight's size exists (DESIGN section 2)."""
 
-    def __init__(self, model: PreTrainedModel, options: TrainOptions) -> None:
-        config = SVFConfig(
-            target_modules=target_modules(options),
-            dtype=getattr(torch, options.dtype),
-            bf16_products=options.bf16_products,
-        )
-        self.svf = SVFModel(model, config)
+    def __init__(self, model: PreTrainedModel | SVFModel, options: TrainOptions) -> None:
+        config = svf_config(options)
+        if isinstance(model, SVFModel):
+            for name in ("target_modules", "dtype", "bf16_products"):
+                wanted, found = getattr(config, name), getattr(model.svf_config, name)
+                if wanted != found:
+                    raise ValueError(f"model: expected one wrapped with {name} {wanted!r}, got {found!r}")
+        self.svf = model if isinstance(model, SVFModel) else SVFModel(model, config)
         self.svf.requires_grad_(False)
         self.model = self.svf
         super().__init__(options, self.svf.layout, self.svf.sigma)
@@ -267,6 +268,15 @@ def target_modules(options: TrainOptions) -> str | list[str]:
     return options.target_modules[0] if len(options.target_modules) == 1 else list(options.target_modules)
 
 
+def svf_config(options: TrainOptions) -> SVFConfig:
+    """How a model is wrapped for these options."""
+    return SVFConfig(
+        target_modules=target_modules(options),
+        dtype=getattr(torch, options.dtype),
+        bf16_products=options.bf16_products,
+    )
+
+
 def starting_point(options: TrainOptions, layout: Layout) -> Tensor:
     """The parameters [R] that training begins with: the base's, or those of the expert in `options.start`.
 
@@ -280,7 +290,12 @@ def starting_point(options: TrainOptions, layout: Layout) -> Tensor:
     return expert.z.clone()
 
 
-def make_policy(model: PreTrainedModel, options: TrainOptions) -> Policy:
-    """The policy of the options' method around a model from `t2.load`, which it changes in place."""
+def make_policy(model: PreTrainedModel | SVFModel, options: TrainOptions) -> Policy:
+    """The policy of the options' method around a model from `t2.load`, which it changes in place.
+
+    The svf method also takes a model that is wrapped as `svf_config` says, such as one of `t2.load_factored`.
+    """
+    if isinstance(model, SVFModel) and options.method != "svf":
+        raise ValueError(f"model: expected a plain model for the method {options.method}, got a wrapped one")
     makers: dict[str, type[Policy]] = {"svf": SVFPolicy, "lora": LoRAPolicy, "dense-compose": DenseComposePolicy}
     return makers[options.method](model, options)  # type: ignore[call-arg]

@@ -8,8 +8,8 @@ update the gradient flows back through them. Of equal answers to a prompt the up
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -19,12 +19,14 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from t2.attention import growing_cache, new_cache
 from t2.training.policies import Policy
+from t2.vision import ImageInputs, collate, placeholder_tokens, positions, positions_of
 
 WORTH_SHARING = 8
 """Tokens that prompts must have in common for a pass of their own."""
@@ -32,25 +34,42 @@ BLOCK = 256
 """Entries of the vocabulary whose probabilities are added up before the token is looked for among them."""
 
 
+class Running(Protocol):
+    """What runs: `model` is called, `transformer` is the transformers model that this ends in."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def transformer(self) -> PreTrainedModel: ...
+
+
 @dataclass(frozen=True)
 class Group:
     """A prompt and some answers to it, as token ids [length] without padding; an answer ends with its end token.
 
     `weights` are what the log-likelihood of each answer's tokens is multiplied with in the update, `counts` how many
-    drawn answers each one stands for.
+    drawn answers each one stands for (1 if none are given), `images` what the model reads beside the ids.
     """
 
     prompt: Tensor
     answers: tuple[Tensor, ...]
     weights: tuple[float, ...] = ()
     counts: tuple[int, ...] = ()
+    images: ImageInputs = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.counts:
+            object.__setattr__(self, "counts", (1,) * len(self.answers))
 
     @property
     def longest(self) -> int:
         return max(len(answer) for answer in self.answers)
 
     @classmethod
-    def of_distinct(cls, prompt: Tensor, answers: Sequence[Tensor], weights: Sequence[float]) -> Group:
+    def of_distinct(
+        cls, prompt: Tensor, answers: Sequence[Tensor], weights: Sequence[float], images: ImageInputs
+    ) -> Group:
         """A group in which equal answers are one, with the sum of their weights."""
         distinct: dict[tuple[int, ...], tuple[Tensor, float, int]] = {}
         for answer, weight in zip(answers, weights, strict=True):
@@ -58,11 +77,11 @@ class Group:
             _, so_far, count = distinct.get(key, (answer, 0.0, 0))
             distinct[key] = answer, so_far + weight, count + 1
         kept, summed, counts = zip(*distinct.values(), strict=True)
-        return cls(prompt, kept, summed, counts)
+        return cls(prompt, kept, summed, counts, images)
 
     def part(self, answers: slice) -> Group:
         """The group with some of its answers."""
-        return Group(self.prompt, self.answers[answers], self.weights[answers], self.counts[answers])
+        return replace(self, answers=self.answers[answers], weights=self.weights[answers], counts=self.counts[answers])
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
@@ -150,6 +169,7 @@ class Generator:
         prompts: Sequence[Tensor],
         new_tokens: int,
         *,
+        images: Sequence[ImageInputs] = (),
         samples: int = 1,
         draw: Tensor | None = None,
         temperature: float = 1.0,
@@ -160,6 +180,7 @@ class Generator:
         Args:
             prompts: token ids [length] each.
             new_tokens: the longest answer.
+            images: of each prompt, or none at all. No token that stands for an image is answered then.
             draw: uniform numbers [len(prompts) * samples, new_tokens]; greedy answers without.
             base: whether the base model answers.
         """
@@ -171,9 +192,9 @@ class Generator:
             transformer = self.policy.transformer
             cache = growing_cache(transformer) or new_cache(transformer)
             if cache is None:
-                found = self._generated(prompts, new_tokens, samples, draw, temperature)
+                found = self._generated(prompts, images, new_tokens, samples, draw, temperature)
             else:
-                found = self._decoded(cache, prompts, new_tokens, samples, draw, temperature)
+                found = self._decoded(cache, prompts, images, new_tokens, samples, draw, temperature)
         answers = [self._cut(row) for row in found.cpu().clone()]
         return [tuple(answers[i : i + samples]) for i in range(0, rows, samples)]
 
@@ -181,20 +202,27 @@ class Generator:
         self,
         cache: DynamicCache,
         prompts: Sequence[Tensor],
+        images: Sequence[ImageInputs],
         new_tokens: int,
         samples: int,
         draw: Tensor | None,
         temperature: float,
     ) -> Tensor:
         """Tokens [rows, new_tokens]; a row that has ended leaves the batch as soon as a fifth of it has."""
-        logits, mask = self._read(cache, prompts)
-        logits, mask = logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
+        shared = 0 if any(images) else shared_prefix(prompts, cache)
+        ids, mask = pad([prompt[shared:] for prompt in prompts], self.pad_token, left=True)
+        prefix, ids, mask = (tensor.to(self.device) for tensor in (prompts[0][:shared], ids, mask))
+        read = read_prompts(self.policy, cache, prefix, ids, mask, collate(images, ids.shape[1], device=self.device))
+        logits, mask, further = (tensor.repeat_interleave(samples, 0) for tensor in read)
         cache.batch_repeat_interleave(samples)
+        forbidden = placeholder_tokens(self.policy.transformer) if any(images) else []
         found = torch.full((len(mask), new_tokens), self.ends[0], device=self.device)
         rows = torch.arange(len(mask), device=self.device)
         going = torch.ones_like(rows, dtype=torch.bool)
         ends = torch.tensor(self.ends, device=self.device)
         for place in range(new_tokens):
+            if forbidden:
+                logits[:, forbidden] = -torch.inf
             token = logits.argmax(-1) if draw is None else draw_tokens(logits, draw[rows, place], temperature)
             found[rows, place] = token
             going &= ~torch.isin(token, ends)
@@ -204,27 +232,25 @@ class Generator:
             if left <= 0.8 * len(rows):
                 kept = going.nonzero()[:, 0]
                 cache.batch_select_indices(kept)
-                rows, mask, token, going = rows[kept], mask[kept], token[kept], going[kept]
+                rows, mask, token, going, further = (t[kept] for t in (rows, mask, token, going, further))
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             logits = self.policy.model(
                 input_ids=token[:, None],
                 attention_mask=mask,
-                position_ids=mask.sum(1, keepdim=True) - 1,
+                position_ids=mask.sum(1, keepdim=True) - 1 + further,
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
         return found
 
-    def _read(self, cache: DynamicCache, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Fills the cache; the logits [prompts, vocabulary] after each prompt, and the mask of what is in the cache."""
-        shared = shared_prefix(prompts, cache)
-        ids, mask = pad([prompt[shared:] for prompt in prompts], self.pad_token, left=True)
-        return read_prompts(
-            self.policy, cache, prompts[0][:shared].to(self.device), ids.to(self.device), mask.to(self.device)
-        )
-
     def _generated(
-        self, prompts: Sequence[Tensor], new_tokens: int, samples: int, draw: Tensor | None, temperature: float
+        self,
+        prompts: Sequence[Tensor],
+        images: Sequence[ImageInputs],
+        new_tokens: int,
+        samples: int,
+        draw: Tensor | None,
+        temperature: float,
     ) -> Tensor:
         """As `_decoded`, by transformers, for models that keep more than keys and values."""
         ids, mask = (tensor.to(self.device) for tensor in pad(prompts, self.pad_token, left=True))
@@ -236,6 +262,7 @@ class Generator:
             repetition_penalty=1.0,
             eos_token_id=list(self.ends),
             pad_token_id=self.pad_token,
+            suppress_tokens=placeholder_tokens(self.policy.transformer) if any(images) else None,
         )
         model: Any = self.policy.model
         out = model.generate(
@@ -243,6 +270,7 @@ class Generator:
             attention_mask=mask.repeat_interleave(samples, 0),
             generation_config=options,
             logits_processor=LogitsProcessorList([] if draw is None else [Sampler(draw, width, temperature)]),
+            **collate([each for each in images for _ in range(samples)], width, device=self.device),
         )
         return out[:, width:]
 
@@ -250,10 +278,6 @@ class Generator:
         """The tokens up to the first end token, with it."""
         ended = torch.isin(row, torch.tensor(self.ends)).nonzero()
         return row[: int(ended[0]) + 1] if len(ended) else row
-
-
-def positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp_(min=0)
 
 
 def shared_prefix(prompts: Sequence[Tensor], cache: DynamicCache | None) -> int:
@@ -270,26 +294,31 @@ def shared_prefix(prompts: Sequence[Tensor], cache: DynamicCache | None) -> int:
 
 
 def read_prompts(
-    policy: Policy, cache: DynamicCache, prefix: Tensor, ids: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
+    running: Running, cache: DynamicCache, prefix: Tensor, ids: Tensor, mask: Tensor, images: ImageInputs
+) -> tuple[Tensor, Tensor, Tensor]:
     """Fills the cache with a prefix [S], which may be empty, and what each prompt has behind it [prompts, P].
 
     Returns:
-        The logits [prompts, vocabulary] after each prompt, and the mask [prompts, S + P] of what is in the cache.
+        The logits [prompts, vocabulary] after each prompt; the mask [prompts, S + P] of what is in the cache; and how
+        much further the text behind is than the count of tokens, [prompts, 1] (`positions_of`).
     """
     if len(prefix):
-        policy.model(input_ids=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        running.model(input_ids=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(ids))
-    mask = torch.cat([mask.new_ones(len(ids), len(prefix)), mask], dim=1)
-    logits = policy.model(
+        mask = torch.cat([mask.new_ones(len(ids), len(prefix)), mask], dim=1)
+        places, further = positions(mask)[:, len(prefix) :], mask.new_zeros(len(ids), 1)
+    else:
+        places, further = positions_of(running.transformer, ids, mask, images)
+    logits = running.model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=positions(mask)[:, len(prefix) :],
+        position_ids=places,
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **images,
     ).logits[:, -1]
-    return logits, mask
+    return logits, mask, further
 
 
 @dataclass(frozen=True)
@@ -347,6 +376,7 @@ class AnswerTokens:
     answer_ids: Tensor  # [answers, T], right-padded
     answer_mask: Tensor
     group: Tensor  # [answers], the row of the prompt
+    images: tuple[ImageInputs, ...] = field(default=(), kw_only=True)  # of each prompt, if there are any
 
     @property
     def targets(self) -> Tensor:
@@ -365,31 +395,39 @@ def answer_tokens(batch: MicroBatch, pad_token: int, device: torch.device) -> An
     counts = torch.tensor([len(group.answers) for group in batch.groups])
     rows = torch.repeat_interleave(torch.arange(len(counts)), counts)
     tensors = (prompts[0][:shared], prompt_ids, prompt_mask, answer_ids, answer_mask, rows)
-    return AnswerTokens(*(tensor.to(device) for tensor in tensors))
+    images = tuple(group.images for group in batch.groups)
+    return AnswerTokens(*(tensor.to(device) for tensor in tensors), images=images)
 
 
-def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
+def answer_logits(running: Running, tokens: AnswerTokens, *, share_prefix: bool = True) -> Tensor:
     """Logits [tokens, vocabulary] of each answer's tokens, one answer after the other, with their gradient.
 
     Args:
+        running: a policy, or anything else that runs. Where it runs with a route, that is one expert for all rows.
         share_prefix: read each prompt once for all its answers; otherwise once an answer, which activation
             checkpointing (no cache) needs. Models without a cache of keys and values always do the latter.
     """
-    model, answers = policy.model, tokens.answer_ids
+    model, answers = running.model, tokens.answer_ids
     length = answers.shape[1]
-    cache = new_cache(policy.transformer) if share_prefix else None
+    cache = new_cache(running.transformer) if share_prefix else None
     if cache is None:
         prefix = tokens.prefix.expand(len(answers), -1)
         mask = torch.cat([torch.ones_like(prefix), tokens.prompt_mask[tokens.group], tokens.answer_mask], dim=1)
+        ids = torch.cat([prefix, tokens.prompt_ids[tokens.group], answers], dim=1)
+        each = [tokens.images[row] for row in tokens.group.tolist()] if tokens.images else []
+        inputs = collate(each, ids.shape[1] - length, after=length, device=ids.device)
+        places, _ = positions_of(running.transformer, ids, mask, inputs)
         logits = model(
-            input_ids=torch.cat([prefix, tokens.prompt_ids[tokens.group], answers], dim=1),
+            input_ids=ids,
             attention_mask=mask,
-            position_ids=positions(mask),
+            position_ids=places,
             use_cache=False,
             logits_to_keep=length + 1,
+            **inputs,
         ).logits[:, :-1]
         return logits[tokens.answer_mask.bool()]
-    first, seen = read_prompts(policy, cache, tokens.prefix, tokens.prompt_ids, tokens.prompt_mask)
+    inputs = collate(tokens.images, tokens.prompt_ids.shape[1], device=answers.device)
+    first, seen, further = read_prompts(running, cache, tokens.prefix, tokens.prompt_ids, tokens.prompt_mask, inputs)
     first = first[tokens.group].unsqueeze(1)
     if length == 1:
         return first[tokens.answer_mask.bool()]
@@ -398,7 +436,7 @@ def answer_logits(policy: Policy, tokens: AnswerTokens, *, share_prefix: bool = 
     rest = model(
         input_ids=answers[:, :-1],
         attention_mask=seen,
-        position_ids=positions(seen)[:, 1 - length :],
+        position_ids=positions(seen)[:, 1 - length :] + further[tokens.group],
         past_key_values=cache,
         use_cache=True,
     ).logits

@@ -21,16 +21,18 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from t2.attention import new_cache
-from t2.evaluation import Evaluation, encode, evaluate
+from t2.evaluation import Evaluation, evaluate
+from t2.loading import Tokenizer, tokenizer_of
+from t2.model import SVFModel
 from t2.tasks import Problem, Task
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
 from t2.training.curves import Metrics, Row, plot
 from t2.training.guard import Guard
 from t2.training.options import TrainOptions
-from t2.training.policies import make_policy
+from t2.training.policies import make_policy, svf_config
 from t2.training.reinforce import TokenStatistics, advantages, policy_loss
 from t2.training.rollouts import (
     AnswerTokens,
@@ -43,6 +45,7 @@ from t2.training.rollouts import (
     shared_prefix,
     uniforms,
 )
+from t2.vision import ImageInputs, encode_prompt
 from t2kernels.files import write_text
 
 
@@ -64,8 +67,8 @@ class Trainer:
     up to the order in which gradients are added.
 
     Args:
-        model: from `t2.load`, changed in place.
-        tokenizer: its tokenizer.
+        model: from `t2.load`, changed in place; for the svf method also from `t2.load_factored`.
+        tokenizer: its tokenizer, or its processor.
         task: problems and rewards.
         options: all knobs; `options.task` only names the task.
         accelerator: default one of its own.
@@ -79,15 +82,16 @@ class Trainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel | SVFModel,
+        tokenizer: Tokenizer,
         task: Task,
         options: TrainOptions,
         *,
         accelerator: Accelerator | None = None,
         console: Console | None = None,
     ) -> None:
-        self.options, self.task, self.tokenizer = options, task, tokenizer
+        self.options, self.task, self.processor = options, task, tokenizer
+        self.tokenizer = tokenizer = tokenizer_of(tokenizer)
         self.accelerator = accelerator or make_accelerator(options)
         self.console = console or Console(quiet=not self.accelerator.is_main_process)
         self.problems = task.problems("train")
@@ -252,12 +256,17 @@ class Trainer:
         places = self._mine(range(options.prompts_per_step))
         indices = self._indices()
         mine: list[Problem] = [self.problems[indices[place]] for place in places]
-        prompts = [encode(problem, self.tokenizer) for problem in mine]
+        encoded = [encode_prompt(problem, self.processor) for problem in mine]
         drawn: list[tuple[Tensor, ...]] = []
         if mine:
             numbers = uniforms(options.seed, self.state.step, places, samples, self.new_tokens)
             drawn = self.generator.answers(
-                prompts, self.new_tokens, samples=samples, draw=numbers, temperature=options.temperature
+                [prompt for prompt, _ in encoded],
+                self.new_tokens,
+                images=[images for _, images in encoded],
+                samples=samples,
+                draw=numbers,
+                temperature=options.temperature,
             )
         texts = [str(self.tokenizer.decode(a, skip_special_tokens=True)) for answers in drawn for a in answers]
         judged = self.task.rewards([problem for problem in mine for _ in range(samples)], texts)
@@ -269,8 +278,8 @@ class Trainer:
         )
         weights = (values / values.numel()).tolist()
         groups = [
-            Group.of_distinct(prompt, answers, weights[place])
-            for place, prompt, answers in zip(places, prompts, drawn, strict=True)
+            Group.of_distinct(prompt, answers, weights[place], images)
+            for place, (prompt, images), answers in zip(places, encoded, drawn, strict=True)
         ]
         lengths = self._gathered([(len(a), int(a[-1]) in self.generator.ends) for answers in drawn for a in answers])
         return groups, {
@@ -283,15 +292,15 @@ class Trainer:
     def _solved(self) -> tuple[list[Group], Row]:
         """The task's solutions, each token with the same weight; this process' share of them."""
         indices = self._indices()
-        encoded: list[tuple[Tensor, Tensor]] = []
+        encoded: list[tuple[Tensor, ImageInputs, Tensor]] = []
         for index in indices:
             problem = self.problems[index]
             if problem.solution is not None:
                 ids = self.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
                 answer = torch.tensor([*ids, self.tokenizer.eos_token_id])
-                encoded.append((encode(problem, self.tokenizer), answer))
-        tokens = sum(len(answer) for _, answer in encoded)
-        groups = [Group(prompt, (answer,), (1.0 / tokens,), (1,)) for prompt, answer in encoded]
+                encoded.append((*encode_prompt(problem, self.processor), answer))
+        tokens = sum(len(answer) for _, _, answer in encoded)
+        groups = [Group(prompt, (answer,), (1.0 / tokens,), (1,), images) for prompt, images, answer in encoded]
         return list(self._mine(groups)), {"length": tokens / max(len(encoded), 1)}
 
     def _update(self, groups: Sequence[Group]) -> Row:
@@ -307,7 +316,8 @@ class Trainer:
         self.policy.transformer.train(options.gradient_checkpointing)
         device = self.generator.device
         cache = None if options.gradient_checkpointing else new_cache(self.policy.transformer)
-        shared = shared_prefix([group.prompt for group in groups], cache)
+        with_images = any(group.images for group in groups)
+        shared = 0 if with_images else shared_prefix([group.prompt for group in groups], cache)
         for batch in micro_batches(groups, options.token_budget, shared):
             tokens = answer_tokens(batch, self.generator.pad_token, device)
             weights, counts = (
@@ -383,14 +393,14 @@ class Trainer:
         self._plot()
 
     def _score(self, problems: Sequence[Problem], *, base: bool) -> Evaluation:
-        def answer(prompts: Sequence[Tensor], room: int) -> list[Tensor]:
-            return [answers[0] for answers in self.generator.answers(prompts, room, base=base)]
+        def answer(prompts: Sequence[Tensor], room: int, images: Sequence[ImageInputs] = ()) -> list[Tensor]:
+            return [answers[0] for answers in self.generator.answers(prompts, room, images=images, base=base)]
 
         mine = evaluate(
             answer,
             self.task,
             self._mine(problems),
-            self.tokenizer,
+            self.processor,
             token_budget=self.options.token_budget,
         )
         places = self._mine(range(len(problems)))
@@ -515,9 +525,15 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 def train(model_name: str, options: TrainOptions, *, console: Console | None = None) -> Result:
     """Loads model and task by name and trains (`t2 train`). Raises as `t2.load`, `t2.tasks.get` and `Trainer` do."""
     from t2.loading import load
+    from t2.streaming import load_factored, streams
     from t2.tasks import get
 
     accelerator = make_accelerator(options)
     task = get(options.task, **json.loads(options.task_options))
-    model, tokenizer = load(model_name, device=accelerator.device)
+    dtype, device = getattr(torch, options.model_dtype), accelerator.device
+    model: PreTrainedModel | SVFModel
+    if options.method == "svf" and streams(model_name, options.stream):
+        model, tokenizer = load_factored(model_name, svf_config(options), dtype=dtype, device=device)
+    else:
+        model, tokenizer = load(model_name, dtype=dtype, device=device)
     return Trainer(model, tokenizer, task, options, accelerator=accelerator, console=console).run()

@@ -12,7 +12,9 @@ from t2 import cli
 from t2.demo import run_demo
 from t2.evaluation import wilson_interval
 from t2.merged_check import compare_row
+from t2.sizes import Rates
 from t2.transfer import TransferOptions, transfer
+from tests.t2.test_footprint import LLAMA_8B
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +140,48 @@ def test_compare_row_lets_only_ties_differ():
     assert not tie.equal and tie.passed and tie.ties[0][0] == 1
     wrong = compare_row(merged, own, torch.tensor([0, 0, 0]), "x")
     assert not wrong.equal and not wrong.passed
+
+
+def test_sharded_models_are_read_matrix_by_matrix(folder, cache, tmp_path, capsys, monkeypatch):
+    sharded = tmp_path / "sharded"
+    model, tokenizer = t2.load(folder)
+    model.save_pretrained(sharded, max_shard_size="3KB")
+    tokenizer.save_pretrained(sharded)
+    assert run("generate", sharded, "--prompt", "a b", "--max-new-tokens", 4, "--stream", "no") == 0
+    whole = capsys.readouterr().out
+    files = {path.name for path in (cache / "factors").iterdir()}
+    monkeypatch.setattr("t2.streaming.load", None)  # not called
+    assert run("decompose", sharded, "--verify") == 0
+    assert "14 matrices" in capsys.readouterr().out
+    assert run("generate", sharded, "--prompt", "a b", "--max-new-tokens", 4) == 0
+    assert capsys.readouterr().out == whole
+    assert {path.name for path in (cache / "factors").iterdir()} == files
+    assert run("decompose", sharded, "--model-dtype", "bfloat16") == 0
+    assert len(list((cache / "factors").iterdir())) == 28
+
+
+def test_plan_needs_the_config_alone(folder, cache, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Rates, "measure", classmethod(lambda cls: cls(1e9, 1e10, 1e11)))
+    path, found = tmp_path / "config.json", tmp_path / "plan.json"
+    path.write_text(json.dumps(LLAMA_8B))
+    assert run("decompose", path, "--plan", "--model-dtype", "bfloat16", "--new-tokens", 100, "--json", found) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in ("224 matrices; an expert is 720,896 numbers", "1.394 times", "14336 x 4096", "answers of 100 each"):
+        assert text in printed
+    facts = json.loads(found.read_text())
+    assert facts["parameters_per_expert"] == 720_896 and facts["work"]["new_tokens"] == 100
+    assert facts["decompose"]["seconds"] > 0 and facts["model_dtype"] == "bfloat16"
+    (folder / "model.safetensors").unlink()
+    assert run("decompose", folder, "--plan", "--target-modules", "q_proj", "v_proj") == 0
+    assert "4 matrices" in capsys.readouterr().out
+    path.write_text(json.dumps({"model_type": "gpt2"}))
+    assert run("decompose", path, "--plan") == 0
+    assert "activations of gpt2 models are not known here" in " ".join(capsys.readouterr().out.split())
+    assert not cache.exists()
+    for args, text in (
+        ((folder, "--json", found), "json: expected none without --plan"),
+        ((tmp_path / "absent.json", "--plan"), "absent.json does not exist"),
+        ((path, "--plan", "--new-tokens", 0), "new_tokens: expected an integer >= 1, got 0"),
+    ):
+        assert run("decompose", *args) == 2
+        assert text in " ".join(capsys.readouterr().err.split())

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import t2
 from t2 import Expert, Layout
 from t2.comparison import evaluate_experts
-from t2.evaluation import batches
+from t2.evaluation import length_batches
 from t2.svd import decompose
 from t2.transfer import Alignment, TransferOptions, match, measure, transfer
 from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
@@ -287,8 +287,8 @@ class TestMeasure:
 
 def test_batches_keep_the_budget():
     lengths = [5, 1, 9, 2, 2, 30]
-    found = list(batches(lengths, 3, 20))
+    found = list(length_batches([length + 3 for length in lengths], 20))
     assert sorted(index for batch in found for index in batch) == list(range(6))
     for batch in found:
         assert len(batch) == 1 or len(batch) * (max(lengths[i] for i in batch) + 3) <= 20
-    assert list(batches([], 3, 20)) == []
+    assert list(length_batches([], 20)) == []

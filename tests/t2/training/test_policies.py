@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 import t2
-from t2.training.policies import Policy, SVFPolicy, make_policy
+from t2.training.policies import Policy, SVFPolicy, make_policy, svf_config
 from tests.t2.training.toy import toy_model
 
 IDS = torch.tensor([[4, 5, 6, 7], [4, 8, 9, 2]])
@@ -92,3 +93,18 @@ def test_saved_adapters_load_in_peft(make_options, tmp_path):
     loaded = PeftModel.from_pretrained(copy.deepcopy(toy_model()), str(path))
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS).logits, policy.model(input_ids=IDS).logits)
+
+
+def test_a_wrapped_model_is_taken_as_it_is(make_options):
+    options = make_options(dtype="int8", target_modules=("mlp",))
+    svf = t2.SVFModel(toy_model(), svf_config(options))
+    policy = make_policy(svf, options)
+    assert isinstance(policy, SVFPolicy) and policy.svf is svf and policy.transformer is svf.model
+    assert torch.equal(gradient_of(policy), gradient_of(make_policy(toy_model(), options)))
+    for changes, message in (
+        ({"dtype": "float16"}, r"model: expected one wrapped with dtype torch.float16, got torch.int8"),
+        ({"target_modules": ("q_proj", "o_proj")}, r"model: expected one wrapped with target_modules"),
+        ({"method": "lora"}, "model: expected a plain model for the method lora, got a wrapped one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_policy(svf, dataclasses.replace(options, **changes))

@@ -241,7 +241,7 @@ def test_prompts_share_what_they_begin_with_if_it_is_worth_a_pass():
 
 def test_equal_answers_are_one_with_the_weight_of_all():
     answers = [torch.tensor(a) for a in ([5, 2], [6, 2], [5, 2], [5], [6, 2])]
-    group = Group.of_distinct(PROMPTS[0], answers, [0.5, -1.0, 0.25, 2.0, -1.0])
+    group = Group.of_distinct(PROMPTS[0], answers, [0.5, -1.0, 0.25, 2.0, -1.0], {})
     assert [a.tolist() for a in group.answers] == [[5, 2], [6, 2], [5]]
     assert group.weights == (0.75, -2.0, 2.0) and group.counts == (2, 2, 1)
 

@@ -16,6 +16,7 @@ import torch
 import t2
 from t2.storage import FileFormatError, read_safetensors
 from t2.training import Result, Trainer, TrainOptions
+from t2.training.trainer import train
 from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
 
 TIMES = ("seconds", "rollout_seconds")
@@ -276,3 +277,38 @@ def test_every_problem_comes_once_before_any_comes_again(make_options):
         seen += trainer._indices()
     assert all(sorted(seen[i : i + 8]) == list(range(8)) for i in range(0, 40, 8))
     assert seen[:8] != seen[8:16]
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    folder = tmp_path / "sharded"
+    toy_model().to(torch.bfloat16).save_pretrained(folder, max_shard_size="12KB")
+    toy_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "int8", "model_dtype": "bfloat16"}])
+def test_a_streamed_model_trains_as_one_loaded_whole(make_options, tmp_path, sharded, monkeypatch, changes):
+    monkeypatch.setattr("t2.tasks.get", lambda name, **options: SayTheWord())
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    runs = [make_options(steps=2, stream=stream, output=tmp_path / stream, **changes) for stream in ("auto", "no")]
+    for options in runs:
+        assert train(str(sharded), options).finished
+    (streamed, whole) = (parameters(options.output)["parameters.0"] for options in runs)
+    assert torch.equal(streamed, whole) and (whole - 1).abs().max() > 1e-3
+    assert curve(runs[0].output) == curve(runs[1].output)
+    assert train(str(sharded), replace(runs[1], steps=3, resume=True, stream="yes")).state.step == 3
+    with pytest.raises(ValueError, match=r"resume: expected the options .*model_dtype"):
+        train(str(sharded), replace(runs[0], steps=3, resume=True, model_dtype="float16"))
+
+
+def test_runs_saved_before_an_option_was_there_had_its_default(make_options):
+    saved = make_options().to_dict()
+    del saved["model_dtype"], saved["stream"]
+    assert make_options().differences(saved) == []
+    assert make_options(model_dtype="bfloat16").differences(saved) == ["model_dtype"]
+
+
+def test_only_svf_streams(make_options):
+    with pytest.raises(ValueError, match="stream: expected auto or no unless the method is svf, got 'yes'"):
+        make_options(stream="yes", method="lora")

@@ -1,0 +1,211 @@
+"""Few-shot search for a mix of experts: the population in one batch against the published way.
+
+    python benchmarks/fewshot_speed.py                                    # hours of two cores: rounds of whole searches
+    python benchmarks/fewshot_speed.py --rounds 1 --generations 1 --population 6 --few-shot 2    # a look
+
+The published way (arXiv 2501.06252) builds the weights W' = U diag(sigma z) Vh of a candidate, answers all problems in
+one batch, and goes to the next candidate. Here it is given what helps it: W' is written in place with one product a
+matrix, likelihoods of the answers come from the pass that generates them, and candidates that are known are not tried
+again. "our decoding" also reads what prompts begin with once, and lets rows leave. All ways get the same candidates for
+the same seed and are timed end to end, in turns. Writes benchmarks/results/fewshot-speed.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import t2
+from t2 import peers
+from t2.adaptation import FewShotOptions, FewShotResult, FewShotStrategy, few_shot_problems, load_bank_folder
+from t2.adaptation.decoding import Answer
+from t2.adaptation.search import Fitness
+from t2.svd import FactorCache
+from t2.tasks import get
+from t2.throughput import machine
+from t2.training.rollouts import end_tokens, pad
+from t2kernels.files import write_text
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "smollm2-135m-instruct"
+TASK = "reasoning-gym:chain_sum"
+TASK_OPTIONS = {"config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}
+OURS, PUBLISHED, OUR_DECODING = "one batch", "W' rebuilt, one by one", "W' rebuilt, one by one, our decoding"
+
+
+class _Likelihoods(LogitsProcessor):
+    """Keeps log p of the likeliest token of each row, [rows] a step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.steps.append(scores.amax(-1) - scores.logsumexp(-1))
+        return scores
+
+
+@dataclass
+class Published:
+    """Candidates one by one on a dense model whose weights are overwritten."""
+
+    dense: Any
+    factors: dict[str, Any]
+    tokenizer: Any
+    own_decoding: bool
+
+    @property
+    def model(self) -> Any:
+        return self.dense
+
+    transformer = model
+
+    def evaluator(self, strategy: FewShotStrategy) -> Callable[[Tensor], list[Fitness]]:
+        def evaluate(candidates: Tensor) -> list[Fitness]:
+            answers = []
+            for z in strategy.vectors(candidates):
+                peers.rebuild(self.dense, self.factors, strategy.svf.layout, z)
+                if self.own_decoding:
+                    answers += strategy.answers(self, 1, lambda _: nullcontext())
+                else:
+                    answers.append(self._generate(strategy))
+            return strategy.fitness(answers)
+
+        return evaluate
+
+    @torch.inference_mode()
+    def _generate(self, strategy: FewShotStrategy) -> list[Answer]:
+        ids, mask = pad(strategy.prompts, self.tokenizer.pad_token_id, left=True)
+        ends, likelihoods = end_tokens(self.dense, self.tokenizer), _Likelihoods()
+        options = GenerationConfig(
+            max_new_tokens=strategy.new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        out = self.dense.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=options,
+            logits_processor=LogitsProcessorList([likelihoods]),
+        )
+        steps = torch.stack(likelihoods.steps, dim=1)
+        answers = []
+        for tokens, log_p in zip(out[:, ids.shape[1] :], steps, strict=True):
+            ended = torch.isin(tokens, torch.tensor(ends)).nonzero()
+            length = int(ended[0]) + 1 if len(ended) else len(tokens)
+            answers.append(Answer(tokens[:length].clone(), float(log_p[:length].double().mean())))
+        return answers
+
+
+def agree(results: Sequence[FewShotResult]) -> dict[str, Any]:
+    """How far searches that should be the same are apart."""
+    first, *others = results
+    return {
+        "same_alpha": all(torch.equal(first.alpha, other.alpha) for other in others),
+        "same_score": all(first.fitness.score == other.fitness.score for other in others),
+        "largest_alpha_difference": max(float((first.alpha - other.alpha).abs().max()) for other in others),
+        "largest_log_likelihood_difference": max(
+            abs(first.fitness.log_likelihood - other.fitness.log_likelihood) if first.fitness.score else 0.0
+            for other in others
+        ),
+    }
+
+
+def main(
+    bank: Path | None = None,
+    experts: int = 3,
+    few_shot: int = 10,
+    population: int = 32,
+    generations: int = 3,
+    rounds: int = 3,
+    own_decoding: bool = True,
+    results: Path = RESULTS / "fewshot-speed.json",
+) -> None:
+    """Args:
+    bank: Folder with the experts; default so many that are drawn around 1.
+    experts: How many of these.
+    few_shot: Problems.
+    population: Candidates of a generation.
+    generations: Of a search; none is ended early.
+    rounds: Searches of each way, each round with another seed.
+    own_decoding: Whether the published way also runs with our decoding.
+    results: File for the figures.
+    """
+    model, tokenizer = t2.load(MODEL)
+    dense, _ = t2.load(MODEL)
+    svf = t2.SVFModel(model)
+    if bank is None:
+        for seed in range(experts):
+            svf.add_expert(f"expert{seed}", t2.Expert.random(svf.layout, std=0.1, seed=seed))
+        names = svf.bank.names
+    else:
+        folder = load_bank_folder(bank)
+        folder.add_to(svf)
+        names = [domain.name for domain in folder.domains]
+    cache = FactorCache()
+    factors = {name: cache.load(key) for name, key in svf.weight_keys.items()}
+    task = get(TASK, **TASK_OPTIONS)
+    ways: dict[str, Published | None] = {OURS: None, PUBLISHED: Published(dense, factors, tokenizer, False)}
+    if own_decoding:
+        ways[OUR_DECODING] = Published(dense, factors, tokenizer, True)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    agreement, scores = [], []
+    for turn in tqdm(range(rounds), desc="rounds"):
+        found: dict[str, FewShotResult] = {}
+        order = list(ways)[turn % len(ways) :] + list(ways)[: turn % len(ways)]
+        for name in tqdm(order, desc="ways", leave=False):
+            options = FewShotOptions(
+                population=population,
+                generations=generations,
+                patience=generations + 1,
+                elite_ratio=max(0.2, 2 / population),
+                seed=turn,
+            )
+            problems = few_shot_problems(task, few_shot, seed=turn)
+            strategy = FewShotStrategy(svf, tokenizer, task, problems, options=options, experts=names)
+            way = ways[name]
+            found[name] = strategy.search(None if way is None else way.evaluator(strategy))
+            seconds[name].append(found[name].seconds)
+        agreement.append(agree(list(found.values())))
+        scores.append(found[OURS].fitness.score)
+    ratios = {name: [a / b for a, b in zip(seconds[name], seconds[OURS], strict=True)] for name in ways}
+    figures = {
+        "machine": machine(),
+        "model": MODEL,
+        "experts": len(names),
+        "population": population,
+        "problems": few_shot,
+        "generations": generations,
+        "seconds": seconds,
+        "over_one_batch": ratios,
+        "scores": scores,
+        "agreement": agreement,
+    }
+    write_text(results, json.dumps(figures, indent=1) + "\n")
+    table = Table("way", "seconds a search", "this / one batch", "of each round")
+    for name in ways:
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios[name])
+        table.add_row(name, f"{statistics.median(seconds[name]):.1f}", f"{statistics.median(ratios[name]):.2f}", each)
+    out = Console()
+    out.print(table)
+    for turn, agreed in enumerate(agreement):
+        out.print(f"round {turn}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in agreed.items()))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,146 @@
+"""What `t2 adapt` and `t2 generate --adapt` do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from t2.adaptation.base import Strategy
+from t2.adaptation.dispatch import ClassifierStrategy, PromptStrategy
+from t2.adaptation.fewshot import FewShotResult, FewShotStrategy, few_shot_problems
+from t2.adaptation.folder import CLASSIFIER, BankFolder, load_bank_folder, named_experts
+from t2.adaptation.search import FewShotOptions, Found
+from t2.adaptation.two_pass import two_pass
+from t2.loading import load
+from t2.model import SVFConfig, SVFModel
+from t2.tasks import Split, get
+
+
+def open_bank(bank: Path | None, experts: Sequence[str], domains: Sequence[str] = ()) -> BankFolder:
+    """Of a folder, or of NAME=FILE pairs with NAME=DESCRIPTION ones."""
+    if (bank is None) == (not experts):
+        raise ValueError(f"bank: expected a folder, or experts as NAME=FILE, got {'both' if experts else 'neither'}")
+    if bank is not None:
+        if domains:
+            raise ValueError("domains: expected none beside a bank, whose domains.json has them")
+        return load_bank_folder(bank)
+    pairs = [text.partition("=") for text in domains]
+    if not all(name and equals for name, equals, _ in pairs):
+        raise ValueError(f"domains: expected NAME=DESCRIPTION, got {list(domains)}")
+    return named_experts(experts, {name: description for name, _, description in pairs})
+
+
+def open_model(name: str, dtype: str, bank: BankFolder) -> tuple[SVFModel, Any]:
+    """The model around all matrices that the bank's experts are for, with them in its bank; and its tokenizer."""
+    model, tokenizer = load(name)
+    layout = next(iter(bank.experts.values())).layout
+    svf = SVFModel(model, SVFConfig(dtype=getattr(torch, dtype), target_modules=list(layout.names)))
+    bank.add_to(svf)
+    return svf, tokenizer
+
+
+def answer(
+    model: str,
+    prompts: Sequence[str],
+    bank: BankFolder,
+    strategy: Literal["prompt", "classifier"],
+    *,
+    dtype: str,
+    max_new_tokens: int,
+    sample: bool,
+) -> None:
+    """Prints each prompt, the expert that pass one gave it and why, and the answer; then both passes' seconds."""
+    if strategy == "classifier" and bank.classifier is None:
+        raise ValueError(f"adapt: expected a bank with a classification expert, named {CLASSIFIER!r}, got none")
+    svf, tokenizer = open_model(model, dtype, bank)
+    kind: type[PromptStrategy] = PromptStrategy if strategy == "prompt" else ClassifierStrategy
+    chosen: Strategy = kind(svf, tokenizer, bank.domains)
+    result = two_pass(svf, tokenizer, prompts, chosen, max_new_tokens=max_new_tokens, do_sample=sample)
+    adaptation = result.adaptation
+    for prompt, row, reason, text in zip(prompts, adaptation.alpha, adaptation.reasons, result.answers, strict=True):
+        print(f"> {prompt}\n[{adaptation.names[int(row.argmax())]}: {reason}]\n{text.strip()}\n")
+    print(f"first pass {result.first_seconds:.2f} s, second pass {result.second_seconds:.2f} s")
+
+
+def adapt_to_task(
+    model: str,
+    bank: BankFolder,
+    task_name: str,
+    output: Path,
+    *,
+    task_options: str,
+    few_shot: int,
+    split: Split,
+    dtype: str,
+    max_new_tokens: int | None,
+    options: FewShotOptions,
+    console: Console,
+) -> bool:
+    """The few-shot search of `t2 adapt`; False if it was interrupted, with what it knows saved beside the output."""
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output: expected a file named *.safetensors, got {output}")
+    try:
+        given = json.loads(task_options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"task_options: expected a JSON object, got {task_options!r} ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"task_options: expected a JSON object, got {task_options!r}")
+    task = get(task_name, **given)
+    problems = few_shot_problems(task, few_shot, split=split, seed=options.seed)
+    svf, tokenizer = open_model(model, dtype, bank)
+    memory = output.with_suffix(".search.json")
+    with _progress(console, task.name, options.generations) as announce:
+        strategy = FewShotStrategy(
+            svf,
+            tokenizer,
+            task,
+            problems,
+            options=options,
+            experts=[domain.name for domain in bank.domains],
+            new_tokens=max_new_tokens,
+            memory=memory,
+            announce=announce,
+        )
+        try:
+            result = strategy.search()
+        except KeyboardInterrupt:
+            console.print(f"Interrupted. The same command goes on from {memory}.")
+            return False
+    strategy.expert().save(output)
+    memory.unlink(missing_ok=True)
+    _show(console, result, len(problems))
+    console.print(f"{output}: {result.stopped}, {result.seconds:.1f} s")
+    return True
+
+
+@contextmanager
+def _progress(console: Console, name: str, generations: int) -> Iterator[Callable[[Found], None]]:
+    columns = (TextColumn(name), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
+        line = bar.add_task("the base, each expert, and the first mixes", total=generations)
+
+        def announce(found: Found) -> None:
+            last = found.generations[-1]
+            text = f"best {last.best.score:.1%}, mean {last.mean:.1%}, {last.evaluated} new, {last.seconds:.1f} s"
+            bar.update(line, completed=len(found.generations), description=text)
+
+        yield announce
+
+
+def _show(console: Console, result: FewShotResult, problems: int) -> None:
+    weights = result.mean_alpha
+    table = Table("", "weight", f"right of {problems}", "log-likelihood of right answers")
+    for name, fitness in result.singles.items():
+        table.add_row(name, f"{weights[name]:.3f}", f"{fitness.score:.1%}", f"{fitness.log_likelihood:.3f}")
+    table.add_row("the mix", "", f"{result.fitness.score:.1%}", f"{result.fitness.log_likelihood:.3f}")
+    console.print(table)
+    if result.groups:
+        console.print(f"weights are means over {len(result.alpha)} groups of matrices")

@@ -1,0 +1,159 @@
+"""Strategies (a) and (b): the adaptation prompt asks the base, or a classification expert, for the domain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from t2.adaptation.base import Adaptation, Strategy
+from t2.adaptation.labels import label_scores, label_tokens
+from t2.evaluation import encode
+from t2.model import ExpertChoice, SVFModel
+from t2.tasks.classify import BASE, OTHERS, Domains, Prompt, adaptation_problem, as_domains, labels_of
+
+Calibration = Literal["none", "contextual", "batch"]
+CONTENT_FREE = ("N/A", "", "[MASK]")
+"""Inputs that say nothing of their domain (Zhao et al. 2021)."""
+
+
+class PromptStrategy(Strategy):
+    """The model itself tells a prompt's domain: the likeliest label after the adaptation prompt.
+
+    A label that is likelier whatever the question is held back by its prior (`calibrate`):
+
+        p(label | prompt) ~ p_model(label | prompt) / prior(label)
+
+    Args:
+        svf, tokenizer: as in `Strategy`.
+        domains: what the experts are for; each has one of its name in the bank. "others" is the base.
+        calibration: "contextual" takes as prior the mean probabilities on inputs without content (Zhao et al. 2021,
+            arXiv 2102.09690), "batch" those of the prompts of the call themselves (Zhou et al. 2023, arXiv 2309.17249),
+            which expects them to be of all domains alike; "none" a flat one.
+        mixed: whether a request runs with all experts, each weighted by its probability, not with the likeliest alone.
+        token_budget: most tokens of a batch of pass one.
+    """
+
+    name = "prompt"
+
+    def __init__(
+        self,
+        svf: SVFModel,
+        tokenizer: PreTrainedTokenizerBase,
+        domains: Domains,
+        *,
+        calibration: Calibration = "contextual",
+        mixed: bool = False,
+        token_budget: int = 8192,
+    ) -> None:
+        super().__init__(svf, tokenizer)
+        if calibration not in ("none", "contextual", "batch"):
+            raise ValueError(f"calibration: expected 'none', 'contextual' or 'batch', got {calibration!r}")
+        if not isinstance(token_budget, int) or token_budget < 1:
+            raise ValueError(f"token_budget: expected an integer >= 1, got {token_budget!r}")
+        self.domains = as_domains(domains)
+        for domain in self.domains:
+            if domain.name not in svf.bank:
+                raise ValueError(f"domains: expected names of experts ({', '.join(svf.bank)}), got {domain.name!r}")
+        self.labels = labels_of(self.domains)
+        self.calibration: Calibration = calibration
+        self.mixed = mixed
+        self.token_budget = token_budget
+        self.prior: Tensor | None = None
+        """log prior(label) [labels]; `calibrate` sets it."""
+        self._label_tokens = label_tokens(self.labels, tokenizer)
+
+    @property
+    def expert(self) -> ExpertChoice:
+        """What pass one runs with."""
+        return None
+
+    def label_scores(self, prompts: Sequence[Prompt]) -> Tensor:
+        """log p_model(label | prompt) [B, labels] float32, without a prior; labels as in `labels`, "others" first."""
+        encoded = [encode(adaptation_problem(prompt, self.domains), self.tokenizer) for prompt in prompts]
+        return label_scores(
+            self.svf,
+            encoded,
+            self._label_tokens,
+            pad_token=int(self.tokenizer.pad_token_id),
+            expert=self.expert,
+            token_budget=self.token_budget,
+        )
+
+    def calibrate(self, prompts: Sequence[Prompt] = CONTENT_FREE) -> None:
+        """Takes the labels' mean probabilities on these prompts as their prior from now on."""
+        if not len(prompts):
+            raise ValueError("prompts: expected at least one to calibrate with, got none")
+        self.prior = _log_mean(self.label_scores(prompts))
+
+    def adapt(self, prompts: Sequence[Prompt]) -> Adaptation:
+        """As in `Strategy`; `reasons` are the labels' probabilities.
+
+        Raises:
+            ValueError: calibration "batch" has fewer than two prompts for a prior, and `calibrate` gave none.
+        """
+        start = time.perf_counter()
+        scores = self.label_scores(prompts)
+        probabilities = torch.softmax(scores - self._prior(scores), dim=-1)
+        if self.mixed:
+            alpha = probabilities
+        else:
+            alpha = torch.nn.functional.one_hot(probabilities.argmax(-1), len(self.labels)).float()
+        names = tuple(BASE if label == OTHERS else label for label in self.labels)
+        reasons = tuple(self._reason(row) for row in probabilities.tolist())
+        return Adaptation(names, alpha, time.perf_counter() - start, reasons)
+
+    def _prior(self, scores: Tensor) -> Tensor:
+        if self.prior is None and self.calibration == "contextual":
+            self.calibrate()
+        if self.prior is not None:
+            return self.prior
+        if self.calibration == "none" or not len(scores):
+            return torch.zeros(len(self.labels))
+        if len(scores) < 2:
+            raise ValueError("prompts: expected at least two for calibration 'batch', got one; calibrate() with some")
+        return _log_mean(scores)
+
+    def _reason(self, probabilities: list[float]) -> str:
+        ranked = sorted(zip(probabilities, self.labels, strict=True), reverse=True)
+        return ", ".join(f"{label} {probability:.0%}" for probability, label in ranked)
+
+
+class ClassifierStrategy(PromptStrategy):
+    """As `PromptStrategy`, with pass one run by an expert that was trained for the adaptation prompt
+    (`classification_task`), on labels that come equally often: so without calibration.
+
+    Args:
+        expert: its name in the bank.
+    """
+
+    name = "classifier"
+
+    def __init__(
+        self,
+        svf: SVFModel,
+        tokenizer: PreTrainedTokenizerBase,
+        domains: Domains,
+        expert: str = "classifier",
+        *,
+        calibration: Calibration = "none",
+        mixed: bool = False,
+        token_budget: int = 8192,
+    ) -> None:
+        super().__init__(svf, tokenizer, domains, calibration=calibration, mixed=mixed, token_budget=token_budget)
+        if expert not in svf.bank:
+            raise ValueError(f"expert: expected one of the bank ({', '.join(svf.bank)}), got {expert!r}")
+        self._expert = expert
+
+    @property
+    def expert(self) -> ExpertChoice:
+        return self._expert
+
+
+def _log_mean(scores: Tensor) -> Tensor:
+    """The logarithm of the mean probabilities [labels]."""
+    return scores.logsumexp(0) - torch.tensor(float(len(scores))).log()

@@ -1,0 +1,325 @@
+"""Strategy (c): the mix of experts that answers a few problems of a task best (arXiv 2501.06252, section 3.2).
+
+Candidates differ in their scales alone, so a whole population is one batch: 32 candidates and 10 prompts are 320 rows
+with 32 slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from t2.adaptation.base import Adaptation, Strategy, Wrapped, mixed
+from t2.adaptation.decoding import Answer, RouteOf, greedy
+from t2.adaptation.search import (
+    FewShotOptions,
+    Fitness,
+    Found,
+    Generation,
+    Memory,
+    Search,
+    make_search,
+    run_search,
+)
+from t2.evaluation import encode, length_batches
+from t2.experts import Expert
+from t2.layout import Layout
+from t2.model import SVFModel
+from t2.storage import FileFormatError
+from t2.tasks.base import Problem, Split, Task
+from t2.tasks.classify import BASE, Prompt
+from t2.training.rollouts import end_tokens
+from t2kernels.files import write_text
+
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def few_shot_problems(task: Task, count: int, *, split: Split = "train", seed: int = 0) -> list[Problem]:
+    """`count` problems of a split, drawn without repeats; ValueError if it has fewer."""
+    problems = task.problems(split)
+    if not 1 <= count <= len(problems):
+        raise ValueError(f"few_shot: expected 1 to {len(problems)} problems of {task.name}'s {split}, got {count}")
+    chosen = numpy.random.default_rng(seed).choice(len(problems), count, replace=False)
+    return [problems[int(index)] for index in chosen]
+
+
+def matrix_groups(layout: Layout, options: FewShotOptions) -> tuple[int, ...]:
+    """The group of each matrix, in the order of the layout; () for one group.
+
+    By "layer" matrices belong together whose names have the same first number ("model.layers.3."), and those without
+    one.
+    """
+    if options.granularity == "model":
+        return ()
+    if options.granularity == "matrix":
+        return tuple(range(len(layout.names)))
+    layers = [found[1] if (found := LAYER.search(name)) else "" for name in layout.names]
+    numbers = {layer: index for index, layer in enumerate(dict.fromkeys(layers))}
+    return tuple(numbers[layer] for layer in layers)
+
+
+@dataclass(frozen=True)
+class FewShotResult:
+    """The best mix of a search.
+
+    alpha: [E] float32, or [G, E] where groups of matrices have weights of their own; columns as in `names`.
+    singles: the fitness of the base and of each expert alone, by name.
+    seconds: of the search, without what `memory` had.
+    """
+
+    names: tuple[str, ...]
+    alpha: Tensor
+    groups: tuple[int, ...]
+    fitness: Fitness
+    singles: Mapping[str, Fitness]
+    generations: tuple[Generation, ...]
+    stopped: str
+    seconds: float
+
+    @property
+    def mean_alpha(self) -> dict[str, float]:
+        """The weight of each expert, the mean over groups."""
+        alpha = self.alpha if self.alpha.dim() == 1 else self.alpha.mean(0)
+        return dict(zip(self.names, alpha.tolist(), strict=True))
+
+
+class FewShotStrategy(Strategy):
+    """One mix for all requests: that which answers a few problems of their task best.
+
+    The search runs when it is first needed. The base, every expert alone and all in equal parts are among its first
+    candidates, so that the result is never worse than any of them on these problems.
+
+    Args:
+        svf, tokenizer: as in `Strategy`.
+        task: whose metric counts.
+        problems: to try candidates on; none of those that the result is to be judged on.
+        options: of the search.
+        experts: names of the bank that are mixed; default all.
+        new_tokens: longest answer; default the task's own.
+        memory: file that results of candidates are kept in, so that a search that was interrupted goes on.
+        announce: called after each generation.
+
+    Raises:
+        ValueError: no problems, no experts, unknown ones, or a population without room for each of them.
+        FileFormatError: the memory's file is of another search, or not one.
+    """
+
+    name = "few-shot"
+
+    def __init__(
+        self,
+        svf: SVFModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        problems: Sequence[Problem],
+        *,
+        options: FewShotOptions | None = None,
+        experts: Sequence[str] | None = None,
+        new_tokens: int | None = None,
+        memory: Path | None = None,
+        announce: Callable[[Found], object] = lambda found: None,
+    ) -> None:
+        super().__init__(svf, tokenizer)
+        names = svf.bank.names if experts is None else list(experts)
+        if not names or not set(names) <= set(svf.bank) or len(set(names)) != len(names) or BASE in names:
+            raise ValueError(f"experts: expected names of the bank ({', '.join(svf.bank) or 'empty'}), got {names}")
+        if not len(problems):
+            raise ValueError("problems: expected at least one, got none")
+        self.options = options or FewShotOptions()
+        self.task, self.problems = task, list(problems)
+        self.names = (BASE, *names)
+        self.groups = matrix_groups(svf.layout, self.options)
+        self.new_tokens = new_tokens or task.max_new_tokens
+        self.announce = announce
+        self.result: FewShotResult | None = None
+        self._memory_file = memory
+        self.prompts = [encode(problem, tokenizer) for problem in self.problems]
+        self._ends = end_tokens(svf.model, tokenizer)
+        self._new_search()  # says what does not fit before any work
+        self._read_memory()
+
+    # Candidates
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return max(self.groups, default=0) + 1, len(self.names)
+
+    def _new_search(self) -> Search:
+        centre = min(max(1 / len(self.names), self.options.low), self.options.high)
+        return make_search(self._first(), self.options, centre)
+
+    def _first(self) -> Tensor:
+        """[E + 1, D]: the base and each expert alone, then all in equal parts."""
+        groups, count = self._shape
+        weights = torch.cat([torch.eye(count), torch.full((1, count), 1 / count)])
+        return weights.unsqueeze(1).expand(-1, groups, -1).reshape(count + 1, -1).clone()
+
+    def _normalise(self, candidates: Tensor) -> Tensor:
+        """[N, D], in each group divided by the sum; the base where all are 0."""
+        if self.options.coefficients == "free":
+            return candidates
+        alpha = candidates.view(len(candidates), *self._shape)
+        sums = alpha.sum(-1, keepdim=True)
+        base = torch.zeros_like(alpha)
+        base[..., 0] = 1.0
+        return torch.where(sums > 0, alpha / sums.clamp(min=1e-12), base).reshape(len(candidates), -1)
+
+    def _alpha(self, candidates: Tensor) -> Tensor:
+        """[N, E], or [N, G, E] with groups."""
+        return candidates.view(len(candidates), *(self._shape if self.groups else self._shape[1:]))
+
+    def vectors(self, candidates: Tensor) -> Tensor:
+        """z [N, R] of normalised candidates [N, D]."""
+        return mixed(self.svf.bank, self.names, self._alpha(candidates), self.groups)
+
+    # Scores
+
+    def evaluate(self, candidates: Tensor) -> list[Fitness]:
+        """The fitness of normalised candidates [N, D], all in one batch as far as the token budget goes."""
+        z = list(self.vectors(candidates).to(self.svf.sigma.device))
+        return self.fitness(self.answers(Wrapped(self.svf), len(z), lambda rows: self.svf.route([z[i] for i in rows])))
+
+    def answers(self, running: Any, candidates: int, route: RouteOf) -> list[list[Answer]]:
+        """Greedy answers to the problems, by candidate."""
+        rows = [(c, p) for c in range(candidates) for p in range(len(self.prompts))]
+        found: dict[tuple[int, int], Answer] = {}
+        lengths = [len(self.prompts[p]) + self.new_tokens for _, p in rows]
+        for indices in length_batches(lengths, self.options.token_budget):
+            batch = [rows[index] for index in indices]
+            answers = greedy(
+                running,
+                [self.prompts[p] for _, p in batch],
+                [c for c, _ in batch],
+                route,
+                new_tokens=self.new_tokens,
+                ends=self._ends,
+                pad_token=int(self.tokenizer.pad_token_id),
+                device=self.svf.sigma.device,
+            )
+            found.update(zip(batch, answers, strict=True))
+        return [[found[c, p] for p in range(len(self.prompts))] for c in range(candidates)]
+
+    def fitness(self, answers: Sequence[Sequence[Answer]]) -> list[Fitness]:
+        """Of each candidate, from its answers to the problems."""
+        texts = [
+            str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for row in answers for answer in row
+        ]
+        scores = self.task.scores(self.problems * len(answers), texts)
+        count = len(self.problems)
+        found = []
+        for index, row in enumerate(answers):
+            own = scores[index * count : (index + 1) * count]
+            right = [answer.log_likelihood for answer, score in zip(row, own, strict=True) if score == 1.0]
+            found.append(Fitness(statistics.fmean(own), statistics.fmean(right) if right else -math.inf))
+        return found
+
+    # The search
+
+    def search(self, evaluate: Callable[[Tensor], Sequence[Fitness]] | None = None) -> FewShotResult:
+        """Searches, or returns what was found before.
+
+        Args:
+            evaluate: takes the place of `self.evaluate`, for comparisons.
+        """
+        if self.result is not None:
+            return self.result
+        start = time.perf_counter()
+        found = run_search(
+            self._new_search(), evaluate or self.evaluate, self._normalise, memory=self._memory, announce=self._after
+        )
+        seconds = time.perf_counter() - start
+        first = self._normalise(self._first()[: len(self.names)])
+        singles = {
+            name: self._memory[candidate.numpy().tobytes()] for name, candidate in zip(self.names, first, strict=True)
+        }
+        self.result = FewShotResult(
+            self.names,
+            self._alpha(found.alpha.unsqueeze(0))[0],
+            self.groups,
+            found.fitness,
+            singles,
+            tuple(found.generations),
+            found.stopped,
+            seconds,
+        )
+        return self.result
+
+    def _after(self, found: Found) -> None:
+        self._write_memory()
+        self.announce(found)
+
+    def adapt(self, prompts: Sequence[Prompt]) -> Adaptation:
+        """The same mix for every prompt. `seconds` are the search's the first time."""
+        start = time.perf_counter()
+        result = self.search()
+        alpha = result.alpha.unsqueeze(0).repeat(len(prompts), *(1,) * result.alpha.dim())
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in result.mean_alpha.items())
+        reason = f"few-shot {result.fitness.score:.0%} of {len(self.problems)}: {weights}"
+        seconds = time.perf_counter() - start
+        return Adaptation(result.names, alpha, seconds, (reason,) * len(prompts), result.groups)
+
+    def expert(self) -> Expert:
+        """The mix as an expert of its own, with weights, scores and options as metadata."""
+        result = self.search()
+        z = mixed(self.svf.bank, self.names, result.alpha.unsqueeze(0), self.groups)[0]
+        metadata = {
+            "task": self.task.name,
+            "alpha": json.dumps(result.mean_alpha),
+            "score": str(result.fitness.score),
+            "log_likelihood": str(result.fitness.log_likelihood),
+            "singles": json.dumps({name: fitness.score for name, fitness in result.singles.items()}),
+            "problems": str(len(self.problems)),
+            "seed": str(self.options.seed),
+            "options": json.dumps(asdict(self.options)),
+        }
+        if self.groups:
+            metadata["alpha_by_group"] = json.dumps(result.alpha.tolist())
+        return Expert(z, self.svf.layout, metadata)
+
+    # What is known from before
+
+    def _identity(self) -> str:
+        """Of everything that a candidate's fitness depends on."""
+        digest = hashlib.sha256()
+        for part in (self.svf.layout.fingerprint, self.task.name, self.names, self.groups, self.new_tokens):
+            digest.update(f"{part}\n".encode())
+        digest.update(str(self.svf.svf_config.dtype).encode())
+        for problem, prompt in zip(self.problems, self.prompts, strict=True):
+            digest.update(f"{prompt.tolist()} {problem.solution}\n".encode())
+        for name in self.names[1:]:
+            digest.update(self.svf.bank[name].z.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _read_memory(self) -> None:
+        self._memory: Memory = {}
+        path = self._memory_file
+        if path is None or not path.is_file():
+            return
+        try:
+            saved = json.loads(path.read_text())
+            identity, known = saved["identity"], saved["candidates"]
+            self._memory = {bytes.fromhex(key): Fitness(*value) for key, value in known.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"memory: {path} is not of a few-shot search: {error}") from error
+        if identity != self._identity():
+            raise FileFormatError(
+                f"memory: {path} is of a search with another model, bank, task or problems; delete it"
+            )
+
+    def _write_memory(self) -> None:
+        if self._memory_file is not None:
+            known = {key.hex(): list(fitness) for key, fitness in self._memory.items()}
+            write_text(self._memory_file, json.dumps({"identity": self._identity(), "candidates": known}) + "\n")

@@ -1,0 +1,102 @@
+"""Which of some labels a model would answer with: scored, not generated and parsed.
+
+    log p(label | prompt) = sum_t log softmax(logits_t over the tokens that go on to a label)[label_t]
+
+That is decoding constrained to the valid labels, all of them followed. A token that only one label goes on with costs
+nothing, so long labels have no disadvantage; and where labels begin with different tokens, the prompt's last logits
+are enough: one forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from t2.adaptation.base import Wrapped
+from t2.attention import new_cache
+from t2.evaluation import length_batches
+from t2.model import ExpertChoice, SVFModel
+from t2.training.rollouts import Group, MicroBatch, answer_logits, answer_tokens, shared_prefix
+
+
+@dataclass(frozen=True)
+class LabelTokens:
+    """Labels as far as they differ.
+
+    tokens: of each label, up to the one from which on no other label goes the same way.
+    permitted: for each of these tokens, all that lead on to a label there.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    permitted: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+def label_tokens(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> LabelTokens:
+    """The labels' tokens, each label ended by the end token, so that none is the beginning of another.
+
+    Raises:
+        ValueError: two labels have the same tokens.
+    """
+    end = int(tokenizer.eos_token_id)
+    whole = [(*tokenizer(label, add_special_tokens=False)["input_ids"], end) for label in labels]
+    if len(set(whole)) != len(whole):
+        raise ValueError(f"labels: expected labels that the tokenizer tells apart, got {list(labels)}")
+
+    def permitted(prefix: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted({ids[len(prefix)] for ids in whole if ids[: len(prefix)] == prefix}))
+
+    def alone(ids: tuple[int, ...]) -> tuple[int, ...]:
+        return next(ids[:t] for t in range(1, len(ids) + 1) if sum(other[:t] == ids[:t] for other in whole) == 1)
+
+    kept = [alone(ids) for ids in whole]
+    return LabelTokens(tuple(kept), tuple(tuple(permitted(ids[:t]) for t in range(len(ids))) for ids in kept))
+
+
+def label_scores(
+    svf: SVFModel,
+    prompts: Sequence[Tensor],
+    labels: LabelTokens,
+    *,
+    pad_token: int,
+    expert: ExpertChoice = None,
+    token_budget: int = 8192,
+) -> Tensor:
+    """log p(label | prompt) [len(prompts), labels] float32 on the CPU; the probabilities of a row sum to 1.
+
+    What all prompts of a batch begin with is read once, and each prompt once for all labels.
+
+    Args:
+        prompts: token ids [length] each.
+        pad_token: fills rows.
+        expert: that the model runs with.
+        token_budget: most tokens of a batch, padding included; one prompt always fits.
+    """
+    running, device = Wrapped(svf), svf.sigma.device
+    answers = tuple(torch.tensor(ids) for ids in labels.tokens)
+    scores = torch.empty(len(prompts), len(answers))
+    lengths = [len(prompt) + sum(map(len, answers)) for prompt in prompts]
+    for indices in length_batches(lengths, token_budget):
+        shared = shared_prefix([prompts[index] for index in indices], new_cache(running.transformer))
+        batch = MicroBatch(tuple(Group(prompts[index], answers) for index in indices), shared)
+        tokens = answer_tokens(batch, pad_token, device)
+        with torch.inference_mode(), svf.route(expert):
+            logits = answer_logits(running, tokens)
+            scores[indices] = _followed(logits.view(len(indices), -1, logits.shape[-1]), labels).cpu()
+    return scores
+
+
+def _followed(logits: Tensor, labels: LabelTokens) -> Tensor:
+    """The labels' log-probabilities [prompts, labels], from the logits [prompts, all labels' tokens, vocabulary]."""
+    scores = logits.new_zeros(logits.shape[0], len(labels.tokens), dtype=torch.float32)
+    place = 0
+    for label, (tokens, permitted) in enumerate(zip(labels.tokens, labels.permitted, strict=True)):
+        for token, options in zip(tokens, permitted, strict=True):
+            if len(options) > 1:
+                row = logits[:, place].float()
+                scores[:, label] += row[:, token] - row[:, list(options)].logsumexp(-1)
+            place += 1
+    return scores

@@ -1,0 +1,263 @@
+"""Search for the weights alpha of a mix: the cross-entropy method, CMA-ES, or at random.
+
+All ask for a population of candidates at a time, and are told how good each is.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+Method = Literal["cem", "cma", "random"]
+Granularity = Literal["model", "layer", "matrix"]
+Coefficients = Literal["normalised", "free"]
+
+
+Numbers = numpy.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class FewShotOptions:
+    """How weights are searched for. "Published" are the values of arXiv 2501.06252 and its code."""
+
+    search: Method = "cem"
+    """Cross-entropy method (published), CMA-ES (the package cma), or random candidates."""
+    population: int = 32
+    """Candidates of a generation, all scored in one batch (published)."""
+    elite_ratio: float = 0.2
+    """Share of the population that the next one is drawn around (published; cem only)."""
+    generations: int = 20
+    """Most generations; the published script takes 50."""
+    patience: int = 5
+    """Generations without a better score after which the search ends."""
+    granularity: Granularity = "model"
+    """One weight an expert for the whole model, one for each decoder layer, or for each matrix ("per layer", published
+    beside that for the whole model)."""
+    coefficients: Coefficients = "normalised"
+    """Weights divided by their sum, or as they are (both published; there W' is scaled to the sum of W's singular
+    values, which here only the former comes near)."""
+    low: float = 0.0
+    """Bound of a weight before it is normalised (published)."""
+    high: float = 1.0
+    """The other bound (published)."""
+    seed: int = 0
+    """Of all candidates drawn."""
+    token_budget: int = 32768
+    """Most tokens of a batch, padding and answers included."""
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("search", ("cem", "cma", "random")),
+            ("granularity", ("model", "layer", "matrix")),
+            ("coefficients", ("normalised", "free")),
+        ):
+            self._check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        for name in ("generations", "patience", "token_budget"):
+            self._check(name, getattr(self, name) >= 1, "an integer >= 1")
+        self._check("population", self.population >= 4, "an integer >= 4")
+        self._check("elite_ratio", 2 <= int(self.elite_ratio * self.population) <= self.population, "at least 2 elites")
+        self._check("high", self.low < self.high, f"a number above low ({self.low})")
+        self._check("low", self.coefficients == "free" or self.low >= 0, "a number >= 0 where weights are normalised")
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+class Fitness(NamedTuple):
+    """How good a candidate is, the greater the better, in this order."""
+
+    score: float
+    """Mean score over the few-shot problems."""
+    log_likelihood: float
+    """Breaks ties: the mean over its own right answers of their tokens' mean log-likelihood; -inf without any."""
+
+
+class Search(ABC):
+    """A search in [low, high]^D.
+
+    Args:
+        first: candidates [K, D] of generation 0, before those that are drawn.
+        options: population, bounds, seed.
+    """
+
+    def __init__(self, first: Tensor, options: FewShotOptions) -> None:
+        if len(first) > options.population:
+            raise ValueError(
+                f"population: expected room for the {len(first)} candidates of the start, got {options.population}"
+            )
+        self.first = first
+        self.options = options
+        self.random = numpy.random.default_rng(options.seed)
+        self.generation = 0
+
+    def ask(self) -> Tensor:
+        """The next candidates [population, D] float32."""
+        count = self.options.population - (len(self.first) if self.generation == 0 else 0)
+        drawn = torch.from_numpy(self._draw(count)).float().clamp(self.options.low, self.options.high)
+        drawn = torch.cat([self.first, drawn]) if self.generation == 0 else drawn
+        self.generation += 1
+        return drawn
+
+    @abstractmethod
+    def _draw(self, count: int) -> Numbers:
+        """[count, D] float64, bounds aside."""
+
+    def tell(self, candidates: Tensor, fitness: Sequence[Fitness]) -> None:  # noqa: B027  # random search learns nothing
+        """How good the candidates of the last `ask` were."""
+
+
+class RandomSearch(Search):
+    """Uniform candidates."""
+
+    def _draw(self, count: int) -> Numbers:
+        return self.random.uniform(self.options.low, self.options.high, (count, self.first.shape[1]))
+
+
+class CrossEntropy(Search):
+    """Candidates from a normal distribution that is fitted to the elites of all generations so far.
+
+    It starts around equal weights with half the range as standard deviation (published). The best so far is not asked
+    for again in every generation, as published, but stays among the elites.
+    """
+
+    def __init__(self, first: Tensor, options: FewShotOptions, centre: float) -> None:
+        super().__init__(first, options)
+        self.mean = numpy.full(first.shape[1], centre)
+        self.std = numpy.full(first.shape[1], (options.high - options.low) / 2)
+        self.elites: list[tuple[Fitness, Tensor]] = []
+
+    def _draw(self, count: int) -> Numbers:
+        return self.mean + self.std * self.random.standard_normal((count, len(self.mean)))
+
+    def tell(self, candidates: Tensor, fitness: Sequence[Fitness]) -> None:
+        pool = [*self.elites, *zip(fitness, candidates, strict=True)]
+        pool.sort(key=lambda entry: entry[0], reverse=True)
+        self.elites = pool[: int(self.options.elite_ratio * self.options.population)]
+        chosen = torch.stack([candidate for _, candidate in self.elites]).double().numpy()
+        self.mean, self.std = chosen.mean(0), chosen.std(0, ddof=1)
+
+
+class CMA(Search):
+    """CMA-ES of the package cma. It is told ranks, since a fitness is two numbers; and candidates as they are after the
+    bounds, which it takes for what they are, not its own."""
+
+    def __init__(self, first: Tensor, options: FewShotOptions, centre: float) -> None:
+        super().__init__(first, options)
+        try:
+            import cma
+        except ImportError as error:
+            raise ImportError("search='cma' needs the package cma: pip install 't2kernels[adapt]'") from error
+        self._strategy = cma.CMAEvolutionStrategy(
+            numpy.full(first.shape[1], centre),
+            0.3 * (options.high - options.low),
+            {
+                "popsize": options.population,
+                "seed": numpy.nan,  # its own would seed numpy's global generator
+                "randn": lambda *shape: self.random.standard_normal(shape),
+                "verbose": -9,
+            },
+        )
+
+    def _draw(self, count: int) -> Numbers:
+        return numpy.stack(self._strategy.ask(count))
+
+    def tell(self, candidates: Tensor, fitness: Sequence[Fitness]) -> None:
+        order = sorted(set(fitness), reverse=True)
+        ranks = [float(order.index(each)) for each in fitness]
+        self._strategy.tell(list(candidates.double().numpy()), ranks)
+
+
+def make_search(first: Tensor, options: FewShotOptions, centre: float) -> Search:
+    """The options' method. `centre`: the weight that all start around."""
+    if options.search == "random":
+        return RandomSearch(first, options)
+    return (CrossEntropy if options.search == "cem" else CMA)(first, options, centre)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """best: the fitness of the best candidate so far. mean: the population's mean score. evaluated: candidates that
+    were not known from before."""
+
+    best: Fitness
+    mean: float
+    evaluated: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self) | {"best": self.best._asdict()}
+
+
+@dataclass
+class Found:
+    """The best candidate [D] of a search, as `normalise` made it, and its way there."""
+
+    alpha: Tensor
+    fitness: Fitness
+    generations: list[Generation] = field(default_factory=list)
+    stopped: str = ""
+
+
+Evaluate = Callable[[Tensor], Sequence[Fitness]]
+"""How good candidates [N, D] are."""
+Memory = dict[bytes, Fitness]
+"""What is known of candidates, by the bytes of their float32 numbers."""
+
+
+def run_search(
+    search: Search,
+    evaluate: Evaluate,
+    normalise: Callable[[Tensor], Tensor] = lambda candidates: candidates,
+    *,
+    memory: Memory | None = None,
+    announce: Callable[[Found], object] = lambda found: None,
+) -> Found:
+    """Generations until the score is 1, has not risen for `patience` of them, or there have been enough.
+
+    A candidate is evaluated once, however often it is asked for. Of equally good ones the first counts.
+
+    Args:
+        evaluate: gets candidates as `normalise` makes them, all new ones of a generation at once.
+        normalise: [N, D] -> [N, D], such as the division by a sum.
+        memory: what is known already; new results go there. A search that was interrupted goes on with it.
+        announce: called after each generation.
+    """
+    options, memory = search.options, {} if memory is None else memory
+    found: Found | None = None
+    since = 0
+    for _ in range(options.generations):
+        start = time.perf_counter()
+        asked = search.ask()
+        candidates = normalise(asked)
+        keys = [candidate.numpy().tobytes() for candidate in candidates]
+        new = {key: index for index, key in enumerate(keys) if key not in memory}
+        if new:
+            memory.update(zip(new, evaluate(candidates[list(new.values())]), strict=True))
+        fitness = [memory[key] for key in keys]
+        search.tell(asked, fitness)
+        best = max(range(len(fitness)), key=lambda index: fitness[index])
+        since += 1
+        if found is None or fitness[best] > found.fitness:
+            since = 0 if found is None or fitness[best].score > found.fitness.score else since
+            found = Found(candidates[best].clone(), fitness[best], [] if found is None else found.generations)
+        mean = sum(each.score for each in fitness) / len(fitness)
+        found.generations.append(Generation(found.fitness, mean, len(new), time.perf_counter() - start))
+        if found.fitness.score >= 1.0:
+            found.stopped = "every answer is right"
+        elif since >= options.patience:
+            found.stopped = f"no better score for {since} generations"
+        announce(found)
+        if found.stopped:
+            return found
+    assert found is not None
+    found.stopped = f"{options.generations} generations"
+    return found

@@ -1,0 +1,161 @@
+"""The adaptation prompt (arXiv 2501.06252, section 3.2), and the task that trains a classification expert for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from t2.tasks.base import Problem, Split, Task
+from t2.tasks.official import check_size, check_split
+
+BASE = "base"
+OTHERS = "others"
+"""The label of prompts that no domain is for: the base answers them."""
+RESERVED = (BASE, OTHERS)
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+Prompt = Problem | str | Sequence[Mapping[str, str]]
+"""What a user asked: a problem, its text, or a conversation of {"role": ..., "content": ...}."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What an expert is for.
+
+    name: of the expert, and its label in the adaptation prompt. description: one line on what its questions are.
+    """
+
+    name: str
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        for field, value in (("name", self.name), ("description", self.description)):
+            if not isinstance(value, str) or "\n" in value or value != value.strip():
+                raise ValueError(f"{field}: expected one line of text, got {value!r}")
+        if not self.name or self.name in RESERVED:
+            raise ValueError(f"name: expected a name other than {' and '.join(RESERVED)}, got {self.name!r}")
+
+
+Domains = Sequence[Domain] | Mapping[str, str]
+"""Domains, or their descriptions by name."""
+
+
+def as_domains(domains: Domains) -> tuple[Domain, ...]:
+    """At least one domain, each with a name of its own; ValueError otherwise."""
+    if isinstance(domains, Mapping):
+        domains = [Domain(name, description) for name, description in domains.items()]
+    if isinstance(domains, str) or not all(isinstance(domain, Domain) for domain in domains):
+        raise TypeError(f"domains: expected a list of Domain, or descriptions by name, got {domains!r:.80}")
+    names = [domain.name for domain in domains]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"domains: expected at least one, each with a name of its own, got {names}")
+    return tuple(domains)
+
+
+def labels_of(domains: Sequence[Domain]) -> tuple[str, ...]:
+    """The valid answers to the adaptation prompt: "others" first, then the domains' names."""
+    return (OTHERS, *(domain.name for domain in domains))
+
+
+def question(prompt: Prompt) -> str:
+    """What the user said: the text itself, or the user's messages one below the other."""
+    if isinstance(prompt, str):
+        return prompt
+    messages = prompt.messages if isinstance(prompt, Problem) else prompt
+    try:
+        return "\n\n".join(message["content"] for message in messages if message["role"] == "user")
+    except (KeyError, TypeError) as error:
+        raise TypeError(
+            "prompts: expected texts, problems, or lists of {'role': ..., 'content': ...}, "
+            f"got {type(prompt).__name__} {prompt!r:.80}"
+        ) from error
+
+
+def adaptation_problem(prompt: Prompt, domains: Sequence[Domain], label: str | None = None) -> Problem:
+    """The adaptation prompt around a prompt: which of the domains, or "others"? `label` is the right answer."""
+    lines = [f"- {domain.name}: {domain.description}".removesuffix(": ") for domain in domains]
+    system = "\n".join(
+        [
+            "Analyze the given question and classify it into one of these categories:",
+            *lines,
+            f"- {OTHERS}: anything else",
+            "Consider the skills and knowledge required to answer the question. "
+            "Reply with the name of the category only.",
+        ]
+    )
+    messages = ({"role": "system", "content": system}, {"role": "user", "content": question(prompt)})
+    return Problem(messages, reference=label, solution=label)
+
+
+def said_label(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer begins with, else the only one that it names, else None; upper case does not matter."""
+    longest_first = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    words = re.compile(rf"(?<!\w)({longest_first})(?!\w)", re.IGNORECASE)
+    by_name = {label.casefold(): label for label in labels}
+    text = answer.strip().lstrip("*_`\"'-([ ")
+    if begins := words.match(text):
+        return by_name[begins[1].casefold()]
+    named = {found.casefold() for found in words.findall(text)}
+    return by_name[named.pop()] if len(named) == 1 else None
+
+
+class Classification(Task):
+    """Prompts of other tasks inside the adaptation prompt; right is the name of their domain.
+
+    Every task gives each split as many of its own prompts as the smallest one has, so that no label is likelier, and
+    they take turns.
+
+    Args:
+        tasks: by label: the names of `domains`, each once, and "others" if the base should keep something.
+        domains: of the adaptation prompt.
+        train_size, validation_size, test_size: most prompts that a task gives each split; None for all it has.
+        max_new_tokens: room for a label.
+    """
+
+    name = "classify"
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        domains: Domains,
+        *,
+        train_size: int | None = None,
+        validation_size: int | None = None,
+        test_size: int | None = None,
+        max_new_tokens: int = 8,
+    ) -> None:
+        self.domains = as_domains(domains)
+        self.labels = labels_of(self.domains)
+        missing = {domain.name for domain in self.domains} - set(tasks)
+        if missing or not set(tasks) <= set(self.labels):
+            raise ValueError(f"tasks: expected one for each of {', '.join(self.labels[1:])}, got {', '.join(tasks)}")
+        for label, task in tasks.items():
+            if not isinstance(task, Task):
+                raise TypeError(f"tasks: expected a Task for {label}, got {type(task).__name__}")
+        sizes = {"train": train_size, "validation": validation_size, "test": test_size}
+        for split, size in sizes.items():
+            if size is not None:
+                check_size(f"{split}_size", size)
+        check_size("max_new_tokens", max_new_tokens)
+        self.tasks = dict(tasks)
+        self.sizes = sizes
+        self.max_new_tokens = max_new_tokens
+        self._made: dict[Split, list[Problem]] = {}
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        check_split(self, split, SPLITS)
+        if split not in self._made:
+            columns = [
+                [
+                    adaptation_problem(problem, self.domains, label)
+                    for problem in task.problems(split)[: self.sizes[split]]
+                ]
+                for label, task in self.tasks.items()
+            ]
+            self._made[split] = [problem for row in zip(*columns, strict=False) for problem in row]
+        return self._made[split]
+
+    def scores(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
+        pairs = zip(problems, answers, strict=True)
+        return [float(said_label(answer, self.labels) == problem.reference) for problem, answer in pairs]
