@@ -34,6 +34,17 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "logic": ("reasoning-gym:syllogism", {"config": {"invalid_ratio": 0.5}}),
 }
 """Three domains in which the base has some signal: arithmetic, reading, and logic with half of its answers yes."""
+DOMAINS = {
+    "sums": "adding and subtracting numbers",
+    "reading": "finding in some statements about people the person that is asked for",
+    "logic": "whether a conclusion follows from statements",
+}
+OTHERS = ("letter_counting", "spell_backward", "calendar_arithmetic", "family_relationships")
+"""Tasks of reasoning-gym that stand for whatever is in no domain when the classification expert is trained."""
+_BY_NAME = {domain: {"name": name, **options} for domain, (name, options) in TASKS.items()}
+_ELSE = {"name": "mixture", "tasks": {task: {"name": f"reasoning-gym:{task}"} for task in OTHERS}}
+TASKS["classifier"] = "classify", {"tasks": _BY_NAME | {"others": _ELSE}, "domains": DOMAINS}
+TASKS["all"] = "mixture", {"tasks": _BY_NAME}
 SHARED = ("--samples-per-prompt", "8", "--kl-coefficient", "0.01", "--learning-rate", "1e-3", "--decay", "--trackers")
 FACTORS = ("--dtype", "bfloat16", "--bf16-products")
 EXPERTS = {
@@ -41,6 +52,12 @@ EXPERTS = {
     "reading": "--cold-start-steps 30 --steps 50 --prompts-per-step 32 --max-new-tokens 8 --validate-every 5",
     "logic": "--cold-start-steps 25 --steps 50 --prompts-per-step 32 --max-new-tokens 4 --validate-every 5",
 }
+OF_ALL = {
+    "classifier": "--objective next-token --steps 24 --prompts-per-step 32 --learning-rate 2e-3 --validate-every 6",
+    "all-lora": "--cold-start-steps 30 --steps 45 --prompts-per-step 48 --samples-per-prompt 4 --max-new-tokens 8 "
+    "--validate-every 15 --method lora --cold-start-learning-rate 1e-3 --learning-rate 2e-4",
+}
+"""The classification expert, and one adapter for all domains, which experts are compared with."""
 COMPARED = "--steps 24 --prompts-per-step 32 --validate-every 24"
 """Every run of the comparison has the same prompts and the same number of answers to them."""
 VARIANTS = {
@@ -60,6 +77,8 @@ def runs() -> dict[str, tuple[str, list[str]]]:
         made[f"sums-{seed}"] = "sums", [*EXPERTS["sums"].split(), *FACTORS, "--seed", str(seed)]
     for name in ("reading", "logic"):
         made[f"{name}-0"] = name, [*EXPERTS[name].split(), *FACTORS]
+    made["classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS]
+    made["all-lora"] = "all", OF_ALL["all-lora"].split()
     for name, options in VARIANTS.items():
         storage = () if name == "lora" else FACTORS
         for seed in SEEDS[:2]:
