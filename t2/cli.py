@@ -284,6 +284,7 @@ def _json_object(name: str, text: str) -> dict[str, Any]:
     return found
 
 
+@app.command
 def adapt(
     model: tyro.conf.Positional[str],
     task: str,

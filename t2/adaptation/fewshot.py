@@ -48,7 +48,10 @@ LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def few_shot_problems(task: Task, count: int, *, split: Split = "train", seed: int = 0, skip: int = 0) -> list[Problem]:
-    """`count` problems of a split, drawn without repeats; ValueError if it has fewer. `skip` leaves its first ones out."""
+    """`count` problems of a split, drawn without repeats; ValueError if it has fewer.
+
+    `skip` leaves its first ones out.
+    """
     problems = task.problems(split)[skip:]
     if not 1 <= count <= len(problems):
         behind = f" behind the first {skip}" if skip else ""

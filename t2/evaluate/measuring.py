@@ -61,7 +61,10 @@ class Judged:
     def few_shot(self, size: int, seed: int) -> list[Problem]:
         """Problems for a search, none of those that count."""
         skip = len(self.problems) if self.few_shot_from == "test" else 0
-        return few_shot_problems(self.task, size, split=self.few_shot_from, seed=seed, skip=skip)
+        try:
+            return few_shot_problems(self.task, size, split=self.few_shot_from, seed=seed, skip=skip)
+        except ValueError as error:
+            raise ValueError(f"{self.label}: few_shot_from {self.few_shot_from}: {error}") from error
 
 
 class Measuring:

@@ -67,6 +67,8 @@ class Plan:
     """Requests of a batch whose passes are timed."""
     times_rounds: int = 3
     """Rounds in which the paths take turns."""
+    times_tasks: tuple[str, ...] | None = None
+    """Tasks that have a batch of their own, beside the mixed one of the seen tasks; all if none are given."""
 
     @property
     def tasks(self) -> dict[str, TaskPlan]:
@@ -77,6 +79,11 @@ class Plan:
     def ablated(self) -> tuple[str, ...]:
         """Tasks of the few-shot ablation."""
         return tuple(self.unseen) if self.few_shot_tasks is None else self.few_shot_tasks
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """Tasks with a timed batch of their own."""
+        return tuple(self.tasks) if self.times_tasks is None else self.times_tasks
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -113,10 +120,16 @@ def parse_plan(content: Any) -> Plan:
     for name in ("problems", "dispatch_prompts", "times_requests", "times_rounds"):
         if name in given:
             _integer(name, given[name])
-    if given.get("few_shot_tasks") is not None:
-        _check("few_shot_tasks", isinstance(given["few_shot_tasks"], list), "a list of tasks", given["few_shot_tasks"])
-        given["few_shot_tasks"] = tuple(given["few_shot_tasks"])
-    _check("few_shot_per_layer", isinstance(given.get("few_shot_per_layer", False), bool), "true or false", content)
+    for name in ("few_shot_tasks", "times_tasks"):
+        if (named := given.get(name)) is not None:
+            _check(name, isinstance(named, list) and all(isinstance(x, str) for x in named), "a list of tasks", named)
+            given[name] = tuple(named)
+    _check(
+        "few_shot_per_layer",
+        isinstance(given.get("few_shot_per_layer", False), bool),
+        "true or false",
+        given.get("few_shot_per_layer"),
+    )
     _check("lora", isinstance(given.get("lora", ""), str | None), "a folder", given.get("lora"))
     calibration = given.get("calibration", "contextual")
     _check("calibration", calibration in ("none", "contextual"), "none or contextual", calibration)
@@ -132,8 +145,9 @@ def _check_names(plan: Plan) -> None:
     _check("unseen", not both, "names that no seen task has", sorted(both))
     reserved = set(plan.tasks) & set(RESERVED)
     _check("seen, unseen", not reserved, f"names other than {' and '.join(RESERVED)}", sorted(reserved))
-    unknown = set(plan.ablated) - set(plan.tasks)
-    _check("few_shot_tasks", not unknown, f"tasks of the plan ({', '.join(plan.tasks)})", sorted(unknown))
+    for name, labels in (("few_shot_tasks", plan.ablated), ("times_tasks", plan.timed)):
+        unknown = set(labels) - set(plan.tasks)
+        _check(name, not unknown, f"tasks of the plan ({', '.join(plan.tasks)})", sorted(unknown))
     for label, experts in plan.variants.items():
         unknown = set(experts) - set(plan.seen)
         _check(f"variants.{label}", not unknown, f"seen tasks ({', '.join(plan.seen)})", sorted(unknown))

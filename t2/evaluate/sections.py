@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from t2.evaluate.measuring import Measuring, Missing
@@ -79,11 +80,14 @@ def _mixes(measuring: Measuring, label: str) -> dict[str, ExpertChoice]:
 
 
 def _variants(measuring: Measuring, label: str) -> dict[str, ExpertChoice]:
-    return {
-        f"variant {variant}": measuring.widened(Expert.load(files[label]), f"variants.{variant}.{label}")
-        for variant, files in measuring.plan.variants.items()
-        if label in files
-    }
+    made: dict[str, ExpertChoice] = {}
+    for variant, files in measuring.plan.variants.items():
+        if label in files:
+            if not measuring.allowed and not Path(files[label]).is_file():
+                raise Missing(files[label])
+            expert = Expert.load(files[label])
+            made[f"variant {variant}"] = measuring.widened(expert, f"variants.{variant}.{label}")
+    return made
 
 
 def figures(scores: Sequence[float], base: Sequence[float] | None = None) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def _dispatch(measuring: Measuring) -> dict[str, Any]:
 
 
 def _times(measuring: Measuring) -> dict[str, Any]:
-    return {label or "mixed batch": measuring.times(label) for label in (None, *measuring.plan.tasks)}
+    return {label or "mixed batch": measuring.times(label) for label in (None, *measuring.plan.timed)}
 
 
 def _alphas(measuring: Measuring) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def _accuracies(section: Mapping[str, Any]) -> str:
         cells = (_beside_base(row["columns"].get(name)) for name in columns)
         rows.append([f"{label}{seen}, {row['problems']} problems", *cells])
     return (
-        "Right answers with 95% interval; beside the base also accuracy over that of the base, and McNemar's exact p of "
-        "the difference:\n\n" + table(["task", *columns], rows)
+        "Right answers with 95% interval; beside the base also accuracy over that of the base, and McNemar's exact p "
+        "of the difference:\n\n" + table(["task", *columns], rows)
     )
 
 
