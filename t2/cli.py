@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from t2.adaptation.search import FewShotOptions
+from t2.evaluate.sections import SECTIONS, Section
 from t2.sizes import Work
 from t2.training.options import TrainOptions
 from t2kernels.files import write_text
@@ -370,6 +371,46 @@ def adapt(
         max_new_tokens=max_new_tokens,
         options=options,
         console=Console(),
+    )
+    return 0 if finished else 130
+
+
+@app.command(name="eval")
+def evaluate(
+    model: tyro.conf.Positional[str],
+    bank: Path,
+    plan: Path,
+    output: Path,
+    only: tuple[Section, ...] = SECTIONS,
+    dtype: Storage = "float32",
+    bf16_products: bool = False,
+    token_budget: int = 16384,
+) -> int:
+    """Measure a bank of experts: the tables of the paper, times and ablations. Ctrl-C keeps what was measured.
+
+    Example: t2 eval smollm2-135m-instruct --bank experts/mine --plan benchmarks/eval_plan.json --output runs/eval
+
+    Args:
+        model: Alias, Hub id, local folder or GGUF file.
+        bank: Folder with experts and domains.json (docs/adaptation.md).
+        plan: JSON file that says what is measured (docs/adaptation.md).
+        output: Folder for results.json, summary.json, tables.md, plots, and what was measured so far.
+        only: Sections to measure.
+        dtype: Storage of the factors.
+        bf16_products: Let activations be rounded to bfloat16 where they meet bfloat16 factors.
+        token_budget: Most tokens of a batch, padding and answers included.
+    """
+    from t2.evaluate.command import run_evaluation
+
+    finished = run_evaluation(
+        model,
+        bank,
+        plan,
+        output,
+        only=only,
+        dtype=dtype,
+        bf16_products=bf16_products,
+        token_budget=token_budget,
     )
     return 0 if finished else 130
 

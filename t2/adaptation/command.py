@@ -38,11 +38,12 @@ def open_bank(bank: Path | None, experts: Sequence[str], domains: Sequence[str] 
     return named_experts(experts, {name: description for name, _, description in pairs})
 
 
-def open_model(name: str, dtype: str, bank: BankFolder) -> tuple[SVFModel, Any]:
+def open_model(name: str, dtype: str, bank: BankFolder, *, bf16_products: bool = False) -> tuple[SVFModel, Any]:
     """The model around all matrices that the bank's experts are for, with them in its bank; and its tokenizer."""
     model, tokenizer = load(name)
     layout = next(iter(bank.experts.values())).layout
-    svf = SVFModel(model, SVFConfig(dtype=getattr(torch, dtype), target_modules=list(layout.names)))
+    storage = getattr(torch, dtype)
+    svf = SVFModel(model, SVFConfig(list(layout.names), storage, bf16_products=bf16_products))
     bank.add_to(svf)
     return svf, tokenizer
 

@@ -97,8 +97,7 @@ class PromptStrategy(Strategy):
             ValueError: calibration "batch" has fewer than two prompts for a prior, and `calibrate` gave none.
         """
         start = time.perf_counter()
-        scores = self.label_scores(prompts)
-        probabilities = torch.softmax(scores - self._prior(scores), dim=-1)
+        probabilities = self.probabilities(self.label_scores(prompts))
         if self.mixed:
             alpha = probabilities
         else:
@@ -106,6 +105,10 @@ class PromptStrategy(Strategy):
         names = tuple(BASE if label == OTHERS else label for label in self.labels)
         reasons = tuple(self._reason(row) for row in probabilities.tolist())
         return Adaptation(names, alpha, time.perf_counter() - start, reasons)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """p(label | prompt) [B, labels] of what `label_scores` gave, with the prior taken off."""
+        return torch.softmax(scores - self._prior(scores), dim=-1)
 
     def _prior(self, scores: Tensor) -> Tensor:
         if self.prior is None and self.calibration == "contextual":

@@ -47,11 +47,17 @@ from t2kernels.files import write_text
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def few_shot_problems(task: Task, count: int, *, split: Split = "train", seed: int = 0) -> list[Problem]:
-    """`count` problems of a split, drawn without repeats; ValueError if it has fewer."""
-    problems = task.problems(split)
+def few_shot_problems(task: Task, count: int, *, split: Split = "train", seed: int = 0, skip: int = 0) -> list[Problem]:
+    """`count` problems of a split, drawn without repeats; ValueError if it has fewer.
+
+    `skip` leaves its first ones out.
+    """
+    problems = task.problems(split)[skip:]
     if not 1 <= count <= len(problems):
-        raise ValueError(f"few_shot: expected 1 to {len(problems)} problems of {task.name}'s {split}, got {count}")
+        behind = f" behind the first {skip}" if skip else ""
+        raise ValueError(
+            f"few_shot: expected 1 to {len(problems)} problems of {task.name}'s {split}{behind}, got {count}"
+        )
     chosen = numpy.random.default_rng(seed).choice(len(problems), count, replace=False)
     return [problems[int(index)] for index in chosen]
 
