@@ -70,8 +70,15 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 def set_attention(model: nn.Module, implementation: str, instead_of: str) -> None:
-    """Sets a transformers model's attention, if it lets itself be set and all of it is `instead_of` now."""
+    """Sets a transformers model's attention, if it lets itself be set and all of it is `instead_of` now.
+
+    Of a model that reads images only the language model's is set.
+    """
     if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+        return
+    if "text_config" in model.config.sub_configs:
+        if model.config.text_config._attn_implementation == instead_of:
+            model.set_attn_implementation({"text_config": implementation})
         return
     configs = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs)]
     if all(config is None or config._attn_implementation == instead_of for config in configs):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import t2
+from t2.attention import ATTENTION
 from t2.layers import RoutedLinear
 from t2.targets import language_model, linear_layers, select_targets
 from t2.tasks import Problem
@@ -54,6 +55,9 @@ def test_what_comes_before_the_language_model_is_untouched(family: str):
     after = dict(model.named_modules())
     assert [name for name, module in before.items() if after[name] is not module] == ["lm_head"]
     assert sum(isinstance(module, RoutedLinear) for module in model.modules()) == 14
+    config = model.config
+    assert config.text_config._attn_implementation == ATTENTION and config.vision_config._attn_implementation == "sdpa"
+    assert svf.merge(None).config.text_config._attn_implementation == "sdpa"
     found = svf.detach().state_dict()
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
 
