@@ -49,16 +49,17 @@ def decompose_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> 
     """Most that is held while one matrix is read, decomposed and saved (`t2kernels.decompose`, on a CPU).
 
     Beside W: during `eigh` the Gram matrix, its eigenvectors and LAPACK's workspace, 4 n^2 doubles in all; then
-    the larger factor in float64 with rows of W; then it in float64 and float32 with the smaller one; then both, and
-    their bytes in the file.
+    the larger factor in float64 with rows of W; where W is ill-conditioned, that with its QR factors; then it in
+    float64 and float32 with the smaller one; then both, and their bytes in the file.
     """
     small, large = sorted((out_features, in_features))
     weight = dtype.itemsize * small * large
     eigh = 32 * small**2
     product = 8 * small * large + 8 * small**2 + 8 * min(ROWS, large) * small
+    orthogonal = 16 * small * large + 16 * small**2 + 64 * small
     factors = 12 * small * large + 8 * small**2
     saving = 2 * 4 * small * (small + large) + weight
-    return weight + max(eigh, product, factors, saving)
+    return weight + max(eigh, product, orthogonal, factors, saving)
 
 
 def decompose_flops(out_features: int, in_features: int) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ class LiveBytes(TorchDispatchMode):
                 self._known.add(tensor.untyped_storage()._cdata)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
+            if isinstance(tensor, Tensor) and not tensor.is_meta and tensor.untyped_storage()._cdata not in self._known:
                 self._watch(tensor.untyped_storage())
         return out
 

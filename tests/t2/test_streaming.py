@@ -148,8 +148,9 @@ def test_one_large_matrix_at_a_time(tmp_path, checkpoint, monkeypatch):
     assert most[0] == 1 and alive[0] == 0
 
 
-def test_the_dense_model_is_never_in_memory(tmp_path, checkpoint):
+def test_the_dense_model_is_never_in_memory(tmp_path, checkpoint, monkeypatch):
     """Tensors that loading holds at most, beside what decomposing one matrix takes (the test above)."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # what other threads load is not seen
     path = checkpoint("llama", torch.bfloat16, "64KB", num_hidden_layers=12, hidden_size=96, intermediate_size=256)
     options = config(tmp_path, dtype=torch.int8)
     peaks = {}
@@ -161,8 +162,7 @@ def test_the_dense_model_is_never_in_memory(tmp_path, checkpoint):
     dense = sum(4 * w.in_features * w.out_features for w in weights)
     plan = footprint(path, dtype=torch.float32)
     bound = plan.serving(torch.int8) + decompose_bytes(256, 96, torch.float32)
-    print(peaks, bound, dense, plan.serving(torch.int8))
-    assert peaks["yes"] <= bound < dense + plan.serving(torch.int8) <= 1.1 * peaks["no"]
+    assert peaks["yes"] <= bound < dense <= peaks["no"]
 
 
 def test_an_interrupted_decomposition_goes_on(tmp_path, checkpoint, monkeypatch):
