@@ -16,13 +16,13 @@ from t2.adaptation import (
     few_shot_problems,
     two_pass,
 )
-from t2.evaluate import measure, measuring as module
+from t2.evaluate import measure
+from t2.evaluate import measuring as module
 from t2.evaluate.lora import Adapter
 from t2.evaluate.plan import parse_plan
 from t2.evaluate.sections import dispatched
 from t2.evaluation import evaluate, paired_p, wilson_interval
 from t2.tasks import get
-from t2.training.rollouts import Generator
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_all_columns_of_a_task_are_one_batch_and_nothing_is_computed_twice(measu
 def test_sections_that_were_not_asked_for_are_not_measured(measuring, calls):
     assert set(measure(measuring(), ["table1"])) == {"table1"}
     assert [call[0] for call in calls] == ["answers"] * 2
-    with pytest.raises(ValueError, match="only: expected some of table1, .*, got table3"):
+    with pytest.raises(ValueError, match=r"only: expected some of table1, .*, got table3"):
         measure(measuring(), ["table3"])
 
 
@@ -250,7 +250,7 @@ def test_an_adapter_is_a_column(measuring, plan, folder, tmp_path):
         differs |= columns["LoRA"]["scores"] != columns["base"]["scores"]
     assert differs
     (tmp_path / "lora" / "adapter_model.safetensors").rename(tmp_path / "lora" / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="lora: expected a folder with .*adapter_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"lora: expected a folder with .*adapter_model.safetensors"):
         Adapter(str(folder), tmp_path / "lora")
 
 
@@ -276,7 +276,7 @@ def test_variants_of_fewer_matrices(measuring, content, folder, tmp_path):
     assert found["a"]["columns"]["mlp"]["scores"] == judged.task.scores(judged.problems, texts)
     other = t2.Layout(expert.layout.names, expert.layout.ranks, "0" * 64, "other")
     t2.Expert(expert.z, other).save(tmp_path / "mlp.safetensors")
-    with pytest.raises(ValueError, match="variants.mlp.a: expected an expert of matrices of this model"):
+    with pytest.raises(ValueError, match=r"variants.mlp.a: expected an expert of matrices of this model"):
         measure(measuring(parse_plan(content)), ["variants"])
     (tmp_path / "mlp.safetensors").unlink()
     assert set(measure(measuring(parse_plan(content)), ["table1"])) == {"table1"}
