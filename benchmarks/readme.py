@@ -536,8 +536,8 @@ def adaptation() -> str:
     products = ", bfloat16 products" if results["bf16_products"] else ""
     sections = [f"### {TITLES[name]}\n\n{text}" for name, text in tables(results).items()]
     return (
-        f"{results['model']}, {results['dtype']}{products}, on {machine['processor']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}:\n\n" + "\n\n".join(sections)
+        f"{results['model']}, {results['dtype']}{products}, on {machine['processor']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}:\n\n" + "\n\n".join(sections)
     )
 
 
