@@ -602,8 +602,25 @@ def transfer() -> str:
     )
 
 
+def adaptation() -> str:
+    """The tables of `t2 eval`, if they were made: eval.json is its summary.json."""
+    if not (RESULTS / "eval.json").is_file():
+        return ""
+    from t2.evaluate.tables import TITLES, tables
+
+    results = read("eval.json")
+    machine = results["machine"]
+    products = ", bfloat16 products" if results["bf16_products"] else ""
+    sections = [f"### {TITLES[name]}\n\n{text}" for name, text in tables(results).items()]
+    return (
+        f"{results['model']}, {results['dtype']}{products}, on {machine['processor']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}:\n\n" + "\n\n".join(sections)
+    )
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
+    "docs/adaptation.md": {"eval": adaptation},
     "docs/cpu.md": {
         "claims": lambda: claims(""),
         "claims-avx2": lambda: claims("-avx2"),

@@ -98,8 +98,13 @@ def _progress(console: Console) -> Iterator[Announce]:
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         line = bar.add_task("", total=None)
+        said = ""
 
         def announce(what: str, done: int, total: int) -> None:
+            nonlocal said
+            if not console.is_terminal and what != said:  # a log gets lines instead
+                console.print(what)
+                said = what
             bar.update(line, completed=done, total=total, description=what)
 
         yield announce

@@ -41,12 +41,12 @@ def task(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
 
     def make(words: str) -> dict[str, Any]:
         path = tmp_path / f"{words}.jsonl"
-        prompts = [" ".join((words * 40)[i % 3 : i % 3 + 1 + i % 7]) + " a" * (i // 7) for i in range(60)]
+        prompts = [" ".join((words * 40)[i % 3 : i % 3 + 1 + i % 7]) + " a" * (i // 7) for i in range(90)]
         rows = [{"prompt": prompt, "answer": words[i % len(words)]} for i, prompt in enumerate(prompts)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         judge = tmp_path / "judge.py"
         judge.write_text("def said(answer, row):\n    return 1.0 if row['answer'] in answer else -1.0\n")
-        return {"task": f"jsonl:{path}", "options": {"reward": f"{judge}:said", "max_new_tokens": 4}}
+        return {"task": f"jsonl:{path}", "options": {"reward": f"{judge}:said", "max_new_tokens": 4, "test_size": 16}}
 
     return make
 
