@@ -470,15 +470,16 @@ def experts_trained() -> str:
                 percent(run["base"]),
                 f"**{percent(run['best'])}**",
                 f"{run['best']['step']} of {run['steps']}",
+                f"{run['majority']:.0%}",
                 f"{max(scores):.0%}, {scores[-1]:.0%}",
                 f"{run['training_seconds'] / 60:.1f}",
             ]
         )
-    head = ["task and seed", "base", "trained", "best step", "validation: best, last", "minutes"]
+    head = ["task and seed", "base", "trained", "best step", "one answer", "validation: best, last", "minutes"]
     machine, settings = results["machine"], next(iter(results["runs"].values()))
     return (
         f"Right answers to {settings['test_problems']} test problems with 95% intervals; base and expert with the same "
-        f"storage, {settings['options']['dtype']}; {machine['threads']} cores of {machine['processor']} "
+        f'storage, {settings["options"]["dtype"]}; "one answer" is what the commonest one would get right; {machine["threads"]} cores of {machine["processor"]} '
         "(`python benchmarks/train_experts.py`):\n\n" + table(head, rows)
     )
 

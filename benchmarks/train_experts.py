@@ -9,9 +9,11 @@ below `runs/`. Writes benchmarks/results/training.json and docs/training-*.png f
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from t2.tasks import get
 from t2.throughput import machine
 from t2kernels.files import replacing, write_text
 
@@ -95,6 +98,13 @@ def command(task: str, options: list[str], output: Path) -> list[str]:
     return [*command, *SHARED, *options]  # the last one of two counts
 
 
+@functools.cache
+def majority(task: str) -> float:
+    """The share of test problems that the commonest answer would get right."""
+    solutions = [problem.solution for problem in get(TASKS[task][0], **TASKS[task][1]).problems("test")[:200]]
+    return max(Counter(solutions).values()) / len(solutions)
+
+
 def collected(folder: Path) -> dict[str, Any]:
     """The curve and result of every finished run."""
     found: dict[str, Any] = {}
@@ -103,7 +113,8 @@ def collected(folder: Path) -> dict[str, Any]:
         if result.is_file():
             rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
             arguments = command(task, options, Path("runs") / name)
-            found[name] = json.loads(result.read_text()) | {"curve": rows, "command": " ".join(["t2", *arguments])}
+            about = {"curve": rows, "command": " ".join(["t2", *arguments]), "majority": majority(task)}
+            found[name] = json.loads(result.read_text()) | about
     return found
 
 
