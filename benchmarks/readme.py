@@ -479,8 +479,9 @@ def experts_trained() -> str:
     machine, settings = results["machine"], next(iter(results["runs"].values()))
     return (
         f"Right answers to {settings['test_problems']} test problems with 95% intervals; base and expert with the same "
-        f'storage, {settings["options"]["dtype"]}; "one answer" is what the commonest one would get right; {machine["threads"]} cores of {machine["processor"]} '
-        "(`python benchmarks/train_experts.py`):\n\n" + table(head, rows)
+        f'storage, {settings["options"]["dtype"]}; "one answer" is what the commonest one would get right. '
+        f"{machine['threads']} cores of {machine['processor']} (`python benchmarks/train_experts.py`):\n\n"
+        + table(head, rows)
     )
 
 
