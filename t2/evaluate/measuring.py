@@ -145,7 +145,10 @@ class Measuring:
     # Answers
 
     def scores(self, label: str, choices: Mapping[str, ExpertChoice]) -> dict[str, list[float]]:
-        """The score of each test problem by column. What is not there is answered in one batch, for all columns."""
+        """The score of each test problem by column. What is not there is answered in one batch, for all columns.
+
+        Columns of the same z are answered once.
+        """
         judged = self.judged(label)
         columns = {name: tensor_digest(self.svf.z_of(choice)) for name, choice in choices.items()}
         distinct = {column: name for name, column in reversed(columns.items())}
