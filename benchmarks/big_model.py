@@ -8,7 +8,7 @@ loads each stack with int8 factors and takes a step of REINFORCE with it through
 without running layers again in the backward pass. The layers of a stack are copies of one, whose factors the cache
 therefore computes once. Each phase is a process of its own; its peak is anonymous memory, above that of a process that
 only imports. Embeddings stay mapped from their files, so they are taken off what is planned. What a layer adds is
-extrapolated to all 32. Minutes. Writes benchmarks/results/big-model.json.
+extrapolated to all 32. Minutes. Writes benchmarks/results/big-model.json, and the plans of benchmarks/configs/ beside.
 """
 
 from __future__ import annotations
@@ -213,6 +213,13 @@ def compare(measured: dict[int, dict[str, Any]], folder: Path, vocabulary: int, 
     return found
 
 
+def write_plans() -> None:
+    """The plans of the docs, which need no measurement."""
+    for path in sorted((Path(__file__).parent / "configs").glob("*.json")):
+        facts = footprint(path).to_dict() | {"model": path.stem}
+        write_text(RESULTS.parent / f"plan-{path.name}", json.dumps(facts, indent=1) + "\n")
+
+
 def main(
     vocabulary: int = 128256,
     layers: tuple[int, ...] = (1, 3),
@@ -233,6 +240,7 @@ def main(
         sampler.start()
         print(json.dumps(PHASES[phase](folder, sampler)))
         return
+    write_plans()
     if len(layers) < 2 or list(layers) != sorted(set(layers)):
         raise ValueError(f"layers: expected at least two different numbers, the smallest first, got {layers}")
     with tempfile.TemporaryDirectory(dir=folder) as temporary:

@@ -620,9 +620,76 @@ def adaptation() -> str:
     )
 
 
+PLANNED = {"Llama-3-8B": "plan-llama-3-8b.json", "Llama-3-70B": "plan-llama-3-70b.json"}
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.1f}"
+
+
+def big_plans() -> str:
+    """What either model takes, and where it fits, by `t2 decompose --plan`."""
+    plans = {name: read(file) for name, file in PLANNED.items()}
+    rows = [
+        ["parameters per expert", *(f"{p['parameters_per_expert']:,}" for p in plans.values())],
+        ["multiply-adds over dense", *(f"{p['multiply_adds']:.3f}" for p in plans.values())],
+        ["factor cache on disk, GB", *(gigabytes(p["disk"]) for p in plans.values())],
+        ["memory while decomposing, GB", *(gigabytes(p["decompose"]["peak"]) for p in plans.values())],
+    ]
+    for storage in ("float32", "bfloat16", "int8"):
+        rows.append(
+            [f"factors in {storage}, GB", *(gigabytes(p["storage"][storage]["factors"]) for p in plans.values())]
+        )
+    rows.append(["int8, ready to serve, GB", *(gigabytes(p["storage"]["int8"]["serving"]) for p in plans.values())])
+    rows.append(["cache of one token, MB", *(f"{p['cache_per_token'] / 1e6:.2f}" for p in plans.values())])
+    for place in range(4):
+        gpus = [p["storage"]["int8"]["gpus"][place] for p in plans.values()]
+        rows.append([f"int8 on {gpus[0]['gb']} GB: token budget", *map(largest_budget, gpus)])
+    work = next(iter(plans.values()))["work"]
+    return (
+        f"Models of bfloat16; a step of {work['prompts_per_step']} prompts of {work['prompt_tokens']} tokens with "
+        f"{work['samples_per_prompt']} answers of {work['new_tokens']}. Token budgets are the largest that fit, "
+        "without and with `--gradient-checkpointing`:\n\n" + table(["", *plans], rows)
+    )
+
+
+def largest_budget(gpu: dict[str, Any]) -> str:
+    plain, again = gpu["token_budget"], gpu["token_budget_checkpointing"]
+    if again is None:
+        return f"needs {gpu['gpus_to_train']} GPUs"
+    return f"{'none' if plain is None else f'{plain:,}'} / {again:,}"
+
+
+def big_model() -> str:
+    """Measured beside planned, for the stacks and extrapolated to all layers."""
+    results = read("big-model.json")
+    found, work = results["decompose"], results["work"]
+    rows = [
+        ["decomposing one layer's matrices", "1", f"{found['peak'] / 1e9:.2f}", f"{found['planned_peak'] / 1e9:.2f}"]
+    ]
+    named = {"loaded": "loaded, int8", "rollout_peak": "drawing answers", "update_peak": "update"}
+    for run, suffix in (("train", ""), ("train, layers run again", ", layers run again")):
+        for figure, label in named.items():
+            if suffix and figure != "update_peak":
+                continue
+            entry = results[run]["memory"][figure]
+            for layers, measured in entry["measured"].items():
+                planned = entry["planned"][layers]
+                shown = f"{layers} (by what a layer adds)" if layers == "32" else layers
+                rows.append([label + suffix, shown, f"{measured / 1e9:.2f}", f"{planned / 1e9:.2f}"])
+    return (
+        f"Random weights in Llama-3-8B's shapes, vocabulary {results['vocabulary']:,}, on "
+        f"{results['machine']['processor']}: {work['prompts_per_step']} prompts of {work['prompt_tokens']} tokens with "
+        f"{work['samples_per_prompt']} answers of {work['new_tokens']}, all in one micro-batch "
+        "(`python benchmarks/big_model.py`). Anonymous memory above the imports, without the embeddings, which stay "
+        "mapped from their file:\n\n" + table(["phase", "layers", "measured, GB", "planned, GB"], rows)
+    )
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
     "docs/adaptation.md": {"eval": adaptation},
+    "docs/big-models.md": {"big-plans": big_plans},
     "docs/cpu.md": {
         "claims": lambda: claims(""),
         "claims-avx2": lambda: claims("-avx2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,16 @@ def test_llama_3_70b_needs_more_than_one_small_gpu(plan_of):
     assert [gpus[gb]["serves"] for gb in (24, 48, 80, 141)] == [False, False, False, True]
     assert gpus[80]["gpus_to_serve"] == 2 and gpus[24]["token_budget_checkpointing"] is None
     assert gpus_needed(79e9, 80) == 1 and gpus_needed(79.1e9, 80) == 2
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "llama-3-70b"])
+def test_the_plans_of_the_docs_are_these(name):
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    written = json.loads((benchmarks / "results" / f"plan-{name}.json").read_text())
+    plan = json.loads(json.dumps(footprint(benchmarks / "configs" / f"{name}.json").to_dict()))
+    for facts in (written, plan):
+        del facts["model"]
+    assert plan == written
 
 
 def test_biases_and_ties_are_counted(plan_of):
