@@ -451,8 +451,9 @@ def training_speed() -> str:
     head = ["method", "numbers learnt", "s a step", "of it answers", "this / SVF", "peak anonymous, MB"]
     return (
         f"One step of SmolLM2-135M-Instruct: {results['rollouts']} answers of {results['new_tokens']} tokens and the "
-        f"update with its exact KL, float32, {machine['threads']} cores of {machine['processor']}; processes that take "
-        f"turns, median of {results['rounds']} (`python benchmarks/training_speed.py`):\n\n" + table(head, rows)
+        f"update with its exact KL, float32 unless it says otherwise, {machine['threads']} cores of "
+        f"{machine['processor']}; processes that take turns, median of {results['rounds']} "
+        "(`python benchmarks/training_speed.py`):\n\n" + table(head, rows)
     )
 
 

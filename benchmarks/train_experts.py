@@ -175,7 +175,7 @@ def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) ->
         subprocess.run([sys.executable, "-m", "t2.cli", *command(task, options, output), *again], check=True)
     found = collected(folder)
     write_text(RESULTS / "training.json", json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
-    for prefix in ("sums", "reading", "logic", "compare"):
+    for prefix in ("sums", "reading", "logic"):
         if any(name.startswith(prefix) for name in found):
             plot(found, prefix, ROOT / "docs" / f"training-{prefix}.png")
     show(found)
