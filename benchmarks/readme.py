@@ -523,7 +523,7 @@ NAME_OF = {
     "rewards-alone": "SVF, rewards alone",
     "solutions-alone": "SVF, solutions alone",
 }
-METHOD_OF = {"svf": "SVF", "lora": "LoRA r=16 (PEFT)", "mlp": "SVF, MLP alone", "attention": "SVF, attention alone"}
+METHOD_OF = {"svf": "SVF, bfloat16 factors and products", "lora": "LoRA r=16 (PEFT)"}
 
 
 def percent(found: Mapping[str, Any]) -> str:
