@@ -129,7 +129,7 @@ def run_demo(
     )
 
     adapted = None
-    if (SHIPPED / model_name).is_dir():
+    if (SHIPPED / model_name / "domains.json").is_file():
         folder = bank_path(model_name)
         adapted = show_bank(out, svf, tokenizer, load_bank_folder(folder), bank_tasks(folder), QUESTIONS[:5])
         for name in svf.bank.names:

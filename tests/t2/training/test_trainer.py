@@ -93,7 +93,7 @@ def test_the_next_token_objective_learns(make_options):
 
 
 def test_next_token_needs_solutions(make_options):
-    with pytest.raises(ValueError, match="next-token expects a task with solutions, got say"):
+    with pytest.raises(ValueError, match=r"the likelihood of solutions expects a task that has some, got say"):
         run(make_options(objective="next-token"), task=SayTheWord(solutions=False))
 
 
