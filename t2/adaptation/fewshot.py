@@ -194,9 +194,13 @@ class FewShotStrategy(Strategy):
     # Scores
 
     def evaluate(self, candidates: Tensor) -> list[Fitness]:
-        """The fitness of normalised candidates [N, D], all in one batch as far as the token budget goes."""
+        """The fitness of normalised candidates [N, D]."""
+        return self.fitness(self.population_answers(candidates))
+
+    def population_answers(self, candidates: Tensor) -> list[list[Answer]]:
+        """Greedy answers to the problems, by candidate [N, D]: all in one batch, as far as the token budget goes."""
         z = list(self.vectors(candidates).to(self.svf.sigma.device))
-        return self.fitness(self.answers(Wrapped(self.svf), len(z), lambda rows: self.svf.route([z[i] for i in rows])))
+        return self.answers(Wrapped(self.svf), len(z), lambda rows: self.svf.route([z[i] for i in rows]))
 
     def answers(self, running: Any, candidates: int, route: RouteOf) -> list[list[Answer]]:
         """Greedy answers to the problems, by candidate."""
