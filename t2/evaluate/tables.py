@@ -80,7 +80,11 @@ def _accuracies(section: Mapping[str, Any]) -> str:
 def _dispatch(section: Mapping[str, Any]) -> str:
     labels, parts = section["labels"], []
     for strategy, found in section["strategies"].items():
-        said = [f"{part['prompts']} prompts of {name} tasks: {accuracy(part)} right" for name, part in found.items()]
+        kinds = ("seen" if name == "seen" else "unseen" for name in found)
+        said = [
+            f"{part['prompts']} prompts of {kind} tasks: {accuracy(part)} right"
+            for kind, part in zip(kinds, found.values(), strict=True)
+        ]
         rows = [[label, *map(str, row)] for part in found.values() for label, row in part["matrix"].items()]
         parts.append(f"**{strategy}**: {'; '.join(said)}.\n\n" + table(["prompts of, taken for", *labels], rows))
     return "\n\n".join(parts)
