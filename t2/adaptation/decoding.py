@@ -12,11 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from t2.attention import growing_cache, new_cache
-from t2.training.rollouts import Running, pad, positions, shared_prefix
-
-LEAVING = 0.25
-"""Share of the rows that have to be finished before those leave the batch, which copies the keys of the others."""
-
+from t2.training.rollouts import LEAVING, Running, pad, positions, shared_prefix
 
 RouteOf = Callable[[Sequence[int]], AbstractContextManager[None]]
 """For rows of these candidates, in this order: within the block each runs with its candidate's expert."""

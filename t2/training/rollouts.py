@@ -30,6 +30,8 @@ from t2.vision import ImageInputs, collate, placeholder_tokens, positions, posit
 
 WORTH_SHARING = 8
 """Tokens that prompts must have in common for a pass of their own."""
+LEAVING = 0.2
+"""Share of a batch's rows that have to be finished before those leave it, which copies the keys of the others."""
 BLOCK = 256
 """Entries of the vocabulary whose probabilities are added up before the token is looked for among them."""
 
@@ -208,7 +210,7 @@ class Generator:
         draw: Tensor | None,
         temperature: float,
     ) -> Tensor:
-        """Tokens [rows, new_tokens]; a row that has ended leaves the batch as soon as a fifth of it has."""
+        """Tokens [rows, new_tokens]; rows that have ended leave the batch when enough of them have (`LEAVING`)."""
         shared = 0 if any(images) else shared_prefix(prompts, cache)
         ids, mask = pad([prompt[shared:] for prompt in prompts], self.pad_token, left=True)
         prefix, ids, mask = (tensor.to(self.device) for tensor in (prompts[0][:shared], ids, mask))
@@ -229,7 +231,7 @@ class Generator:
             left = int(going.sum())
             if not left or place == new_tokens - 1:
                 break
-            if left <= 0.8 * len(rows):
+            if left <= (1 - LEAVING) * len(rows):
                 kept = going.nonzero()[:, 0]
                 cache.batch_select_indices(kept)
                 rows, mask, token, going, further = (t[kept] for t in (rows, mask, token, going, further))
