@@ -185,7 +185,7 @@ class Footprint:
     def largest_budget(self, room: float, storage: torch.dtype, work: Work, *, checkpointing: bool) -> int | None:
         """The largest `--token-budget` that changes anything and fits; None if not even one answer does."""
         fitting = [
-            work.tokens(*batch)
+            work.tokens(*batch, checkpointing=checkpointing)
             for batch in work.micro_batches()
             if self.training(storage, work, *batch, checkpointing=checkpointing) <= room
         ]

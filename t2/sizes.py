@@ -191,6 +191,6 @@ class Work:
         parts = [(1, answers) for answers in range(1, self.samples_per_prompt)]
         return parts + [(prompts, prompts * self.samples_per_prompt) for prompts in range(1, self.prompts_per_step + 1)]
 
-    def tokens(self, prompts: int, answers: int) -> int:
-        """As `--token-budget` counts them."""
-        return prompts * self.prompt_tokens + answers * self.new_tokens
+    def tokens(self, prompts: int, answers: int, *, checkpointing: bool = False) -> int:
+        """As `--token-budget` counts them: with checkpointing every answer has a prompt of its own."""
+        return (answers if checkpointing else prompts) * self.prompt_tokens + answers * self.new_tokens

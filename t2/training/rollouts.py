@@ -325,31 +325,41 @@ def read_prompts(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Groups whose tokens go through the model together, after `shared` tokens that all prompts begin with."""
+    """Groups whose tokens go through the model together, after `shared` tokens that all prompts begin with.
+
+    repeated: every answer is read with a prompt of its own (`answer_logits` without `share_prefix`).
+    """
 
     groups: tuple[Group, ...]
     shared: int = 0
+    repeated: bool = False
 
     @property
     def tokens(self) -> int:
         """With padding."""
         answers = sum(len(group.answers) for group in self.groups)
         longest = max(group.longest for group in self.groups)
-        prompts = len(self.groups) * (max(len(group.prompt) for group in self.groups) - self.shared)
-        return self.shared + prompts + answers * longest
+        prompts = answers if self.repeated else len(self.groups)
+        behind = max(len(group.prompt) for group in self.groups) - self.shared
+        return self.shared + prompts * behind + answers * longest
 
 
-def micro_batches(groups: Sequence[Group], token_budget: int, shared: int = 0) -> Iterator[MicroBatch]:
+def micro_batches(
+    groups: Sequence[Group], token_budget: int, shared: int = 0, *, repeated: bool = False
+) -> Iterator[MicroBatch]:
     """The groups sorted by length, as many at a time as the budget holds; a group that exceeds it alone is divided.
 
-    `shared`: how many tokens all prompts begin with that are read once (`shared_prefix`).
+    Args:
+        shared: how many tokens all prompts begin with that are read once (`shared_prefix`).
+        repeated: every answer is read with a prompt of its own.
 
     Raises:
         ValueError: one prompt with one answer exceeds the budget.
     """
     divided: list[Group] = []
     for group in groups:
-        room = (token_budget - len(group.prompt)) // group.longest
+        prompt = len(group.prompt)
+        room = token_budget // (prompt + group.longest) if repeated else (token_budget - prompt) // group.longest
         if room < 1:
             raise ValueError(
                 f"token_budget: expected room for the longest prompt with its answer, {len(group.prompt)} + "
@@ -360,12 +370,12 @@ def micro_batches(groups: Sequence[Group], token_budget: int, shared: int = 0) -
     divided.sort(key=lambda group: (len(group.prompt), group.longest))
     batch: tuple[Group, ...] = ()
     for group in divided:
-        if batch and MicroBatch((*batch, group), shared).tokens > token_budget:
-            yield MicroBatch(batch, shared)
+        if batch and MicroBatch((*batch, group), shared, repeated).tokens > token_budget:
+            yield MicroBatch(batch, shared, repeated)
             batch = ()
         batch = (*batch, group)
     if batch:
-        yield MicroBatch(batch, shared)
+        yield MicroBatch(batch, shared, repeated)
 
 
 @dataclass(frozen=True)

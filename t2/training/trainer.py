@@ -318,7 +318,7 @@ class Trainer:
         cache = None if options.gradient_checkpointing else new_cache(self.policy.transformer)
         with_images = any(group.images for group in groups)
         shared = 0 if with_images else shared_prefix([group.prompt for group in groups], cache)
-        for batch in micro_batches(groups, options.token_budget, shared):
+        for batch in micro_batches(groups, options.token_budget, shared, repeated=cache is None):
             tokens = answer_tokens(batch, self.generator.pad_token, device)
             weights, counts = (
                 tokens.per_token(torch.tensor(values, device=device))

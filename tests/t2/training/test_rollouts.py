@@ -214,10 +214,14 @@ def contents(groups: Sequence[Group]) -> list[tuple[list[int], list[int], float]
     return sorted((prompt.tolist(), answer.tolist(), weight) for prompt, answer, weight in pairs)
 
 
+@pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("budget", [9, 12, 20, 1000])
-def test_micro_batches_hold_every_answer_once_within_the_budget(budget: int):
-    batches = list(micro_batches(GROUPS, budget))
-    assert all(batch.tokens <= budget for batch in batches)
+def test_micro_batches_hold_every_answer_once_within_the_budget(budget: int, repeated: bool):
+    batches = list(micro_batches(GROUPS, budget, repeated=repeated))
+    for batch in batches:
+        tokens = answer_tokens(batch, 0, torch.device("cpu"))
+        prompts = tokens.prompt_ids[tokens.group] if repeated else tokens.prompt_ids
+        assert batch.tokens == prompts.numel() + tokens.answer_ids.numel() <= budget
     assert contents([group for batch in batches for group in batch.groups]) == contents(GROUPS)
     assert len(batches) == 1 or budget < 1000
 
