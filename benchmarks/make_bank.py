@@ -20,7 +20,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.readme import percent, table
-from benchmarks.train_experts import DOMAINS, MODEL, OTHERS, ROOT, TASKS, command, runs
+from benchmarks.train_experts import DOMAINS, MODEL, PUZZLES, ROOT, TASKS, command, runs
 from t2.adaptation.folder import FORMAT, FORMAT_VERSION
 from t2.experts import Expert
 from t2.storage import atomic_directory
@@ -37,10 +37,11 @@ Apache-2.0, as the model). `domains.json` tells what each expert is for, `tasks.
 
 Right answers to {test} test problems each, with 95% intervals; the classification expert's are the names of categories
 that it says, of {labels}. Data: procedural tasks of [reasoning-gym](https://github.com/open-thought/reasoning-gym)
-(Apache-2.0), made from seeds; test prompts are in no other split. The category "others" was trained on {others}.
+(Apache-2.0), made from seeds; test prompts are in no other split. The category "others" was trained on questions of all
+kinds (`benchmarks/general-questions.jsonl`) and {puzzles}.
 Answers are short, in the form of the data; experts do nothing for prompts of other kinds, and the base's limits stay.
 
-Trained by
+Trained, from the repository's root, by
 
 {commands}
 
@@ -96,7 +97,7 @@ def main(folder: Path = ROOT / "runs") -> None:
             test=chosen["sums"][1]["test_problems"],
             scores=table(["expert", "base", "expert", "seed"], rows),
             labels=", ".join((*DOMAINS, "others")),
-            others=", ".join(OTHERS),
+            puzzles=", ".join(PUZZLES),
             commands="\n\n".join(f"    {line}" for line in commands.values()),
             curves="\n".join(f"![training of {name}]({name}.png)" for name in chosen),
         )

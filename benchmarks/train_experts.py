@@ -42,10 +42,24 @@ DOMAINS = {
     "reading": "finding in some statements about people the person that is asked for",
     "logic": "whether a conclusion follows from statements",
 }
-OTHERS = ("letter_counting", "spell_backward", "calendar_arithmetic", "family_relationships")
-"""Tasks of reasoning-gym that stand for whatever is in no domain when the classification expert is trained."""
+PUZZLES = (
+    "letter_counting",
+    "spell_backward",
+    "calendar_arithmetic",
+    "family_relationships",
+    "word_sorting",
+    "time_intervals",
+    "simple_geometry",
+    "leg_counting",
+    "caesar_cipher",
+    "letter_jumble",
+)
+"""Tasks of reasoning-gym that, beside general questions, stand for whatever is in no domain when the classification
+expert is trained."""
+GENERAL = {"name": "jsonl:benchmarks/general-questions.jsonl", "validation_size": 30, "test_size": 50}
 _BY_NAME = {domain: {"name": name, **options} for domain, (name, options) in TASKS.items()}
-_ELSE = {"name": "mixture", "tasks": {task: {"name": f"reasoning-gym:{task}"} for task in OTHERS}}
+_PUZZLES = {"name": "mixture", "tasks": {task: {"name": f"reasoning-gym:{task}"} for task in PUZZLES}}
+_ELSE = {"name": "mixture", "tasks": {"general": GENERAL, "puzzles": _PUZZLES}}
 TASKS["classifier"] = "classify", {"tasks": _BY_NAME | {"others": _ELSE}, "domains": DOMAINS}
 TASKS["all"] = "mixture", {"tasks": _BY_NAME}
 SHARED = ("--samples-per-prompt", "8", "--kl-coefficient", "0.01", "--learning-rate", "1e-3", "--decay", "--trackers")
@@ -172,7 +186,8 @@ def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) ->
             continue
         again = ["--resume"] if (output / "checkpoint.safetensors").is_file() else []
         print(name, flush=True)
-        subprocess.run([sys.executable, "-m", "t2.cli", *command(task, options, output), *again], check=True)
+        trained = [sys.executable, "-m", "t2.cli", *command(task, options, output.resolve()), *again]
+        subprocess.run(trained, check=True, cwd=ROOT)
     found = collected(folder)
     write_text(RESULTS / "training.json", json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
     for prefix in ("sums", "reading", "logic"):
