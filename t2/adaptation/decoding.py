@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from t2.attention import growing_cache, new_cache
-from t2.training.rollouts import LEAVING, Running, pad, positions, shared_prefix
+from t2.decoding import decode, until_end
+from t2.training.rollouts import Running, pad, positions, shared_prefix
 
 RouteOf = Callable[[Sequence[int]], AbstractContextManager[None]]
 """For rows of these candidates, in this order: within the block each runs with its candidate's expert."""
@@ -83,35 +83,32 @@ def greedy(
         new_tokens: the longest answer.
         ends: tokens that end an answer.
     """
-    batch, rows = _Batch(running, device, pad_token), list(range(len(prompts)))
-    tokens: list[list[int]] = [[] for _ in prompts]
-    likelihoods: list[list[float]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
+    batch, rows = _Batch(running, device, pad_token), list(candidates)
+    log_p = torch.zeros(len(prompts), new_tokens, dtype=torch.float64, device=device)
+
+    def choose(logits: Tensor, rows: Tensor, place: int) -> Tensor:
+        highest, tokens = logits.float().max(dim=-1)
+        log_p[rows, place] = (highest - logits.float().logsumexp(dim=-1)).double()
+        return tokens
+
     with torch.inference_mode(), ExitStack() as held:
+
+        def select(kept: Tensor) -> None:
+            rows[:] = [rows[place] for place in kept.tolist()]
+            held.close()
+            held.enter_context(route(rows))
+            batch.select(kept)
+
+        def read(tokens: Tensor) -> Tensor:
+            return batch.read(tokens[:, None], torch.ones_like(tokens[:, None]))
+
         shared = _read_common(batch, prompts, candidates, route)
         ids, mask = (tensor.to(device) for tensor in pad([p[shared:] for p in prompts], pad_token, left=True))
         held.enter_context(route(candidates))
-        logits = batch.read(ids, mask)
-        for length in range(1, new_tokens + 1):
-            highest, chosen = logits.float().max(dim=-1)
-            log_p = highest - logits.float().logsumexp(dim=-1)
-            for row, token, likelihood in zip(rows, chosen.tolist(), log_p.tolist(), strict=True):
-                if not finished[row]:
-                    tokens[row].append(token)
-                    likelihoods[row].append(likelihood)
-                    finished[row] = token in ends
-            going_on = [place for place, row in enumerate(rows) if not finished[row]]
-            if not going_on or length == new_tokens:
-                break
-            if len(going_on) <= (1 - LEAVING) * len(rows):
-                rows = [rows[place] for place in going_on]
-                held.close()
-                held.enter_context(route([candidates[row] for row in rows]))
-                keep = torch.tensor(going_on, device=device)
-                batch.select(keep)
-                chosen = chosen[keep]
-            logits = batch.read(chosen.unsqueeze(1), torch.ones_like(chosen.unsqueeze(1)))
-    return [Answer(torch.tensor(t), math.fsum(p) / len(p)) for t, p in zip(tokens, likelihoods, strict=True)]
+        found = decode(batch.read(ids, mask), choose, read, select, new_tokens=new_tokens, ends=ends).cpu()
+    answers = [until_end(row, ends) for row in found.clone()]
+    means = [float(row[: len(answer)].mean()) for row, answer in zip(log_p.cpu(), answers, strict=True)]
+    return [Answer(answer, mean) for answer, mean in zip(answers, means, strict=True)]
 
 
 def _read_common(batch: _Batch, prompts: Sequence[Tensor], candidates: Sequence[int], route: RouteOf) -> int:

@@ -25,13 +25,12 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from t2.attention import growing_cache, new_cache
+from t2.decoding import decode, until_end
 from t2.training.policies import Policy
 from t2.vision import ImageInputs, collate, placeholder_tokens, positions, positions_of
 
 WORTH_SHARING = 8
 """Tokens that prompts must have in common for a pass of their own."""
-LEAVING = 0.2
-"""Share of a batch's rows that have to be finished before those leave it, which copies the keys of the others."""
 BLOCK = 256
 """Entries of the vocabulary whose probabilities are added up before the token is looked for among them."""
 
@@ -197,7 +196,7 @@ class Generator:
                 found = self._generated(prompts, images, new_tokens, samples, draw, temperature)
             else:
                 found = self._decoded(cache, prompts, images, new_tokens, samples, draw, temperature)
-        answers = [self._cut(row) for row in found.cpu().clone()]
+        answers = [until_end(row, self.ends) for row in found.cpu().clone()]
         return [tuple(answers[i : i + samples]) for i in range(0, rows, samples)]
 
     def _decoded(
@@ -210,40 +209,38 @@ class Generator:
         draw: Tensor | None,
         temperature: float,
     ) -> Tensor:
-        """Tokens [rows, new_tokens]; rows that have ended leave the batch when enough of them have (`LEAVING`)."""
+        """Tokens [rows, new_tokens], as `decode` gives them."""
         shared = 0 if any(images) else shared_prefix(prompts, cache)
         ids, mask = pad([prompt[shared:] for prompt in prompts], self.pad_token, left=True)
         prefix, ids, mask = (tensor.to(self.device) for tensor in (prompts[0][:shared], ids, mask))
-        read = read_prompts(self.policy, cache, prefix, ids, mask, collate(images, ids.shape[1], device=self.device))
-        logits, mask, further = (tensor.repeat_interleave(samples, 0) for tensor in read)
+        first = read_prompts(self.policy, cache, prefix, ids, mask, collate(images, ids.shape[1], device=self.device))
+        logits, mask, further = (tensor.repeat_interleave(samples, 0) for tensor in first)
         cache.batch_repeat_interleave(samples)
         forbidden = placeholder_tokens(self.policy.transformer) if any(images) else []
-        found = torch.full((len(mask), new_tokens), self.ends[0], device=self.device)
-        rows = torch.arange(len(mask), device=self.device)
-        going = torch.ones_like(rows, dtype=torch.bool)
-        ends = torch.tensor(self.ends, device=self.device)
-        for place in range(new_tokens):
+
+        def choose(logits: Tensor, rows: Tensor, place: int) -> Tensor:
             if forbidden:
                 logits[:, forbidden] = -torch.inf
-            token = logits.argmax(-1) if draw is None else draw_tokens(logits, draw[rows, place], temperature)
-            found[rows, place] = token
-            going &= ~torch.isin(token, ends)
-            left = int(going.sum())
-            if not left or place == new_tokens - 1:
-                break
-            if left <= (1 - LEAVING) * len(rows):
-                kept = going.nonzero()[:, 0]
-                cache.batch_select_indices(kept)
-                rows, mask, token, going, further = (t[kept] for t in (rows, mask, token, going, further))
+            return logits.argmax(-1) if draw is None else draw_tokens(logits, draw[rows, place], temperature)
+
+        def select(kept: Tensor) -> None:
+            nonlocal mask, further
+            mask, further = mask[kept], further[kept]
+            cache.batch_select_indices(kept)
+
+        def read(token: Tensor) -> Tensor:
+            nonlocal mask
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            logits = self.policy.model(
+            after: Tensor = self.policy.model(
                 input_ids=token[:, None],
                 attention_mask=mask,
                 position_ids=mask.sum(1, keepdim=True) - 1 + further,
                 past_key_values=cache,
                 use_cache=True,
             ).logits[:, -1]
-        return found
+            return after
+
+        return decode(logits, choose, read, select, new_tokens=new_tokens, ends=self.ends)
 
     def _generated(
         self,
@@ -275,11 +272,6 @@ class Generator:
             **collate([each for each in images for _ in range(samples)], width, device=self.device),
         )
         return out[:, width:]
-
-    def _cut(self, row: Tensor) -> Tensor:
-        """The tokens up to the first end token, with it."""
-        ended = torch.isin(row, torch.tensor(self.ends)).nonzero()
-        return row[: int(ended[0]) + 1] if len(ended) else row
 
 
 def shared_prefix(prompts: Sequence[Tensor], cache: DynamicCache | None) -> int:
