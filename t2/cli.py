@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -290,7 +290,7 @@ def transfer(
 
     source, out = Expert.load(expert), Console()
     options = TransferOptions(depth, ranks, unmatched)
-    judged = tasks.get(task, **_json_object("task_options", task_options)) if task else None
+    judged = tasks.get(task, **tasks.options_of(task_options)) if task else None
     loaded, tokenizer = load(model)
     svf = SVFModel(loaded, SVFConfig(_target_modules(target_modules), getattr(torch, dtype))) if judged else None
     if svf is None:
@@ -316,16 +316,6 @@ def transfer(
     out.print(table)
     write_text(results or output.with_suffix(".json"), json.dumps({"expert": str(expert)} | measured, indent=1) + "\n")
     return 0
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected a JSON object, got {text!r} ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {text!r}")
-    return found
 
 
 @app.command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from t2.adaptation.search import FewShotOptions, Found
 from t2.adaptation.two_pass import two_pass
 from t2.loading import load
 from t2.model import SVFConfig, SVFModel
-from t2.tasks import Split, get
+from t2.tasks import Split, get, options_of
 
 
 def open_bank(bank: Path | None, experts: Sequence[str], domains: Sequence[str] = ()) -> BankFolder:
@@ -88,13 +87,7 @@ def adapt_to_task(
     """The few-shot search of `t2 adapt`; False if it was interrupted, with what it knows saved beside the output."""
     if output.suffix != ".safetensors":
         raise ValueError(f"output: expected a file named *.safetensors, got {output}")
-    try:
-        given = json.loads(task_options)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"task_options: expected a JSON object, got {task_options!r} ({error})") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"task_options: expected a JSON object, got {task_options!r}")
-    task = get(task_name, **given)
+    task = get(task_name, **options_of(task_options))
     problems = few_shot_problems(task, few_shot, split=split, seed=options.seed)
     svf, tokenizer = open_model(model, dtype, bank)
     memory = output.with_suffix(".search.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -88,3 +89,18 @@ def get(name: str, **options: Any) -> Task:
         known = ", ".join(inspect.signature(make).parameters)
         raise ValueError(f"task {name}: {error}; its options are {known}") from error
     return make(**options)
+
+
+def options_of(text: str) -> dict[str, Any]:
+    """The options of a task that a command line gives as JSON.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"task_options: expected a JSON object, got {text!r} ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"task_options: expected a JSON object, got {text!r}")
+    return found

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from t2.tasks import options_of
+
 Method = Literal["svf", "lora", "dense-compose"]
 Objective = Literal["policy-gradient", "next-token"]
 Parametrisation = Literal["free", "sigmoid"]
@@ -140,10 +142,7 @@ class TrainOptions:
         self._check("stream", self.stream != "yes" or self.method == "svf", "auto or no unless the method is svf")
         can_start = self.method != "lora" and self.parametrisation == "free"
         self._check("start", self.start is None or can_start, "none unless z is learnt, and free")
-        try:
-            self._check("task_options", isinstance(json.loads(self.task_options), dict), "a JSON object")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"task_options: expected a JSON object, got {self.task_options!r} ({error})") from error
+        options_of(self.task_options)
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

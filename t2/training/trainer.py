@@ -526,10 +526,10 @@ def train(model_name: str, options: TrainOptions, *, console: Console | None = N
     """Loads model and task by name and trains (`t2 train`). Raises as `t2.load`, `t2.tasks.get` and `Trainer` do."""
     from t2.loading import load
     from t2.streaming import load_factored, streams
-    from t2.tasks import get
+    from t2.tasks import get, options_of
 
     accelerator = make_accelerator(options)
-    task = get(options.task, **json.loads(options.task_options))
+    task = get(options.task, **options_of(options.task_options))
     dtype, device = getattr(torch, options.model_dtype), accelerator.device
     model: PreTrainedModel | SVFModel
     if options.method == "svf" and streams(model_name, options.stream):

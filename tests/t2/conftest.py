@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -22,6 +23,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from t2.training.options import TrainOptions
 
 _COMMON = {
     "vocab_size": 96,
@@ -64,6 +67,43 @@ def tiny_model() -> Callable[..., nn.Module]:
             if parameter.dim() == 2:
                 parameter.data.normal_(std=0.3)
         return model.to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No factors or cost model of another test."""
+    monkeypatch.setenv("T2_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What small models are fastest with."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_options(tmp_path: Path) -> Callable[..., TrainOptions]:
+    """A short run of the toy model."""
+
+    def make(**changes: Any) -> TrainOptions:
+        defaults: dict[str, Any] = {
+            "task": "say",
+            "output": tmp_path / "run",
+            "steps": 6,
+            "prompts_per_step": 4,
+            "samples_per_prompt": 4,
+            "validate_every": 2,
+            "validation_size": 8,
+            "test_size": 8,
+            "learning_rate": 5e-2,
+            "trackers": (),
+        }
+        return TrainOptions(**defaults | changes)
 
     return make
 

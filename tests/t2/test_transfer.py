@@ -16,13 +16,9 @@ from t2.svd import decompose
 from t2.transfer import Alignment, TransferOptions, match, measure, transfer
 from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 KINDS = {"self_attn.q_proj": 6, "self_attn.k_proj": 3, "self_attn.o_proj": 6, "mlp.up_proj": 6, "mlp.down_proj": 6}
 GPT2 = {"attn.c_attn": 6, "attn.c_proj": 6, "mlp.c_fc": 6, "mlp.c_proj": 6}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("T2_CACHE", str(tmp_path / "cache"))
 
 
 def layout_of(layers: int, kinds=KINDS, *, wider: int = 0, stack="model.layers", base="source") -> Layout:

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 import t2
 from tests.t2.training.toy import toy_model
@@ -14,16 +11,8 @@ EXPERTS = ("red", "green", "classifier")
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("T2_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _toy_model(own_cache: None, one_thread: None) -> None:
+    pass
 
 
 @pytest.fixture
