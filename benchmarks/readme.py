@@ -452,8 +452,8 @@ def training_speed() -> str:
     return (
         f"One step of SmolLM2-135M-Instruct: {results['rollouts']} answers of {results['new_tokens']} tokens and the "
         f"update with its exact KL, float32 unless it says otherwise, {machine['threads']} cores of "
-        f"{machine['processor']}; processes that take turns, median of {results['rounds']} "
-        "(`python benchmarks/training_speed.py`):\n\n" + table(head, rows)
+        f"{machine['processor']}; processes that take turns, median of {results['rounds']}; weights in use are in the "
+        "peak, mapped files are not (`python benchmarks/training_speed.py`):\n\n" + table(head, rows)
     )
 
 
@@ -621,6 +621,27 @@ def adaptation() -> str:
     )
 
 
+def fewshot_speed() -> str:
+    """The search in one batch beside W' built for one candidate after the other, and whether they come to the same."""
+    results = read("fewshot-speed.json")
+    machine, rows = results["machine"], []
+    for way, seconds in results["seconds"].items():
+        over = [ratios[way] for ratios in results["ratios_to"].values()]
+        agreed = results["agreement_with_one_batch"].get(way)
+        same = ""
+        if agreed is not None:
+            tokens, common = (sum(each[key] for each in agreed) for key in ("same_tokens", "answers_in_common"))
+            same = f"{tokens:,} of {common:,}; {sum(each['same_alpha'] for each in agreed)} of {len(agreed)}"
+        rows.append([way, f"{statistics.median(seconds):.1f}", *(f"{statistics.median(o):.1f}" for o in over), same])
+    head = ["way", "s a search", *(f"over {ours}" for ours in results["ratios_to"]), "same answers; same mix"]
+    return (
+        f"{results['population']} candidates of {results['experts']} experts a generation, {results['generations']} "
+        f"generations, {results['problems']} problems of chain_sum; medians of {len(seconds)} searches, each with its "
+        f"own seed, ways taking turns, {machine['threads']} cores of {machine['processor']} "
+        "(`python benchmarks/fewshot_speed.py`):\n\n" + table(head, rows)
+    )
+
+
 PLANNED = {"Llama-3-8B": "plan-llama-3-8b.json", "Llama-3-70B": "plan-llama-3-70b.json"}
 
 
@@ -691,7 +712,7 @@ def big_model() -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
-    "docs/adaptation.md": {"eval": adaptation},
+    "docs/adaptation.md": {"fewshot-speed": fewshot_speed, "eval": adaptation},
     "docs/big-models.md": {"big-plans": big_plans, "big-model": big_model},
     "docs/cpu.md": {
         "claims": lambda: claims(""),
