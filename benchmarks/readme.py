@@ -625,18 +625,18 @@ def fewshot_speed() -> str:
     """The search in one batch beside W' built for one candidate after the other, and whether they come to the same."""
     results = read("fewshot-speed.json")
     machine, rows = results["machine"], []
-    for way, seconds in results["seconds"].items():
+    for way, times in results["seconds"].items():
         over = [ratios[way] for ratios in results["ratios_to"].values()]
         agreed = results["agreement_with_one_batch"].get(way)
         same = ""
         if agreed is not None:
             tokens, common = (sum(each[key] for each in agreed) for key in ("same_tokens", "answers_in_common"))
             same = f"{tokens:,} of {common:,}; {sum(each['same_alpha'] for each in agreed)} of {len(agreed)}"
-        rows.append([way, f"{statistics.median(seconds):.1f}", *(f"{statistics.median(o):.1f}" for o in over), same])
+        rows.append([way, f"{statistics.median(times):.1f}", *(f"{statistics.median(o):.1f}" for o in over), same])
     head = ["way", "s a search", *(f"over {ours}" for ours in results["ratios_to"]), "same answers; same mix"]
     return (
         f"{results['population']} candidates of {results['experts']} experts a generation, {results['generations']} "
-        f"generations, {results['problems']} problems of chain_sum; medians of {len(seconds)} searches, each with its "
+        f"generations, {results['problems']} problems of chain_sum; medians of {len(times)} searches, each with its "
         f"own seed, ways taking turns, {machine['threads']} cores of {machine['processor']} "
         "(`python benchmarks/fewshot_speed.py`):\n\n" + table(head, rows)
     )

@@ -378,7 +378,7 @@ def evaluate(
 ) -> int:
     """Measure a bank of experts: the tables of the paper, times and ablations. Ctrl-C keeps what was measured.
 
-    Example: t2 eval smollm2-135m-instruct --bank experts/mine --plan benchmarks/eval_plan.json --output runs/eval
+    Example: t2 eval smollm2-135m-instruct --bank experts/mine --plan plan.json --output runs/eval
 
     Args:
         model: Alias, Hub id, local folder or GGUF file.
