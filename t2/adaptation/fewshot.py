@@ -77,9 +77,14 @@ def matrix_groups(layout: Layout, options: FewShotOptions) -> tuple[int, ...]:
     return tuple(numbers[layer] for layer in layers)
 
 
+def stays_base(score: float, base: float, problems: int, margin: int) -> bool:
+    """Whether a mix with this mean score over so many problems is no reason to leave the base, whose mean is `base`."""
+    return margin > 1 and (score - base) * problems < margin - 1e-6
+
+
 @dataclass(frozen=True)
 class FewShotResult:
-    """The best mix of a search.
+    """The best mix of a search, or the base where that is not `margin` problems better.
 
     alpha: [E] float32, or [G, E] where groups of matrices have weights of their own; columns as in `names`.
     singles: the fitness of the base and of each expert alone, by name.
@@ -255,14 +260,19 @@ class FewShotStrategy(Strategy):
         singles = {
             name: self._memory[candidate.numpy().tobytes()] for name, candidate in zip(self.names, first, strict=True)
         }
+        alpha, fitness, stopped = found.alpha, found.fitness, found.stopped
+        margin = self.options.margin
+        if stays_base(fitness.score, singles[BASE].score, len(self.problems), margin):
+            alpha, fitness = first[0], singles[BASE]
+            stopped += f"; the base, since no mix answers {margin} problems more"
         self.result = FewShotResult(
             self.names,
-            self._alpha(found.alpha.unsqueeze(0))[0],
+            self._alpha(alpha.unsqueeze(0))[0],
             self.groups,
-            found.fitness,
+            fitness,
             singles,
             tuple(found.generations),
-            found.stopped,
+            stopped,
             seconds,
         )
         return self.result

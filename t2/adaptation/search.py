@@ -47,6 +47,9 @@ class FewShotOptions:
     """Bound of a weight before it is normalised (published)."""
     high: float = 1.0
     """The other bound (published)."""
+    margin: int = 1
+    """Few-shot problems that a mix has to answer more than the base does to take its place. One more of a few is
+    little evidence where hundreds of mixes were tried; 1 takes it (published)."""
     seed: int = 0
     """Of all candidates drawn."""
     token_budget: int = 32768
@@ -59,7 +62,7 @@ class FewShotOptions:
             ("coefficients", ("normalised", "free")),
         ):
             self._check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
-        for name in ("generations", "patience", "token_budget"):
+        for name in ("generations", "patience", "margin", "token_budget"):
             self._check(name, getattr(self, name) >= 1, "an integer >= 1")
         self._check("population", self.population >= 4, "an integer >= 4")
         self._check("elite_ratio", 2 <= int(self.elite_ratio * self.population) <= self.population, "at least 2 elites")

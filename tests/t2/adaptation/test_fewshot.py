@@ -12,6 +12,7 @@ import t2
 from t2.adaptation import FewShotOptions, FewShotStrategy, few_shot_problems
 from t2.adaptation.decoding import greedy
 from t2.adaptation.fewshot import matrix_groups
+from t2.adaptation.search import Fitness
 from t2.storage import FileFormatError
 from tests.t2.training.toy import SayTheWord, toy_tokenizer
 
@@ -136,6 +137,24 @@ def test_never_worse_than_the_base_and_every_single_expert(make, make_svf, metho
     }
     harder = make(svf, options={"search": method}).search()
     assert all(harder.fitness >= single for single in harder.singles.values())
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+@pytest.mark.parametrize(("margin", "right", "taken"), [(1, 3, True), (2, 3, False), (2, 4, True), (1, 2, True)])
+def test_a_mix_takes_the_place_of_the_base_by_its_margin(make, margin: int, right: int, taken: bool, granularity: str):
+    strategy = make(options={"margin": margin, "granularity": granularity})
+    count = len(strategy.problems)
+
+    def evaluate(candidates: Tensor) -> list[Fitness]:
+        """ "red" alone is right that often, everything else twice."""
+        alone = strategy._alpha(candidates).reshape(len(candidates), -1, len(strategy.names))[..., 1].eq(1).all(-1)
+        return [Fitness((right if each else 2) / count, -1.0 if each else -2.0) for each in alone.tolist()]
+
+    result = strategy.search(evaluate)
+    weights = result.mean_alpha
+    assert weights == {"base": float(not taken), "red": float(taken), "green": 0.0, "blue": 0.0}
+    assert result.fitness == result.singles["red" if taken else "base"]
+    assert ("the base, since" in result.stopped) == (not taken)
 
 
 @pytest.mark.parametrize("coefficients", ["normalised", "free"])
