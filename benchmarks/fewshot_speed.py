@@ -3,12 +3,12 @@
     python benchmarks/fewshot_speed.py --bank t2/banks/smollm2-135m-instruct    # ten minutes of two cores
     python benchmarks/fewshot_speed.py --rounds 1 --generations 1 --population 6 --few-shot 2    # a look
 
-The published code (arXiv 2501.06252) composes U @ diag(sigma z) @ V^T, a product with a diagonal matrix among them, copies
-it into the model, answers all problems in one batch, and goes to the next candidate. A second row has the least that
-this takes: W' written in place with one product a matrix. Both get their likelihoods from the pass that generates, and
-no candidate is tried twice. Ours also runs with factors and products of bfloat16. All ways get the same candidates for
-the same seed and are timed end to end, in turns; that they come to the same is checked answer by answer, since a search
-in which nothing is right comes to the base whatever it computes. Writes benchmarks/results/fewshot-speed.json.
+The published code (arXiv 2501.06252) composes U @ diag(sigma z) @ V^T, a product with a diagonal matrix among them,
+copies it into the model, answers all problems in one batch, and goes to the next candidate. A second row has the least
+that this takes: W' written in place with one product a matrix. Both get their likelihoods from the pass that generates,
+and no candidate is tried twice. Ours also runs with factors and products of bfloat16. All ways get the same candidates
+for the same seed and are timed end to end, in turns; that they come to the same is checked answer by answer, since a
+search in which nothing is right comes to the base whatever it computes. Writes benchmarks/results/fewshot-speed.json.
 """
 
 from __future__ import annotations
