@@ -638,7 +638,7 @@ def fewshot_speed() -> str:
         f"{results['population']} candidates of {results['experts']} experts a generation, {results['generations']} "
         f"generations, {results['problems']} problems of chain_sum; medians of {len(times)} searches, each with its "
         f"own seed, ways taking turns, {machine['threads']} cores of {machine['processor']} "
-        "(`python benchmarks/fewshot_speed.py`):\n\n" + table(head, rows)
+        "(`python benchmarks/fewshot_speed.py --bank t2/banks/smollm2-135m-instruct`):\n\n" + table(head, rows)
     )
 
 
