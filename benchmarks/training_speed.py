@@ -3,9 +3,10 @@
     python benchmarks/training_speed.py
 
 SmolLM2-135M-Instruct, 8 prompts with 6 answers of exactly 16 tokens each, then the update with its exact KL, all in the
-loop of `t2 train`, prompts without an advantage included. Each method is a process of its own; they take turns, a step
-each, and start anew every round. Peak memory is the process's anonymous memory, sampled every 20 ms; the model is
-copied there from its mapped file first, so that the weights that a method computes with count, and no others. Writes
+loop of `t2 train`, prompts without an advantage included. Each method is a process of its own; they take turns, and
+start anew every round. A turn is two steps of which the second counts: the memory of a process that waited is cold.
+Peak memory is the process's anonymous memory, sampled every 20 ms; the model is copied there from its mapped file
+first, so that the weights that a method computes with count, and no others. Writes
 benchmarks/results/training-speed.json.
 """
 
@@ -101,19 +102,18 @@ class Worker:
 def main(method: str | None = None, rounds: int = 5) -> None:
     """Args:
     method: Runs this one in this process, a step for each line on standard input; by default all run.
-    rounds: Steps of each method, after one that is not counted.
+    rounds: Turns of each method.
     """
     if method is not None:
         return work(method)
     workers = {name: Worker(name) for name in tqdm(METHODS, desc="loading")}
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     names = list(METHODS)
-    for turn in tqdm(range(rounds + 1), desc="rounds"):
+    for turn in tqdm(range(rounds), desc="rounds"):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            row = workers[name].step()
-            if turn:
-                steps[name].append(row)
+            workers[name].step()
+            steps[name].append(workers[name].step())
     table = Table("method", "numbers learnt", "s a step", "of it answers", "this / SVF", "peak, MB")
     results: dict[str, object] = {}
     for name in names:
