@@ -19,7 +19,6 @@ from t2.training import Trainer
 from t2.training.rollouts import Group
 from t2kernels import DenseWeight, FactoredWeight, decompose
 from tests.t2.live_bytes import LiveBytes, saved_bytes
-from tests.t2.training.conftest import make_options  # noqa: F401  # a fixture
 from tests.t2.training.toy import SayTheWord, toy_tokenizer
 
 LLAMA_8B = {
