@@ -249,7 +249,7 @@ def updated(tmp_path, options, config, dtype, prompts, answers, prompt_tokens, n
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("vocabulary", [14, 3000])
-def test_an_update_holds_what_is_planned(plan_of, tmp_path, make_options, dtype, vocabulary, checkpointing):  # noqa: F811
+def test_an_update_holds_what_is_planned(plan_of, tmp_path, make_options, dtype, vocabulary, checkpointing):
     config = LlamaConfig(**SMALL | {"vocab_size": vocabulary})
     prompts, answers, prompt_tokens, new_tokens = 2, 8, 30, 25
     work = Work(prompt_tokens, new_tokens, prompts, answers // prompts)
