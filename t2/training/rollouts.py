@@ -315,6 +315,16 @@ def read_prompts(
     return logits, mask, further
 
 
+def repeat_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Goes on with these rows, as `batch_select_indices`, but with a gradient that has the same bits every time.
+
+    The gradient of indexing adds by atomics on a CPU, in whatever order threads come; that of index_select does not.
+    """
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """Groups whose tokens go through the model together, after `shared` tokens that all prompts begin with.
@@ -432,10 +442,10 @@ def answer_logits(running: Running, tokens: AnswerTokens, *, share_prefix: bool 
         return logits[tokens.answer_mask.bool()]
     inputs = collate(tokens.images, tokens.prompt_ids.shape[1], device=answers.device)
     first, seen, further = read_prompts(running, cache, tokens.prefix, tokens.prompt_ids, tokens.prompt_mask, inputs)
-    first = first[tokens.group].unsqueeze(1)
+    first = first.index_select(0, tokens.group).unsqueeze(1)
     if length == 1:
         return first[tokens.answer_mask.bool()]
-    cache.batch_select_indices(tokens.group)
+    repeat_rows(cache, tokens.group)
     seen = torch.cat([seen[tokens.group], tokens.answer_mask[:, :-1]], dim=1)
     rest = model(
         input_ids=answers[:, :-1],

@@ -20,6 +20,7 @@ from t2.training.rollouts import (
     draw_tokens,
     end_tokens,
     micro_batches,
+    repeat_rows,
     shared_prefix,
     uniforms,
 )
@@ -199,6 +200,26 @@ def test_logits_and_gradients_are_those_of_answers_one_by_one(
             parameter.grad = None
     for found, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_gradients_of_repeated_rows_have_the_same_bits_every_time():
+    torch.set_num_threads(2)  # the fixture restores it
+    rows = torch.zeros(64, dtype=torch.int64)
+    states = torch.randn(2, 1, 3, 40, 64, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(64, 3, 40, 64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for _ in range(20):
+        keys, values = (state.clone().requires_grad_() for state in states)
+        cache = new_cache(toy_model())
+        cache.update(keys, values, 0)
+        del cache.layers[1:]
+        repeat_rows(cache, rows)
+        torch.testing.assert_close(cache.layers[0].keys, keys[rows], rtol=0, atol=0)
+        ((cache.layers[0].keys + cache.layers[0].values) * weights).sum().backward()
+        gradients.append((keys.grad, values.grad))
+    expected = weights.double().sum(0, keepdim=True).float()
+    torch.testing.assert_close(gradients[0][0], expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(grad, first) for pair in gradients for grad, first in zip(pair, gradients[0], strict=True))
 
 
 def test_values_of_answers_reach_their_tokens():
