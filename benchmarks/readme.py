@@ -597,11 +597,12 @@ def transfer() -> str:
         f"{each['prompts_per_step']} prompts"
         for name, each in settings["experts"].items()
     )
+    bases = " ".join(json.dumps(base) for base in results["bases"])
     head = ["expert, base", "base alone", "ordered", "shuffled, each", "same vectors", "near", "same change"]
     return (
         f"Experts of {settings['model']} on {settings['problems']} test problems ({trained}), right answers with 95% "
         f"intervals (`python benchmarks/transfer.py EXPERT ... --problems {settings['problems']} --shuffles "
-        f"{settings['shuffles']}`):\n\n" + table(head, rows)
+        f"{settings['shuffles']} --bases {bases}`):\n\n" + table(head, rows)
     )
 
 

@@ -38,7 +38,7 @@ def use_torch_factored(model: nn.Module, factors: Mapping[str, Factors], layout:
 
 @torch.no_grad()
 def rebuild(model: nn.Module, factors: Mapping[str, Factors], layout: Layout, z: Tensor) -> None:
-    """Overwrites every target weight with W' = U diag(s z) Vh, as the published code does at each switch."""
+    """Overwrites every target weight with W' = U diag(s z) Vh, one product each, where the published code does two."""
     for name, (u, s, vh) in factors.items():
         torch.matmul(u * (s * z[layout.window(name)]), vh, out=weight_matrix(cast(Linear, model.get_submodule(name))))
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from t2.adaptation.base import Adaptation, Strategy, Wrapped, mixed
-from t2.adaptation.decoding import Answer, RouteOf, greedy
+from t2.adaptation.decoding import Answer, greedy
 from t2.adaptation.search import (
     FewShotOptions,
     Fitness,
@@ -77,11 +76,6 @@ def matrix_groups(layout: Layout, options: FewShotOptions) -> tuple[int, ...]:
     return tuple(numbers[layer] for layer in layers)
 
 
-def stays_base(score: float, base: float, problems: int, margin: int) -> bool:
-    """Whether a mix with this mean score over so many problems is no reason to leave the base, whose mean is `base`."""
-    return margin > 1 and (score - base) * problems < margin - 1e-6
-
-
 @dataclass(frozen=True)
 class FewShotResult:
     """The best mix of a search, or the base where that is not `margin` problems better.
@@ -111,7 +105,7 @@ class FewShotStrategy(Strategy):
     """One mix for all requests: that which answers a few problems of their task best.
 
     The search runs when it is first needed. The base, every expert alone and all in equal parts are among its first
-    candidates, so that the result is never worse than any of them on these problems.
+    candidates, so that with a `margin` of 1 the result is never worse than any of them on these problems.
 
     Args:
         svf, tokenizer: as in `Strategy`.
@@ -205,27 +199,23 @@ class FewShotStrategy(Strategy):
     def population_answers(self, candidates: Tensor) -> list[list[Answer]]:
         """Greedy answers to the problems, by candidate [N, D]: all in one batch, as far as the token budget goes."""
         z = list(self.vectors(candidates).to(self.svf.sigma.device))
-        return self.answers(Wrapped(self.svf), len(z), lambda rows: self.svf.route([z[i] for i in rows]))
-
-    def answers(self, running: Any, candidates: int, route: RouteOf) -> list[list[Answer]]:
-        """Greedy answers to the problems, by candidate."""
-        rows = [(c, p) for c in range(candidates) for p in range(len(self.prompts))]
+        rows = [(c, p) for c in range(len(z)) for p in range(len(self.prompts))]
         found: dict[tuple[int, int], Answer] = {}
         lengths = [len(self.prompts[p]) + self.new_tokens for _, p in rows]
         for indices in length_batches(lengths, self.options.token_budget):
             batch = [rows[index] for index in indices]
             answers = greedy(
-                running,
+                Wrapped(self.svf),
                 [self.prompts[p] for _, p in batch],
                 [c for c, _ in batch],
-                route,
+                lambda rows: self.svf.route([z[i] for i in rows]),
                 new_tokens=self.new_tokens,
                 ends=self._ends,
                 pad_token=int(self.tokenizer.pad_token_id),
                 device=self.svf.sigma.device,
             )
             found.update(zip(batch, answers, strict=True))
-        return [[found[c, p] for p in range(len(self.prompts))] for c in range(candidates)]
+        return [[found[c, p] for p in range(len(self.prompts))] for c in range(len(z))]
 
     def fitness(self, answers: Sequence[Sequence[Answer]]) -> list[Fitness]:
         """Of each candidate, from its answers to the problems."""
@@ -260,9 +250,9 @@ class FewShotStrategy(Strategy):
         singles = {
             name: self._memory[candidate.numpy().tobytes()] for name, candidate in zip(self.names, first, strict=True)
         }
-        alpha, fitness, stopped = found.alpha, found.fitness, found.stopped
-        margin = self.options.margin
-        if stays_base(fitness.score, singles[BASE].score, len(self.problems), margin):
+        alpha, fitness, stopped, margin = found.alpha, found.fitness, found.stopped, self.options.margin
+        more = (fitness.score - singles[BASE].score) * len(self.problems)
+        if margin > 1 and more < margin - 1e-6:
             alpha, fitness = first[0], singles[BASE]
             stopped += f"; the base, since no mix answers {margin} problems more"
         self.result = FewShotResult(

@@ -22,7 +22,6 @@ from t2.adaptation import (
     two_pass,
 )
 from t2.adaptation.base import mixed
-from t2.adaptation.fewshot import stays_base
 from t2.adaptation.folder import CLASSIFIER
 from t2.adaptation.search import Found, Granularity
 from t2.comparison import evaluate_experts
@@ -278,7 +277,7 @@ class Measuring:
         """The best mix for a task: "names", "alpha" [E] or [G, E], "groups", "mean_alpha", "score", "seconds", ..."""
         judged, options = self.judged(label), replace(self.plan.search, seed=seed, granularity=granularity)
         problems = judged.few_shot(size, seed)
-        searched = {name: value for name, value in asdict(options).items() if name not in ("margin", "token_budget")}
+        searched = {name: value for name, value in asdict(options).items() if name != "token_budget"}
         key = {
             "kind": "search",
             "label": f"{label} {size} {seed}",
@@ -303,7 +302,7 @@ class Measuring:
                 self.tokenizer,
                 judged.task,
                 problems,
-                options=replace(options, margin=1, token_budget=self.token_budget),
+                options=replace(options, token_budget=self.token_budget),
                 experts=self._mixed,
                 new_tokens=judged.new_tokens,
                 memory=memory,
@@ -324,11 +323,6 @@ class Measuring:
 
         value: dict[str, Any] = self._cell(key, found)
         memory.unlink(missing_ok=True)
-        if stays_base(value["score"], value["singles"][BASE], len(problems), options.margin):
-            weights = [float(name == BASE) for name in value["names"]]
-            alpha = [weights] * len(value["alpha"]) if value["groups"] else weights
-            mean = dict(zip(value["names"], weights, strict=True))
-            value = value | {"alpha": alpha, "mean_alpha": mean, "score": value["singles"][BASE]}
         return value
 
     @property
