@@ -78,7 +78,7 @@ def matrix_groups(layout: Layout, options: FewShotOptions) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """The best mix of a search, or the base where that is not `margin` problems better.
+    """The best mix of a search, or the base where that is not better by `margin` standard errors.
 
     alpha: [E] float32, or [G, E] where groups of matrices have weights of their own; columns as in `names`.
     singles: the fitness of the base and of each expert alone, by name.
@@ -105,7 +105,7 @@ class FewShotStrategy(Strategy):
     """One mix for all requests: that which answers a few problems of their task best.
 
     The search runs when it is first needed. The base, every expert alone and all in equal parts are among its first
-    candidates, so that with a `margin` of 1 the result is never worse than any of them on these problems.
+    candidates, so that with a `margin` of 0 the result is never worse than any of them on these problems.
 
     Args:
         svf, tokenizer: as in `Strategy`.
@@ -228,7 +228,7 @@ class FewShotStrategy(Strategy):
         for index, row in enumerate(answers):
             own = scores[index * count : (index + 1) * count]
             right = [answer.log_likelihood for answer, score in zip(row, own, strict=True) if score == 1.0]
-            found.append(Fitness(statistics.fmean(own), statistics.fmean(right) if right else -math.inf))
+            found.append(Fitness(statistics.fmean(own), statistics.fmean(right) if right else -math.inf, tuple(own)))
         return found
 
     # The search
@@ -251,10 +251,9 @@ class FewShotStrategy(Strategy):
             name: self._memory[candidate.numpy().tobytes()] for name, candidate in zip(self.names, first, strict=True)
         }
         alpha, fitness, stopped, margin = found.alpha, found.fitness, found.stopped, self.options.margin
-        more = (fitness.score - singles[BASE].score) * len(self.problems)
-        if margin > 1 and more < margin - 1e-6:
+        if margin and fitness.above(singles[BASE]) < margin:
             alpha, fitness = first[0], singles[BASE]
-            stopped += f"; the base, since no mix answers {margin} problems more"
+            stopped += f"; the base, since the best mix is not above it by {margin:g} standard errors"
         self.result = FewShotResult(
             self.names,
             self._alpha(alpha.unsqueeze(0))[0],
@@ -321,7 +320,10 @@ class FewShotStrategy(Strategy):
         try:
             saved = json.loads(path.read_text())
             identity, known = saved["identity"], saved["candidates"]
-            self._memory = {bytes.fromhex(key): Fitness(*value) for key, value in known.items()}
+            self._memory = {
+                bytes.fromhex(key): Fitness(score, likelihood, tuple(scores))
+                for key, (score, likelihood, scores) in known.items()
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileFormatError(f"memory: {path} is not of a few-shot search: {error}") from error
         if identity != self._identity():
@@ -331,5 +333,5 @@ class FewShotStrategy(Strategy):
 
     def _write_memory(self) -> None:
         if self._memory_file is not None:
-            known = {key.hex(): list(fitness) for key, fitness in self._memory.items()}
+            known = {key.hex(): list(asdict(fitness).values()) for key, fitness in self._memory.items()}
             write_text(self._memory_file, json.dumps({"identity": self._identity(), "candidates": known}) + "\n")

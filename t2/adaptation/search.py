@@ -5,11 +5,12 @@ All ask for a population of candidates at a time, and are told how good each is.
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -47,9 +48,9 @@ class FewShotOptions:
     """Bound of a weight before it is normalised (published)."""
     high: float = 1.0
     """The other bound (published)."""
-    margin: int = 1
-    """Few-shot problems that a mix has to answer more than the base does to take its place. One more of a few is
-    little evidence where hundreds of mixes were tried; 1 takes it (published)."""
+    margin: float = 0.0
+    """Standard errors by which a mix has to be better than the base to take its place (`Fitness.above`). One more of
+    a few problems is little evidence where a hundred mixes were tried; 0 takes it (published)."""
     seed: int = 0
     """Of all candidates drawn."""
     token_budget: int = 32768
@@ -62,8 +63,9 @@ class FewShotOptions:
             ("coefficients", ("normalised", "free")),
         ):
             self._check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
-        for name in ("generations", "patience", "margin", "token_budget"):
+        for name in ("generations", "patience", "token_budget"):
             self._check(name, getattr(self, name) >= 1, "an integer >= 1")
+        self._check("margin", self.margin >= 0, "a number >= 0")
         self._check("population", self.population >= 4, "an integer >= 4")
         self._check("elite_ratio", 2 <= int(self.elite_ratio * self.population) <= self.population, "at least 2 elites")
         self._check("high", self.low < self.high, f"a number above low ({self.low})")
@@ -74,13 +76,27 @@ class FewShotOptions:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
-class Fitness(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Fitness:
     """How good a candidate is, the greater the better, in this order."""
 
     score: float
     """Mean score over the few-shot problems."""
     log_likelihood: float
     """Breaks ties: the mean over its own right answers of their tokens' mean log-likelihood; -inf without any."""
+    scores: tuple[float, ...] = field(default=(), compare=False)
+    """Of each few-shot problem."""
+
+    def above(self, other: Fitness) -> float:
+        """Standard errors by which the score is above that of another candidate on the same problems.
+
+        sum(d) / sqrt(sum(d^2)) over the differences d of each problem's scores, 0 where there is none. Of right and
+        wrong answers: (b - c) / sqrt(b + c) with the b problems that only this one answers and the c that only the
+        other does, the square root of McNemar's statistic.
+        """
+        differences = [own - its for own, its in zip(self.scores, other.scores, strict=True)]
+        spread = math.sqrt(sum(d * d for d in differences))
+        return sum(differences) / spread if spread else 0.0
 
 
 class Search(ABC):
@@ -194,10 +210,6 @@ class Generation:
     mean: float
     evaluated: int
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self) | {"best": self.best._asdict()}
 
 
 @dataclass

@@ -140,15 +140,30 @@ def test_never_worse_than_the_base_and_every_single_expert(make, make_svf, metho
 
 
 @pytest.mark.parametrize("granularity", ["model", "layer"])
-@pytest.mark.parametrize(("margin", "right", "taken"), [(1, 3, True), (2, 3, False), (2, 4, True), (1, 2, True)])
-def test_a_mix_takes_the_place_of_the_base_by_its_margin(make, margin: int, right: int, taken: bool, granularity: str):
+@pytest.mark.parametrize(
+    ("margin", "red", "taken"),
+    [
+        (0.0, (1, 1, 0, 0), True),  # as good as the base, but likelier
+        (0.5, (1, 1, 0, 0), False),
+        (1.0, (1, 1, 1, 0), True),
+        (1.1, (1, 1, 1, 0), False),
+        (1.1, (1, 1, 1, 1), True),
+        (0.6, (0, 1, 1, 1), False),  # two more and one fewer: 1 / sqrt(3)
+        (0.5, (0, 1, 1, 1), True),
+    ],
+)
+def test_a_mix_takes_the_place_of_the_base_by_its_margin(
+    make, margin: float, red: tuple[int, ...], taken: bool, granularity: str
+):
     strategy = make(options={"margin": margin, "granularity": granularity})
-    count = len(strategy.problems)
+
+    def fitness(scores: tuple[int, ...], likelihood: float) -> Fitness:
+        return Fitness(statistics.fmean(scores), likelihood, tuple(map(float, scores)))
 
     def evaluate(candidates: Tensor) -> list[Fitness]:
-        """ "red" alone is right that often, everything else twice."""
+        """ "red" alone has those scores, everything else the first two."""
         alone = strategy._alpha(candidates).reshape(len(candidates), -1, len(strategy.names))[..., 1].eq(1).all(-1)
-        return [Fitness((right if each else 2) / count, -1.0 if each else -2.0) for each in alone.tolist()]
+        return [fitness(red, -1.0) if each else fitness((1, 1, 0, 0), -2.0) for each in alone.tolist()]
 
     result = strategy.search(evaluate)
     weights = result.mean_alpha

@@ -151,6 +151,7 @@ def test_without_the_package_cma_an_error_says_so(monkeypatch):
         ({"population": 4, "elite_ratio": 0.2}, "elite_ratio: expected at least 2 elites, got 0.2"),
         ({"elite_ratio": 1.5}, "elite_ratio: expected at least 2 elites"),
         ({"generations": 0}, "generations: expected an integer >= 1"),
+        ({"margin": -1.0}, "margin: expected a number >= 0"),
         ({"low": 1.0}, r"high: expected a number above low \(1.0\)"),
         ({"low": -0.5}, "low: expected a number >= 0 where weights are normalised"),
         ({"granularity": "head"}, "granularity: expected one of"),
@@ -160,6 +161,21 @@ def test_bad_options(options: dict, text: str):
     with pytest.raises(ValueError, match=text):
         FewShotOptions(**options)
     assert FewShotOptions(low=-0.5, coefficients="free").low == -0.5
+
+
+def test_standard_errors_are_those_of_paired_scores():
+    def scored(*scores: float) -> Fitness:
+        return Fitness(sum(scores) / len(scores), -1.0, scores)
+
+    only_this, only_that = 9, 4
+    this = scored(*[1.0] * only_this, *[0.0] * only_that, *[1.0] * 5)
+    that = scored(*[0.0] * only_this, *[1.0] * only_that, *[1.0] * 5)
+    mcnemar = (only_this - only_that) ** 2 / (only_this + only_that)
+    assert this.above(that) == pytest.approx(math.sqrt(mcnemar)) == -that.above(this)
+    assert this.above(this) == 0.0
+    assert scored(0.5, 0.0, 1.0).above(scored(0.0, 0.0, 1.0)) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="shorter"):
+        this.above(scored(1.0))
 
 
 def test_a_population_needs_room_for_the_start():

@@ -130,7 +130,7 @@ def test_the_few_shot_column_is_the_search_of_the_train_split(measuring, plan):
 
 
 def test_a_margin_leaves_the_base(measuring, content):
-    cautious = parse_plan(content | {"search": content["search"] | {"margin": 100}})
+    cautious = parse_plan(content | {"search": content["search"] | {"margin": 100.0}})
     taken, kept = (measure(measuring(plan), ["alphas"])["alphas"] for plan in (parse_plan(content), cautious))
     assert any(each["mean_alpha"]["base"] < 1 for each in taken.values())
     for each in kept.values():
