@@ -101,6 +101,8 @@ def main(
     candidates: Mixes that answer all of them.
     results: File for the figures.
     """
+    if problems <= max(SIZES):
+        raise ValueError(f"problems: expected more than {max(SIZES)}, got {problems}")
     model, tokenizer = t2.load(MODEL)
     svf = t2.SVFModel(model, t2.SVFConfig(dtype=torch.bfloat16, bf16_products=True))
     folder = load_bank_folder(bank)

@@ -643,6 +643,27 @@ def fewshot_speed() -> str:
     )
 
 
+def margins() -> str:
+    """What a search's choice by few problems is worth on the others of the task, by its margin."""
+    if not (RESULTS / "margin.json").is_file():
+        return ""
+    results, rows = read("margin.json"), []
+    for row in results["rows"]:
+        gain, below = (statistics.fmean(row[key].values()) for key in ("gain", "below"))
+        gains = [
+            f"{100 * gain:+.1f}, {100 * below:.0f}%"
+            for gain, below in zip(row["gain"].values(), row["below"].values(), strict=True)
+        ]
+        rows.append([str(row["problems"]), f"{row['margin']:g}", f"{100 * gain:+.1f}", f"{100 * below:.0f}%", *gains])
+    settings, tasks = results["settings"], results["tasks"]
+    head = ["few-shot problems", "margin", "points above the base", "draws below it", *tasks]
+    return (
+        f"{settings['candidates']} mixes, {settings['problems']} problems of each task, {settings['draws']:,} draws of "
+        "a few of them; the choice is judged on the others. Mean over tasks, then each (`python benchmarks/margin.py`):"
+        "\n\n" + table(head, rows)
+    )
+
+
 PLANNED = {"Llama-3-8B": "plan-llama-3-8b.json", "Llama-3-70B": "plan-llama-3-70b.json"}
 
 
@@ -713,7 +734,7 @@ def big_model() -> str:
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
-    "docs/adaptation.md": {"fewshot-speed": fewshot_speed, "eval": adaptation},
+    "docs/adaptation.md": {"fewshot-speed": fewshot_speed, "margin": margins, "eval": adaptation},
     "docs/big-models.md": {"big-plans": big_plans, "big-model": big_model},
     "docs/cpu.md": {
         "claims": lambda: claims(""),
