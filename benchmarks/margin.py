@@ -1,6 +1,6 @@
 """How cautious a few-shot search has to be: its margin, and what few problems tell of the rest of a task.
 
-    python benchmarks/margin.py    # twenty minutes of one core
+    python benchmarks/margin.py    # some minutes
 
 Every mix of a fixed set answers many problems of tasks that no expert was trained on. A few of these are then drawn at
 random, again and again: the mix that answers them best takes the base's place, or does not by its margin, and both are
@@ -91,8 +91,8 @@ def summary(tasks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(
     bank: Path = ROOT / "t2" / "banks" / MODEL,
-    problems: int = 80,
-    candidates: int = 24,
+    problems: int = 60,
+    candidates: int = 16,
     results: Path = ROOT / "benchmarks" / "results" / "margin.json",
 ) -> None:
     """Args:
