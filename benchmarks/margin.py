@@ -40,7 +40,6 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "four terms": ("chain_sum", {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}),
     "multiples": ("lcm", {"min_value": 1, "max_value": 12}),
     "divisors": ("gcd", {"min_value": 1, "max_value": 30}),
-    "strings": ("isomorphic_strings", {}),
     "letters": ("letter_counting", {}),
 }
 SIZES = (10, 20, 40)
