@@ -71,8 +71,8 @@ def drawn(scores: list[list[float]], size: int, margin: float) -> list[float]:
 
 
 def summary(tasks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each number of problems and margin, the mean over tasks and draws: by how much the choice is above the base,
-    and how often below it."""
+    """Of each number of problems and margin, by task: how far above the base a choice is, the mean over draws, and the
+    share of draws in which it is below."""
     rows = []
     for size in SIZES:
         for margin in MARGINS:
@@ -128,7 +128,7 @@ def main(
         found = {"machine": machine(), "settings": settings, "tasks": tasks, "rows": summary(tasks)}
         write_text(results, json.dumps(found) + "\n")
     table = Table("problems", "margin", "above the base", "draws below it")
-    for row in summary(tasks):
+    for row in found["rows"]:
         gain, below = (statistics.fmean(row[key].values()) for key in ("gain", "below"))
         table.add_row(str(row["problems"]), f"{row['margin']:g}", f"{100 * gain:+.1f}", f"{below:.0%}")
     Console().print(table)

@@ -645,8 +645,6 @@ def fewshot_speed() -> str:
 
 def margins() -> str:
     """What a search's choice by few problems is worth on the others of the task, by its margin."""
-    if not (RESULTS / "margin.json").is_file():
-        return ""
     results, rows = read("margin.json"), []
     for row in results["rows"]:
         gain, below = (statistics.fmean(row[key].values()) for key in ("gain", "below"))

@@ -92,8 +92,10 @@ class Fitness:
 
         sum(d) / sqrt(sum(d^2)) over the differences d of each problem's scores, 0 where there is none. Of right and
         wrong answers: (b - c) / sqrt(b + c) with the b problems that only this one answers and the c that only the
-        other does, the square root of McNemar's statistic.
+        other does, the square root of McNemar's statistic. ValueError without scores, or of different problems.
         """
+        if not self.scores:
+            raise ValueError("scores: expected those of each few-shot problem, which a margin needs, got none")
         differences = [own - its for own, its in zip(self.scores, other.scores, strict=True)]
         spread = math.sqrt(sum(d * d for d in differences))
         return sum(differences) / spread if spread else 0.0

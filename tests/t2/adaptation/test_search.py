@@ -176,6 +176,8 @@ def test_standard_errors_are_those_of_paired_scores():
     assert scored(0.5, 0.0, 1.0).above(scored(0.0, 0.0, 1.0)) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="shorter"):
         this.above(scored(1.0))
+    with pytest.raises(ValueError, match="scores: expected those of each few-shot problem"):
+        Fitness(0.5, -1.0).above(Fitness(0.2, -1.0))
 
 
 def test_a_population_needs_room_for_the_start():
