@@ -6,6 +6,7 @@ import difflib
 import itertools
 import random
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ DRAWN_AT_ONCE = 1000
 """Entries of a data set that reasoning-gym is asked for; some it makes all at the start."""
 MOST_REPEATS = 1000
 """Draws in a row without a new prompt after which a task counts as exhausted."""
+DRAWN_BY_HASH = frozenset(
+    ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder")
+)
+"""Tasks of reasoning-gym 0.1.25 whose problems follow the order of Python's sets, and so the process's hash seed."""
+DRAWN_ANEW = frozenset(("codeio",))
+"""Those that run programs with random numbers of their own, which no seed reaches."""
 
 
 def lenient(answer: str, reference: str) -> str:
@@ -58,8 +65,9 @@ class ReasoningGym(Task):
 
     Raises:
         ImportError: reasoning-gym is not installed.
-        ValueError: it has no such task, the task rejects its options, or it has fewer different prompts than the
-            splits need (when they are first used).
+        ValueError: it has no such task, the task rejects its options, its problems are others in every process
+            (`DRAWN_ANEW`; `DRAWN_BY_HASH` unless PYTHONHASHSEED=0), or it has fewer different prompts than the splits
+            need (when they are first used).
     """
 
     def __init__(
@@ -83,6 +91,16 @@ class ReasoningGym(Task):
         if dataset not in DATASETS:
             near = difflib.get_close_matches(dataset, DATASETS, n=5) or sorted(DATASETS)
             raise ValueError(f"reasoning-gym has no task {dataset!r}; nearest: {', '.join(near)}")
+        if dataset in DRAWN_ANEW:
+            raise ValueError(
+                f"dataset: {dataset} of reasoning-gym has other problems at every draw, so that training and test "
+                f"problems would mix; expected a task with a seed (draw it once into a file for jsonl:PATH)"
+            )
+        if dataset in DRAWN_BY_HASH and sys.flags.hash_randomization:
+            raise ValueError(
+                f"dataset: {dataset} of reasoning-gym has other problems in every process, so that training and test "
+                f"problems would mix; expected a process with the environment variable PYTHONHASHSEED=0"
+            )
         sizes = {"train": train_size, "validation": validation_size, "test": test_size}
         for split, size in sizes.items():
             check_size(f"{split}_size", size)

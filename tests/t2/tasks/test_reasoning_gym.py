@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from t2 import tasks
-from t2.tasks.reasoning_gym import lenient
+from t2.tasks.reasoning_gym import DRAWN_ANEW, DRAWN_BY_HASH, lenient
 
 SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
@@ -37,6 +39,50 @@ found = [p.messages[-1]["content"] for s in ("train", "validation", "test") for 
     exec(code, here)
     there = subprocess.run([sys.executable, "-c", code + "print(found)"], capture_output=True, text=True, check=True)
     assert there.stdout.strip() == str(here["found"])
+
+
+DRAWS = """
+import json, sys
+from pathlib import Path
+from t2 import tasks
+found = {}
+for name in sys.argv[2:]:
+    try:
+        task = tasks.get(f"reasoning-gym:{name}", train_size=1, validation_size=1, test_size=10)
+        found[name] = [[problem.messages[-1]["content"], problem.solution] for problem in task.problems("test")]
+    except ValueError as error:
+        found[name] = str(error)
+Path(sys.argv[1]).write_text(json.dumps(found))
+"""
+
+
+def drawn(names, seed, folder):
+    """The test problems of tasks, by name, in a process of that hash seed; or why there are none."""
+    file = folder / seed
+    command = [sys.executable, "-c", DRAWS, str(file), *names]
+    subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
+    return json.loads(file.read_text())
+
+
+def test_tasks_that_draw_by_hash_are_refused_without_a_fixed_seed(tmp_path):
+    for refusal in drawn(sorted(DRAWN_BY_HASH), "random", tmp_path).values():
+        assert "expected a process with the environment variable PYTHONHASHSEED=0" in refusal
+    assert len(drawn(["isomorphic_strings"], "0", tmp_path)["isomorphic_strings"]) == 10
+
+
+def test_tasks_without_a_seed_are_refused():
+    for name in DRAWN_ANEW:
+        with pytest.raises(ValueError, match=f"dataset: {name} of reasoning-gym has other problems at every draw"):
+            tasks.get(f"reasoning-gym:{name}")
+
+
+@pytest.mark.slow
+def test_all_other_tasks_have_the_same_problems_in_every_process(tmp_path):
+    from reasoning_gym.factory import DATASETS
+
+    names = sorted(set(DATASETS) - DRAWN_BY_HASH - DRAWN_ANEW)
+    one, other = drawn(names, "1", tmp_path), drawn(names, "2", tmp_path)
+    assert [name for name in names if one[name] != other[name]] == []
 
 
 def test_test_and_validation_stay_when_train_grows_and_change_with_the_seed():
