@@ -644,7 +644,7 @@ def fewshot_speed() -> str:
 
 
 def margins() -> str:
-    """What a search's choice by few problems is worth on the others of the task, by its margin."""
+    """What a search's choice by few problems is worth on the others of the task, by its margin and incumbent."""
     results, rows = read("margin.json"), []
     for row in results["rows"]:
         gain, below = (statistics.fmean(row[key].values()) for key in ("gain", "below"))
@@ -652,9 +652,18 @@ def margins() -> str:
             f"{100 * gain:+.1f}, {100 * below:.0f}%"
             for gain, below in zip(row["gain"].values(), row["below"].values(), strict=True)
         ]
-        rows.append([str(row["problems"]), f"{row['margin']:g}", f"{100 * gain:+.1f}", f"{100 * below:.0f}%", *gains])
+        rows.append(
+            [
+                str(row["problems"]),
+                f"{row['margin']:g}",
+                row["incumbent"],
+                f"{100 * gain:+.1f}",
+                f"{100 * below:.0f}%",
+                *gains,
+            ]
+        )
     settings, tasks = results["settings"], results["tasks"]
-    head = ["few-shot problems", "margin", "points above the base", "draws below it", *tasks]
+    head = ["few-shot problems", "margin", "incumbent", "points above the base", "draws below it", *tasks]
     return (
         f"{settings['candidates']} mixes, {settings['problems']} problems of each task, {settings['draws']:,} draws of "
         "a few of them; the choice is judged on the others. Mean over tasks, then each (`python benchmarks/margin.py`):"

@@ -329,6 +329,7 @@ def adapt(
     task_options: str = "{}",
     few_shot: int = 10,
     split: Literal["train", "validation", "test"] = "train",
+    incumbent: str = "base",
     dtype: Storage = "float32",
     max_new_tokens: int | None = None,
 ) -> int:
@@ -344,6 +345,8 @@ def adapt(
         task_options: Options of the task, as JSON.
         few_shot: Problems that candidates are tried on.
         split: Where these are drawn from; not the ones that the result is to be judged on.
+        incumbent: What stays unless a mix is better by --margin: base, an expert, or what prompt or classifier give
+            the most of these problems to.
         dtype: Storage of the factors.
         max_new_tokens: Longest answer; the task's own room if none is given.
     """
@@ -360,6 +363,7 @@ def adapt(
         dtype=dtype,
         max_new_tokens=max_new_tokens,
         options=options,
+        incumbent=incumbent,
         console=Console(),
     )
     return 0 if finished else 130

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from t2.adaptation.base import Strategy
 from t2.adaptation.dispatch import ClassifierStrategy, PromptStrategy
 from t2.adaptation.fewshot import FewShotResult, FewShotStrategy, few_shot_problems
 from t2.adaptation.folder import CLASSIFIER, BankFolder, load_bank_folder, named_experts
@@ -21,6 +20,9 @@ from t2.adaptation.two_pass import two_pass
 from t2.loading import load
 from t2.model import SVFConfig, SVFModel
 from t2.tasks import Split, get, options_of
+
+PassOne = Literal["prompt", "classifier"]
+PASS_ONE: dict[str, type[PromptStrategy]] = {"prompt": PromptStrategy, "classifier": ClassifierStrategy}
 
 
 def open_bank(bank: Path | None, experts: Sequence[str], domains: Sequence[str] = ()) -> BankFolder:
@@ -47,22 +49,25 @@ def open_model(name: str, dtype: str, bank: BankFolder, *, bf16_products: bool =
     return svf, tokenizer
 
 
+def _check_classifier(argument: str, strategy: str, bank: BankFolder) -> None:
+    if strategy == CLASSIFIER and bank.classifier is None:
+        raise ValueError(f"{argument}: expected a bank with a classification expert, named {CLASSIFIER!r}, got none")
+
+
 def answer(
     model: str,
     prompts: Sequence[str],
     bank: BankFolder,
-    strategy: Literal["prompt", "classifier"],
+    strategy: PassOne,
     *,
     dtype: str,
     max_new_tokens: int,
     sample: bool,
 ) -> None:
     """Prints each prompt, the expert that pass one gave it and why, and the answer; then both passes' seconds."""
-    if strategy == "classifier" and bank.classifier is None:
-        raise ValueError(f"adapt: expected a bank with a classification expert, named {CLASSIFIER!r}, got none")
+    _check_classifier("adapt", strategy, bank)
     svf, tokenizer = open_model(model, dtype, bank)
-    kind: type[PromptStrategy] = PromptStrategy if strategy == "prompt" else ClassifierStrategy
-    chosen: Strategy = kind(svf, tokenizer, bank.domains)
+    chosen = PASS_ONE[strategy](svf, tokenizer, bank.domains)
     result = two_pass(svf, tokenizer, prompts, chosen, max_new_tokens=max_new_tokens, do_sample=sample)
     adaptation = result.adaptation
     for prompt, row, reason, text in zip(prompts, adaptation.alpha, adaptation.reasons, result.answers, strict=True):
@@ -82,11 +87,16 @@ def adapt_to_task(
     dtype: str,
     max_new_tokens: int | None,
     options: FewShotOptions,
+    incumbent: str,
     console: Console,
 ) -> bool:
-    """The few-shot search of `t2 adapt`; False if it was interrupted, with what it knows saved beside the output."""
+    """The few-shot search of `t2 adapt`; False if it was interrupted, with what it knows saved beside the output.
+
+    incumbent: the name of a single, or of a strategy of pass one.
+    """
     if output.suffix != ".safetensors":
         raise ValueError(f"output: expected a file named *.safetensors, got {output}")
+    _check_classifier("incumbent", incumbent, bank)
     task = get(task_name, **options_of(task_options))
     problems = few_shot_problems(task, few_shot, split=split, seed=options.seed)
     svf, tokenizer = open_model(model, dtype, bank)
@@ -99,6 +109,7 @@ def adapt_to_task(
             problems,
             options=options,
             experts=[domain.name for domain in bank.domains],
+            incumbent=PASS_ONE[incumbent](svf, tokenizer, bank.domains) if incumbent in PASS_ONE else incumbent,
             new_tokens=max_new_tokens,
             memory=memory,
             announce=announce,

@@ -76,12 +76,29 @@ def matrix_groups(layout: Layout, options: FewShotOptions) -> tuple[int, ...]:
     return tuple(numbers[layer] for layer in layers)
 
 
+def keeper(best: Fitness, singles: Mapping[str, Fitness], incumbent: str, margin: float) -> str | None:
+    """Which single stays in place of the best mix of a search; None if the mix takes it.
+
+    With a margin it is the incumbent, or the base if that answers more of the few-shot problems, unless the mix is
+    above it by `margin` standard errors (`Fitness.above`). Without one the best mix is taken (published).
+
+    Args:
+        singles: the fitness of the base and of each expert alone, by name.
+        incumbent: one of them.
+    """
+    if not margin:
+        return None
+    name = incumbent if singles[incumbent].score >= singles[BASE].score else BASE
+    return name if best.above(singles[name]) < margin else None
+
+
 @dataclass(frozen=True)
 class FewShotResult:
-    """The best mix of a search, or the base where that is not better by `margin` standard errors.
+    """The best mix of a search, or the single that stays in its place (`keeper`).
 
     alpha: [E] float32, or [G, E] where groups of matrices have weights of their own; columns as in `names`.
     singles: the fitness of the base and of each expert alone, by name.
+    incumbent: what was to stay unless a mix is better by the margin.
     seconds: of the search, without what `memory` had.
     """
 
@@ -90,6 +107,7 @@ class FewShotResult:
     groups: tuple[int, ...]
     fitness: Fitness
     singles: Mapping[str, Fitness]
+    incumbent: str
     generations: tuple[Generation, ...]
     stopped: str
     seconds: float
@@ -113,12 +131,15 @@ class FewShotStrategy(Strategy):
         problems: to try candidates on; none of those that the result is to be judged on.
         options: of the search.
         experts: names of the bank that are mixed; default all.
+        incumbent: what stays unless a mix is better by the `margin` of the options, which must be above 0 for any but
+            the base: an expert's name, or a strategy of pass one, of which it is what the problems get the most of.
         new_tokens: longest answer; default the task's own.
         memory: file that results of candidates are kept in, so that a search that was interrupted goes on.
         announce: called after each generation.
 
     Raises:
-        ValueError: no problems, no experts, unknown ones, or a population without room for each of them.
+        ValueError: no problems, no experts, unknown ones, or a population without room for each of them; an incumbent
+            that is none of them, or without a margin.
         FileFormatError: the memory's file is of another search, or not one.
     """
 
@@ -133,6 +154,7 @@ class FewShotStrategy(Strategy):
         *,
         options: FewShotOptions | None = None,
         experts: Sequence[str] | None = None,
+        incumbent: Strategy | str = BASE,
         new_tokens: int | None = None,
         memory: Path | None = None,
         announce: Callable[[Found], object] = lambda found: None,
@@ -146,6 +168,11 @@ class FewShotStrategy(Strategy):
         self.options = options or FewShotOptions()
         self.task, self.problems = task, list(problems)
         self.names = (BASE, *names)
+        if incumbent != BASE and not self.options.margin:
+            raise ValueError("incumbent: expected a margin above 0 beside one, since at 0 the best mix is always taken")
+        if isinstance(incumbent, str):
+            self._check_incumbent(incumbent)
+        self.incumbent = incumbent
         self.groups = matrix_groups(svf.layout, self.options)
         self.new_tokens = new_tokens or task.max_new_tokens
         self.announce = announce
@@ -155,6 +182,20 @@ class FewShotStrategy(Strategy):
         self._ends = end_tokens(svf.model, tokenizer)
         self._new_search()  # says what does not fit before any work
         self._read_memory()
+
+    def _check_incumbent(self, name: str) -> None:
+        if name not in self.names:
+            raise ValueError(f"incumbent: expected one of {', '.join(self.names)}, got {name!r}")
+
+    def _incumbent(self) -> str:
+        """Its name; of a strategy that with the most weight over all problems."""
+        if isinstance(self.incumbent, str):
+            return self.incumbent
+        found = self.incumbent.adapt(self.problems)
+        weights = found.alpha.reshape(-1, len(found.names)).sum(0)
+        name = found.names[int(weights.argmax())]
+        self._check_incumbent(name)
+        return name
 
     # Candidates
 
@@ -242,27 +283,28 @@ class FewShotStrategy(Strategy):
         if self.result is not None:
             return self.result
         start = time.perf_counter()
+        incumbent = self._incumbent()
         found = run_search(
             self._new_search(), evaluate or self.evaluate, self._normalise, memory=self._memory, announce=self._after
         )
-        seconds = time.perf_counter() - start
         first = self._normalise(self._first()[: len(self.names)])
         singles = {
             name: self._memory[candidate.numpy().tobytes()] for name, candidate in zip(self.names, first, strict=True)
         }
         alpha, fitness, stopped, margin = found.alpha, found.fitness, found.stopped, self.options.margin
-        if margin and fitness.above(singles[BASE]) < margin:
-            alpha, fitness = first[0], singles[BASE]
-            stopped += f"; the base, since the best mix is not above it by {margin:g} standard errors"
+        if (kept := keeper(fitness, singles, incumbent, margin)) is not None:
+            alpha, fitness = first[self.names.index(kept)], singles[kept]
+            stopped += f"; {kept} stays, since the best mix is not above it by {margin:g} standard errors"
         self.result = FewShotResult(
             self.names,
             self._alpha(alpha.unsqueeze(0))[0],
             self.groups,
             fitness,
             singles,
+            incumbent,
             tuple(found.generations),
             stopped,
-            seconds,
+            time.perf_counter() - start,
         )
         return self.result
 
@@ -291,6 +333,7 @@ class FewShotStrategy(Strategy):
             "log_likelihood": str(result.fitness.log_likelihood),
             "singles": json.dumps({name: fitness.score for name, fitness in result.singles.items()}),
             "problems": str(len(self.problems)),
+            "incumbent": result.incumbent,
             "seed": str(self.options.seed),
             "options": json.dumps(asdict(self.options)),
         }

@@ -49,8 +49,9 @@ class FewShotOptions:
     high: float = 1.0
     """The other bound (published)."""
     margin: float = 0.0
-    """Standard errors by which a mix has to be better than the base to take its place (`Fitness.above`). One more of
-    a few problems is little evidence where a hundred mixes were tried; 0 takes it (published)."""
+    """Standard errors by which a mix has to be better than the incumbent, such as the base, to take its place
+    (`Fitness.above`). One more of a few problems is little evidence where a hundred mixes were tried; 0 takes it
+    (published)."""
     seed: int = 0
     """Of all candidates drawn."""
     token_budget: int = 32768

@@ -22,8 +22,9 @@ from t2.adaptation import (
     two_pass,
 )
 from t2.adaptation.base import mixed
+from t2.adaptation.fewshot import keeper
 from t2.adaptation.folder import CLASSIFIER
-from t2.adaptation.search import Found, Granularity
+from t2.adaptation.search import Fitness, Found, Granularity
 from t2.comparison import evaluate_experts
 from t2.evaluate.cells import Cells, Key, tensor_digest, texts_digest
 from t2.evaluate.lora import Adapter
@@ -81,7 +82,7 @@ class Measuring:
         announce: called as work goes on.
 
     Raises:
-        ValueError: a seen task has no expert of its name.
+        ValueError: a seen task has no expert of its name, or the incumbent "classifier" no classification expert.
     """
 
     def __init__(
@@ -98,6 +99,8 @@ class Measuring:
     ) -> None:
         if unknown := [name for name in plan.seen if name not in bank.experts]:
             raise ValueError(f"seen: expected names of experts ({', '.join(bank.experts)}), got {', '.join(unknown)}")
+        if CLASSIFIER in plan.incumbents and bank.classifier is None:
+            raise ValueError("incumbents: expected a bank with a classification expert beside 'classifier', got none")
         if not isinstance(token_budget, int) or token_budget < 1:
             raise ValueError(f"token_budget: expected an integer >= 1, got {token_budget!r}")
         self.svf, self.tokenizer, self.bank, self.plan, self.cells = svf, tokenizer, bank, plan, cells
@@ -240,7 +243,11 @@ class Measuring:
 
     def labels(self, label: str) -> dict[str, list[str]]:
         """What each strategy dispatches the task's test problems to: an expert's name, or "base"."""
-        judged, strategies = self.judged(label), self.strategies()
+        return self._labels(label, self.judged(label).problems, self.strategies())
+
+    def _labels(
+        self, label: str, problems: Sequence[Problem], strategies: Mapping[str, PromptStrategy]
+    ) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for names in ((PROMPT, UNCALIBRATED), (CLASSIFIER,)):  # these have the same pass one
             chosen = {name: strategies[name] for name in names if name in strategies}
@@ -253,15 +260,17 @@ class Measuring:
                 "strategies": [[name, strategy.calibration] for name, strategy in chosen.items()],
                 "classifier": self.classifier if CLASSIFIER in chosen else None,
                 "domains": self._domains,
-                "problems": self._digest(judged.problems),
+                "problems": self._digest(problems),
             }
-            found |= self._cell(key, partial(self._chosen, judged, chosen))
+            found |= self._cell(key, partial(self._chosen, label, problems, chosen))
         return found
 
-    def _chosen(self, judged: Judged, strategies: Mapping[str, PromptStrategy]) -> dict[str, list[str]]:
+    def _chosen(
+        self, label: str, problems: Sequence[Problem], strategies: Mapping[str, PromptStrategy]
+    ) -> dict[str, list[str]]:
         first, *_ = strategies
-        self.announce(f"{judged.label}: pass one, {first}", 0, len(judged.problems))
-        scores, names = strategies[first].label_scores(judged.problems), (BASE, *self._mixed)
+        self.announce(f"{label}: pass one, {first}", 0, len(problems))
+        scores, names = strategies[first].label_scores(problems), (BASE, *self._mixed)
         return {
             name: [names[index] for index in strategy.probabilities(scores).argmax(-1).tolist()]
             for name, strategy in strategies.items()
@@ -273,11 +282,43 @@ class Measuring:
 
     # Few-shot
 
-    def search(self, label: str, size: int, seed: int, granularity: Granularity = "model") -> dict[str, Any]:
-        """The best mix for a task: "names", "alpha" [E] or [G, E], "groups", "mean_alpha", "score", "seconds", ..."""
-        judged, options = self.judged(label), replace(self.plan.search, seed=seed, granularity=granularity)
+    def settled(
+        self, label: str, size: int, seed: int, incumbent: str, granularity: Granularity = "model"
+    ) -> dict[str, Any]:
+        """The best mix for a task, or what stays in its place by the plan's margin (`keeper`): "names", "alpha" [E] or
+        [G, E], "groups", "score", "kept" (None for the mix), "singles", "seconds", ..."""
+        found = dict(self._search(label, size, seed, granularity))
+        best, singles = Fitness(*found["best"]), {name: Fitness(*each) for name, each in found["singles"].items()}
+        name = BASE if incumbent == BASE else self._vote(label, size, seed, incumbent)
+        kept = keeper(best, singles, name, self.plan.search.margin)
+        if kept is not None:
+            alone = [float(each == kept) for each in found["names"]]
+            found["alpha"] = [alone] * len(found["alpha"]) if found["groups"] else alone
+        alpha = torch.tensor(found["alpha"])
+        weights = alpha.mean(0) if found["groups"] else alpha
+        del found["best"]
+        return found | {
+            "mean_alpha": dict(zip(found["names"], weights.tolist(), strict=True)),
+            "score": (best if kept is None else singles[kept]).score,
+            "singles": {each: fitness.score for each, fitness in singles.items()},
+            "incumbent": name,
+            "kept": kept,
+        }
+
+    def _vote(self, label: str, size: int, seed: int, strategy: str) -> str:
+        """What a strategy gives the most few-shot problems to."""
+        judged = self.judged(label)
+        chosen = {strategy: self.strategies()[strategy]}
+        labels = self._labels(f"{label} {size} {seed}", judged.few_shot(size, seed), chosen)[strategy]
+        return max((BASE, *self._mixed), key=labels.count)
+
+    def _search(self, label: str, size: int, seed: int, granularity: Granularity) -> dict[str, Any]:
+        """The best mix of a search, whatever the margin, and how good the singles are."""
+        judged = self.judged(label)
+        options = replace(self.plan.search, seed=seed, granularity=granularity, margin=0.0)
         problems = judged.few_shot(size, seed)
-        searched = {name: value for name, value in asdict(options).items() if name != "token_budget"}
+        unlike = ("token_budget", "margin")
+        searched = {name: value for name, value in asdict(options).items() if name not in unlike}
         key = {
             "kind": "search",
             "label": f"{label} {size} {seed}",
@@ -313,9 +354,8 @@ class Measuring:
                 "names": result.names,
                 "alpha": result.alpha.tolist(),
                 "groups": result.groups,
-                "mean_alpha": result.mean_alpha,
-                "score": result.fitness.score,
-                "singles": {name: fitness.score for name, fitness in result.singles.items()},
+                "best": list(asdict(result.fitness).values()),
+                "singles": {name: list(asdict(fitness).values()) for name, fitness in result.singles.items()},
                 "generations": len(result.generations),
                 "stopped": result.stopped,
                 "seconds": result.seconds,
@@ -330,7 +370,7 @@ class Measuring:
         return [domain.name for domain in self.bank.domains]
 
     def mix(self, found: Mapping[str, Any]) -> Tensor:
-        """z [R] of what `search` found."""
+        """z [R] of what `settled` found."""
         alpha = torch.tensor(found["alpha"], dtype=torch.float32).unsqueeze(0)
         return mixed(self.svf.bank, found["names"], alpha, found["groups"])[0]
 

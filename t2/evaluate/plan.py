@@ -11,7 +11,9 @@ from typing import Any, cast
 from t2.adaptation.dispatch import Calibration
 from t2.adaptation.search import FewShotOptions
 from t2.tasks import Split
-from t2.tasks.classify import RESERVED
+from t2.tasks.classify import BASE, RESERVED
+
+INCUMBENTS = (BASE, "prompt", "classifier")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Plan:
     """Of the problems drawn and the search: all in the ablation, the first in table 2."""
     few_shot_tasks: tuple[str, ...] | None = None
     """Tasks of the ablation; those of `unseen` if none are given."""
+    incumbents: tuple[str, ...] = ("base",)
+    """What stays unless a mix is better by the margin of `search`: "base", or what "prompt" or "classifier" give the
+    most few-shot problems to. Each has columns of its own, from the same searches."""
     search: FewShotOptions = field(default_factory=FewShotOptions)
     """Options of the search, but for seed, granularity and token_budget."""
 
@@ -133,8 +138,14 @@ def parse_plan(content: Any) -> Plan:
     _check("lora", isinstance(given.get("lora", ""), str | None), "a folder", given.get("lora"))
     calibration = given.get("calibration", "contextual")
     _check("calibration", calibration in ("none", "contextual"), "none or contextual", calibration)
+    if "incumbents" in given:
+        named = given["incumbents"]
+        known = isinstance(named, list) and bool(named) and set(map(str, named)) <= set(INCUMBENTS)
+        _check("incumbents", known and len(set(named)) == len(named), f"some of {', '.join(INCUMBENTS)}", named)
+        given["incumbents"] = tuple(named)
     given["search"] = _search(given.get("search", {}))
     plan = Plan(**given)
+    _check("search.margin", plan.incumbents == (BASE,) or plan.search.margin > 0, "one above 0 for incumbents", 0)
     _check_names(plan)
     return plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -54,9 +55,10 @@ def _columns(measuring: Measuring, label: str, chosen: Sequence[Section]) -> dic
         columns |= _mixes(measuring, label)
     if "sizes" in chosen and label in plan.ablated:
         columns |= {BASE: None} | {
-            f"few-shot {size}, seed {seed}": measuring.mix(measuring.search(label, size, seed))
+            f"few-shot {size}, seed {seed}, {incumbent}": measuring.mix(measuring.settled(label, size, seed, incumbent))
             for size in plan.few_shot_sizes
             for seed in plan.few_shot_seeds
+            for incumbent in plan.incumbents
         }
     if "variants" in chosen and label in plan.seen and plan.variants:
         columns |= {BASE: None, label: label} | _variants(measuring, label)
@@ -72,11 +74,18 @@ def _mixes(measuring: Measuring, label: str) -> dict[str, ExpertChoice]:
     """Few-shot columns of table 2."""
     plan, seed = measuring.plan, measuring.plan.few_shot_seeds[0]
     made: dict[str, ExpertChoice] = {}
-    for size in plan.few_shot:
-        made[f"few-shot {size}"] = measuring.mix(measuring.search(label, size, seed))
-        if plan.few_shot_per_layer:
-            made[f"few-shot {size}, per layer"] = measuring.mix(measuring.search(label, size, seed, "layer"))
+    for incumbent in plan.incumbents:
+        for size in plan.few_shot:
+            name = _after(incumbent, f"few-shot {size}")
+            made[name] = measuring.mix(measuring.settled(label, size, seed, incumbent))
+            if plan.few_shot_per_layer:
+                made[f"{name}, per layer"] = measuring.mix(measuring.settled(label, size, seed, incumbent, "layer"))
     return made
+
+
+def _after(incumbent: str, name: str) -> str:
+    """The name of what starts from an incumbent."""
+    return name if incumbent == BASE else f"{incumbent}, {name}"
 
 
 def _variants(measuring: Measuring, label: str) -> dict[str, ExpertChoice]:
@@ -176,24 +185,25 @@ def _times(measuring: Measuring) -> dict[str, Any]:
 
 
 def _alphas(measuring: Measuring) -> dict[str, Any]:
-    """Weights of the mixes of table 2, with the first size."""
+    """Weights of the mixes of table 2, with the first size and incumbent."""
     plan = measuring.plan
-    return {label: measuring.search(label, plan.few_shot[0], plan.few_shot_seeds[0]) for label in plan.tasks}
+    first = plan.few_shot[0], plan.few_shot_seeds[0], plan.incumbents[0]
+    return {label: measuring.settled(label, *first) for label in plan.tasks}
 
 
 def _sizes(measuring: Measuring) -> dict[str, Any]:
-    """Accuracy by task, size and seed, and the base's."""
+    """Accuracy by task, incumbent, size and seed, and the base's."""
     plan, rows = measuring.plan, {}
-    for label in plan.ablated:
+    for label, incumbent in itertools.product(plan.ablated, plan.incumbents):
         searches = {
-            (size, seed): measuring.search(label, size, seed)
+            (size, seed): measuring.settled(label, size, seed, incumbent)
             for size in plan.few_shot_sizes
             for seed in plan.few_shot_seeds
         }
         columns: dict[str, ExpertChoice] = {BASE: None}
         columns |= {f"{size} {seed}": measuring.mix(found) for (size, seed), found in searches.items()}
         scores = measuring.scores(label, columns)
-        rows[label] = {
+        rows[_after(incumbent, label)] = {
             "base": figures(scores[BASE]),
             "sizes": {
                 str(size): [

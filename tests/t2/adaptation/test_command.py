@@ -81,6 +81,18 @@ def test_adapt_writes_the_mix(folder, bank, task, tmp_path, capsys, search):
     assert [path.name for path in tmp_path.glob("mix*")] == ["mix.safetensors"]
 
 
+@pytest.mark.parametrize("incumbent", ["classifier", "prompt", "d"])
+def test_adapt_keeps_the_incumbent_where_no_mix_is_better(folder, bank, task, tmp_path, incumbent):
+    output = tmp_path / "mix.safetensors"
+    search = ("--population", "10", "--generations", "1", "--few-shot", "6", "--margin", "9")
+    assert run("adapt", folder, "--bank", bank, *task, "--output", output, *search, "--incumbent", incumbent) == 0
+    metadata = t2.Expert.load(output).metadata
+    singles, alpha = json.loads(metadata["singles"]), json.loads(metadata["alpha"])
+    named = metadata["incumbent"]
+    assert named in singles and (incumbent != "d" or named == "d")
+    assert alpha[named if singles[named] >= singles["base"] else "base"] == 1.0
+
+
 def test_an_interrupted_search_goes_on(folder, bank, task, tmp_path, capsys, monkeypatch):
     from t2.adaptation import fewshot
 
@@ -111,6 +123,8 @@ def test_errors_are_one_line_and_exit_code_2(folder, bank, task, tmp_path, capsy
         ((*adapt, "--bank", bank, "--experts", "a=b"), "bank: expected a folder, or experts"),
         ((*adapt, "--bank", tmp_path / "plain"), "bank: expected a folder with domains.json"),
         ((*adapt, "--bank", bank, "--few-shot", "90"), "few_shot: expected 1 to"),
+        ((*adapt, "--bank", bank, "--incumbent", "d"), "incumbent: expected a margin above 0 beside one"),
+        ((*adapt, "--bank", bank, "--margin", "1", "--incumbent", "x"), "incumbent: expected one of base, a, d, got"),
         (("adapt", folder, "--task", "x", "--output", "x.safetensors", "--bank", bank), "task: expected one of"),
         (("adapt", folder, *task, "--output", "x.bin", "--bank", bank), "output: expected a file named *.safetensors"),
         ((*adapt[:4], "--task-options", "[", *adapt[6:], "--bank", bank), "task_options: expected a JSON object"),
@@ -123,6 +137,8 @@ def test_errors_are_one_line_and_exit_code_2(folder, bank, task, tmp_path, capsy
         error = capsys.readouterr().err
         assert text in error and "Traceback" not in error
     (bank / "classifier.safetensors").unlink()
+    assert run(*adapt, "--bank", bank, "--margin", "1", "--incumbent", "classifier") == 2
+    assert "incumbent: expected a bank with a classification expert" in capsys.readouterr().err
     assert run(*prompt, "--bank", bank, "--adapt", "classifier") == 2
     assert "adapt: expected a bank with a classification expert" in capsys.readouterr().err
 

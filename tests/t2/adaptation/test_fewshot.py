@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import t2
-from t2.adaptation import FewShotOptions, FewShotStrategy, few_shot_problems
+from t2.adaptation import Adaptation, FewShotOptions, FewShotStrategy, Strategy, few_shot_problems
 from t2.adaptation.decoding import greedy
 from t2.adaptation.fewshot import matrix_groups
 from t2.adaptation.search import Fitness
@@ -169,7 +169,70 @@ def test_a_mix_takes_the_place_of_the_base_by_its_margin(
     weights = result.mean_alpha
     assert weights == {"base": float(not taken), "red": float(taken), "green": 0.0, "blue": 0.0}
     assert result.fitness == result.singles["red" if taken else "base"]
-    assert ("the base, since" in result.stopped) == (not taken)
+    assert ("base stays, since" in result.stopped) == (not taken)
+
+
+def scored(strategy: FewShotStrategy, scores: dict[str, tuple[int, ...]]):
+    """An evaluation: singles have the scores of their name, mixes those of "mix"."""
+
+    def evaluate(candidates: Tensor) -> list[Fitness]:
+        found = []
+        for weights in strategy._alpha(candidates).reshape(len(candidates), -1, len(strategy.names)):
+            alone = [name for name, weight in zip(strategy.names, weights.T, strict=True) if bool((weight == 1).all())]
+            own = scores.get(alone[0] if alone else "mix", (0, 0, 0, 0))
+            found.append(Fitness(statistics.fmean(own), -1.0, tuple(map(float, own))))
+        return found
+
+    return evaluate
+
+
+class Votes(Strategy):
+    """Gives the first problem to one expert and all others to another."""
+
+    name = "votes"
+
+    def adapt(self, prompts):
+        alpha = torch.tensor([[0.0, 1.0, 0.0], *[[0.0, 0.0, 1.0]] * (len(prompts) - 1)])
+        return Adaptation(("base", "blue", "green"), alpha, 0.0, ("",) * len(prompts))
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        ({"green": (1, 1, 0, 0), "mix": (1, 1, 1, 0)}, "green"),  # one more is no evidence
+        ({"green": (0, 0, 0, 0), "mix": (1, 0, 0, 0)}, "green"),  # nor where all are as bad
+        ({"green": (1, 0, 0, 0), "mix": (1, 1, 1, 1)}, None),
+        ({"base": (1, 0, 0, 0), "green": (0, 0, 0, 0), "mix": (1, 1, 0, 0)}, "base"),
+        ({"base": (1, 0, 0, 0), "green": (0, 1, 0, 0), "mix": (1, 1, 0, 0)}, "green"),
+        ({"red": (1, 1, 0, 0), "green": (1, 0, 0, 0)}, "green"),
+    ],
+)
+def test_an_incumbent_stays_unless_a_mix_is_better_by_the_margin(make, make_svf, scores, kept, granularity: str):
+    svf = make_svf(NAMES)
+    for incumbent in ("green", Votes(svf, toy_tokenizer())):
+        strategy = make(svf, options={"margin": 1.5, "granularity": granularity}, incumbent=incumbent)
+        result = strategy.search(scored(strategy, scores))
+        assert result.incumbent == "green" == strategy.expert().metadata["incumbent"]
+        alone = {name for name, weight in result.mean_alpha.items() if weight == 1}
+        assert alone == ({kept} if kept else set())
+        assert (f"{kept} stays, since" in result.stopped) == (kept is not None)
+        if kept:
+            torch.testing.assert_close(strategy.expert().z, svf.z_of(None if kept == "base" else kept))
+
+
+def test_an_incumbent_is_a_single_and_needs_a_margin(make, make_svf):
+    svf, options = make_svf(NAMES), {"margin": 1.0}
+    for call, text in [
+        (lambda: make(svf, incumbent="green"), "incumbent: expected a margin above 0 beside one"),
+        (lambda: make(svf, incumbent="yellow", options=options), "incumbent: expected one of base, red, green, blue"),
+        (
+            lambda: make(svf, incumbent=Votes(svf, toy_tokenizer()), experts=["red"], options=options).search(),
+            "incumbent: expected one of base, red, got 'green'",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            call()
 
 
 @pytest.mark.parametrize("coefficients", ["normalised", "free"])

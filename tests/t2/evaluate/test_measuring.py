@@ -138,6 +138,56 @@ def test_a_margin_leaves_the_base(measuring, content):
         assert each["score"] == each["singles"]["base"]
 
 
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+def test_each_incumbent_has_columns_from_the_same_search(measuring, content, calls, granularity, monkeypatch):
+    likely = torch.tensor([[0.0, -2.0, 3.0]])  # "d"
+    monkeypatch.setattr(ClassifierStrategy, "label_scores", lambda self, prompts: likely.repeat(len(prompts), 1))
+    content = content | {"few_shot_per_layer": granularity == "layer"}
+    plain = measure(measuring(parse_plan(content)), ["table2", "sizes"])
+    searches = [call for call in calls if call[0] == "search"]
+    calls.clear()
+    several = parse_plan(
+        content | {"incumbents": ["base", "classifier"], "search": content["search"] | {"margin": 1.0}}
+    )
+    running = measuring(several)
+    found = measure(running, ["table2", "sizes"])
+    assert searches and not [call for call in calls if call[0] == "search"]
+    suffix = ", per layer" if granularity == "layer" else ""
+    kept = set()
+    for label in several.tasks:
+        columns = found["table2"][label]["columns"]
+        assert set(columns) - set(plain["table2"][label]["columns"]) == {
+            name for name in columns if name.startswith("classifier, few-shot 4")
+        }
+        judged = running.judged(label)
+        classifier = ClassifierStrategy(running.svf, running.tokenizer, running.bank.domains)
+        for incumbent, name in (("base", "few-shot 4"), (classifier, "classifier, few-shot 4")):
+            strategy = FewShotStrategy(
+                running.svf,
+                running.tokenizer,
+                judged.task,
+                few_shot_problems(judged.task, 4, split="train", seed=0),
+                options=replace(several.search, seed=0, granularity=granularity),
+                experts=["a", "d"],
+                incumbent=incumbent,
+            )
+            assert columns[name + suffix]["scores"] == alone(running, label, strategy.expert().z)
+            assert strategy.search().incumbent == ("base" if incumbent == "base" else "d")
+        kept.add(running.settled(label, 4, 0, "classifier", granularity)["kept"])
+    assert kept > {"d"}  # not always the same way
+    assert list(found["sizes"]) == ["new", "classifier, new"]
+    row = found["sizes"]["classifier, new"]["sizes"]["4"]
+    if granularity == "model":
+        assert row[0]["scores"] == found["table2"]["new"]["columns"]["classifier, few-shot 4"]["scores"]
+
+
+def test_the_incumbent_of_a_classifier_needs_one(measuring, content, bank):
+    plan = parse_plan(content | {"incumbents": ["classifier"], "search": content["search"] | {"margin": 1.0}})
+    (bank / "classifier.safetensors").unlink()
+    with pytest.raises(ValueError, match="incumbents: expected a bank with a classification expert"):
+        measuring(plan)
+
+
 def test_all_columns_of_a_task_are_one_batch_and_nothing_is_computed_twice(measuring, plan, calls):
     first = measure(measuring())
     answered = [call for call in calls if call[0] == "answers"]
