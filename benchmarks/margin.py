@@ -1,6 +1,6 @@
 """How cautious a few-shot search has to be: its margin and incumbent, and what few problems tell of the rest of a task.
 
-    python benchmarks/margin.py    # some minutes
+    python benchmarks/margin.py    # a quarter of an hour
 
 Every mix of a fixed set answers many problems of tasks that no expert was trained on. A few of these are then drawn at
 random, again and again: the mix that answers them best takes the incumbent's place, or does not by its margin. What is
@@ -44,7 +44,7 @@ MODEL = "smollm2-135m-instruct"
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "three numbers": ("basic_arithmetic", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
     "four terms": ("chain_sum", {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}),
-    "multiples": ("lcm", {"min_value": 1, "max_value": 12}),
+    "multiples": ("lcm", {"min_value": 1, "max_value": 20}),
     "divisors": ("gcd", {"min_value": 1, "max_value": 30}),
     "letters": ("letter_counting", {}),
     "long reading": ("needle_haystack", {"min_num_statements": 8, "max_num_statements": 10}),
@@ -109,7 +109,7 @@ def summary(tasks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(
     bank: Path = ROOT / "t2" / "banks" / MODEL,
-    problems: int = 60,
+    problems: int = 150,
     candidates: int = 16,
     results: Path = ROOT / "benchmarks" / "results" / "margin.json",
 ) -> None:
