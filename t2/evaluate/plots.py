@@ -9,6 +9,9 @@ from typing import Any
 
 from t2kernels.files import replacing
 
+STYLES = ("-", ":", "-.")
+"""Of lines by incumbent."""
+
 
 def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """A file for each section that has a plot: `dispatch.png`, `alphas.png`, `sizes.png`."""
@@ -60,20 +63,23 @@ def _alphas(figure: Any, section: Mapping[str, Any]) -> None:
 
 
 def _sizes(figure: Any, section: Mapping[str, Any]) -> None:
-    """A line for each task through the means over seeds; points are seeds, dashed the base."""
-    figure.set_size_inches(7, 4.5)
+    """A line for each task and incumbent through the means over seeds; points are seeds, dashed the base."""
+    figure.set_size_inches(9, 4.5)
     axes = figure.subplots()
+    tasks = list(dict.fromkeys(row["task"] for row in section.values()))
+    incumbents = list(dict.fromkeys(row["incumbent"] for row in section.values()))
     for label, row in section.items():
+        color, style = f"C{tasks.index(row['task'])}", STYLES[incumbents.index(row["incumbent"])]
         sizes = [int(size) for size in row["sizes"]]
         runs = [[100 * one["accuracy"] for one in found] for found in row["sizes"].values()]
-        (line,) = axes.plot(sizes, [statistics.fmean(run) for run in runs], label=label)
+        axes.plot(sizes, [statistics.fmean(run) for run in runs], style, label=label, color=color)
         for size, run in zip(sizes, runs, strict=True):
-            axes.plot([size] * len(run), run, ".", color=line.get_color())
-        axes.axhline(100 * row["base"]["accuracy"], linestyle="--", linewidth=0.8, color=line.get_color())
+            axes.plot([size] * len(run), run, ".", color=color)
+        axes.axhline(100 * row["base"]["accuracy"], linestyle="--", linewidth=0.8, color=color)
     axes.set_xlabel("few-shot problems")
     axes.set_ylabel("right answers, % (dashed: base)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
 
 
 _DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {

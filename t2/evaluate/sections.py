@@ -204,6 +204,8 @@ def _sizes(measuring: Measuring) -> dict[str, Any]:
         columns |= {f"{size} {seed}": measuring.mix(found) for (size, seed), found in searches.items()}
         scores = measuring.scores(label, columns)
         rows[_after(incumbent, label)] = {
+            "task": label,
+            "incumbent": incumbent,
             "base": figures(scores[BASE]),
             "sizes": {
                 str(size): [
