@@ -1,6 +1,6 @@
 """How cautious a few-shot search has to be: its margin and incumbent, and what few problems tell of the rest of a task.
 
-    python benchmarks/margin.py    # a quarter of an hour
+    python benchmarks/margin.py    # some minutes
 
 Every mix of a fixed set answers many problems of tasks that no expert was trained on. A few of these are then drawn at
 random, again and again: the mix that answers them best takes the incumbent's place, or does not by its margin. What is

@@ -42,9 +42,8 @@ def test_what_most_of_the_few_were_dispatched_to_stays():
 @pytest.mark.parametrize("margin", [0.0, 1.5])
 def test_what_is_chosen_is_judged_on_the_other_problems(margin: float):
     scores = [[0.0] * 21, [0.0] * 21, [1.0] * 20 + [0.0]]
-    above = drawn(
-        scores, 20, margin, **to_base(scores)
-    )  # one problem is left: the mix answers it, or it is the one that it does not
+    above = drawn(scores, 20, margin, **to_base(scores))
+    # one problem is left: the mix answers it, or it is the one that it does not
     assert set(above) == {0.0, 1.0} and sum(above) / len(above) == pytest.approx(20 / 21, abs=0.03)
 
 

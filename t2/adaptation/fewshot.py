@@ -92,6 +92,18 @@ def keeper(best: Fitness, singles: Mapping[str, Fitness], incumbent: str, margin
     return name if best.above(singles[name]) < margin else None
 
 
+def alone(name: str, names: Sequence[str], alpha: Tensor) -> Tensor:
+    """Weights of one single, in the shape of alpha: [E], or [G, E] with groups."""
+    weights = torch.zeros_like(alpha)
+    weights[..., names.index(name)] = 1.0
+    return weights
+
+
+def mean_weights(names: Sequence[str], alpha: Tensor) -> dict[str, float]:
+    """The weight of each expert, the mean over groups."""
+    return dict(zip(names, alpha.reshape(-1, len(names)).mean(0).tolist(), strict=True))
+
+
 @dataclass(frozen=True)
 class FewShotResult:
     """The best mix of a search, or the single that stays in its place (`keeper`).
@@ -115,8 +127,7 @@ class FewShotResult:
     @property
     def mean_alpha(self) -> dict[str, float]:
         """The weight of each expert, the mean over groups."""
-        alpha = self.alpha if self.alpha.dim() == 1 else self.alpha.mean(0)
-        return dict(zip(self.names, alpha.tolist(), strict=True))
+        return mean_weights(self.names, self.alpha)
 
 
 class FewShotStrategy(Strategy):
@@ -291,13 +302,14 @@ class FewShotStrategy(Strategy):
         singles = {
             name: self._memory[candidate.numpy().tobytes()] for name, candidate in zip(self.names, first, strict=True)
         }
-        alpha, fitness, stopped, margin = found.alpha, found.fitness, found.stopped, self.options.margin
+        alpha, margin = self._alpha(found.alpha.unsqueeze(0))[0], self.options.margin
+        fitness, stopped = found.fitness, found.stopped
         if (kept := keeper(fitness, singles, incumbent, margin)) is not None:
-            alpha, fitness = first[self.names.index(kept)], singles[kept]
+            alpha, fitness = alone(kept, self.names, alpha), singles[kept]
             stopped += f"; {kept} stays, since the best mix is not above it by {margin:g} standard errors"
         self.result = FewShotResult(
             self.names,
-            self._alpha(alpha.unsqueeze(0))[0],
+            alpha,
             self.groups,
             fitness,
             singles,

@@ -22,7 +22,7 @@ from t2.adaptation import (
     two_pass,
 )
 from t2.adaptation.base import mixed
-from t2.adaptation.fewshot import keeper
+from t2.adaptation.fewshot import alone, keeper, mean_weights
 from t2.adaptation.folder import CLASSIFIER
 from t2.adaptation.search import Fitness, Found, Granularity
 from t2.comparison import evaluate_experts
@@ -291,14 +291,13 @@ class Measuring:
         best, singles = Fitness(*found["best"]), {name: Fitness(*each) for name, each in found["singles"].items()}
         name = BASE if incumbent == BASE else self._vote(label, size, seed, incumbent)
         kept = keeper(best, singles, name, self.plan.search.margin)
-        if kept is not None:
-            alone = [float(each == kept) for each in found["names"]]
-            found["alpha"] = [alone] * len(found["alpha"]) if found["groups"] else alone
         alpha = torch.tensor(found["alpha"])
-        weights = alpha.mean(0) if found["groups"] else alpha
+        if kept is not None:
+            alpha = alone(kept, found["names"], alpha)
         del found["best"]
         return found | {
-            "mean_alpha": dict(zip(found["names"], weights.tolist(), strict=True)),
+            "alpha": alpha.tolist(),
+            "mean_alpha": mean_weights(found["names"], alpha),
             "score": (best if kept is None else singles[kept]).score,
             "singles": {each: fitness.score for each, fitness in singles.items()},
             "incumbent": name,
@@ -317,8 +316,7 @@ class Measuring:
         judged = self.judged(label)
         options = replace(self.plan.search, seed=seed, granularity=granularity, margin=0.0)
         problems = judged.few_shot(size, seed)
-        unlike = ("token_budget", "margin")
-        searched = {name: value for name, value in asdict(options).items() if name not in unlike}
+        searched = {name: value for name, value in asdict(options).items() if name != "token_budget"}
         key = {
             "kind": "search",
             "label": f"{label} {size} {seed}",

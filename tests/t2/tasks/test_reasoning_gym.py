@@ -51,13 +51,13 @@ for name in sys.argv[2:]:
         task = tasks.get(f"reasoning-gym:{name}", train_size=1, validation_size=1, test_size=10)
         found[name] = [[problem.messages[-1]["content"], problem.solution] for problem in task.problems("test")]
     except ValueError as error:
-        found[name] = str(error)
+        found[name] = [str(error)]
 Path(sys.argv[1]).write_text(json.dumps(found))
 """
 
 
 def drawn(names, seed, folder):
-    """The test problems of tasks, by name, in a process of that hash seed; or why there are none."""
+    """The test problems of tasks, by name, in a process of that hash seed; or one text: why there are none."""
     file = folder / seed
     command = [sys.executable, "-c", DRAWS, str(file), *names]
     subprocess.run(command, capture_output=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed})
@@ -65,7 +65,7 @@ def drawn(names, seed, folder):
 
 
 def test_tasks_that_draw_by_hash_are_refused_without_a_fixed_seed(tmp_path):
-    for refusal in drawn(sorted(DRAWN_BY_HASH), "random", tmp_path).values():
+    for (refusal,) in drawn(sorted(DRAWN_BY_HASH), "random", tmp_path).values():
         assert "expected a process with the environment variable PYTHONHASHSEED=0" in refusal
     assert len(drawn(["isomorphic_strings"], "0", tmp_path)["isomorphic_strings"]) == 10
 
@@ -83,6 +83,7 @@ def test_all_other_tasks_have_the_same_problems_in_every_process(tmp_path):
     names = sorted(set(DATASETS) - DRAWN_BY_HASH - DRAWN_ANEW)
     one, other = drawn(names, "1", tmp_path), drawn(names, "2", tmp_path)
     assert [name for name in names if one[name] != other[name]] == []
+    assert [name for name in names if len(one[name]) != 10] == ["composite"]  # it has no default config
 
 
 def test_test_and_validation_stay_when_train_grows_and_change_with_the_seed():
