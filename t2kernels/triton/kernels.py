@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there bfloat16 is neither multiplied nor made from int8
 
@@ -50,12 +51,27 @@ def _tile(index, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GR
 
 
 @triton.jit
-def _dot(a, w, acc, term: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a w with both as `term`."""
+def _dot(a, w, acc, term: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS_FIRST: tl.constexpr):
+    """acc + a w, or with WEIGHTS_FIRST acc + w a, with both as `term`."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32).to(term).to(tl.float32), w.to(tl.float32), acc, input_precision=PRECISION)
+        a, w = a.to(tl.float32).to(term).to(tl.float32), w.to(tl.float32)
     else:
-        return tl.dot(a.to(term), w.to(term), acc, input_precision=PRECISION)
+        a, w = a.to(term), w.to(term)
+    if WEIGHTS_FIRST:
+        return tl.dot(w, a, acc, input_precision=PRECISION)
+    else:
+        return tl.dot(a, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _prefetch(w, n, columns, k, BLOCK_N: tl.constexpr, LINES: tl.constexpr):
+    """Asks L2 for the first LINES cache lines (128 bytes) of the rows n of w [columns, k]."""
+    line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth  # entries
+    ks = tl.arange(0, LINES) * line
+    at = w + tl.minimum(n, columns - 1).to(tl.int64)[:, None] * k + tl.minimum(ks, k - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -72,12 +88,14 @@ def _multiply(
     ROUND_TO_BF16: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc + a[m] w[n]^T, term after term: in a's 16-bit type if w fits into it, else in float32 as PRECISION says.
 
-    A float16 w is the sum of two bfloat16 matrices, exactly: with a bfloat16 a, each has a chain of its own.
+    WEIGHTS_FIRST: acc [n, m] is the transpose, w its left operand. A float16 w is the sum of two bfloat16 matrices,
+    exactly: with a bfloat16 a, each has a chain of its own.
     """
     a_type: tl.constexpr = tl.bfloat16 if ROUND_TO_BF16 else a.dtype.element_ty
     w_type: tl.constexpr = w.dtype.element_ty
@@ -89,18 +107,25 @@ def _multiply(
     if in_two:
         low = tl.zeros_like(acc)
     ks = tl.arange(0, BLOCK_K)
-    a_at = a + m[:, None] * lda + ks[None, :]
-    if TRANSPOSED:
-        w_at = w + ks.to(tl.int64)[:, None] * columns + n[None, :]
-        w_step = BLOCK_K * columns
+    if WEIGHTS_FIRST:
+        a_at = a + m[None, :] * lda + ks[:, None]
+        w_at = w + n.to(tl.int64)[:, None] * k + ks[None, :]
+        m_inside, n_inside = (m < rows)[None, :], (n < columns)[:, None]
     else:
-        w_at = w + n.to(tl.int64)[None, :] * k + ks[:, None]
-        w_step = BLOCK_K
-    m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
+        a_at = a + m[:, None] * lda + ks[None, :]
+        if TRANSPOSED:
+            w_at = w + ks.to(tl.int64)[:, None] * columns + n[None, :]
+        else:
+            w_at = w + n.to(tl.int64)[None, :] * k + ks[:, None]
+        m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
+    w_step = BLOCK_K * columns if TRANSPOSED else BLOCK_K
     for k0 in range(0, k, BLOCK_K):
         if EVEN_K:
             a_tile = tl.load(a_at, mask=m_inside, other=0.0)
             w_tile = tl.load(w_at, mask=n_inside, other=0.0)
+        elif WEIGHTS_FIRST:
+            a_tile = tl.load(a_at, mask=m_inside & (ks < k - k0)[:, None], other=0.0)
+            w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[None, :], other=0.0)
         else:
             a_tile = tl.load(a_at, mask=m_inside & (ks < k - k0)[None, :], other=0.0)
             w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[:, None], other=0.0)
@@ -109,10 +134,10 @@ def _multiply(
         if in_two:
             high = w_tile.to(tl.float32).to(tl.bfloat16)
             rest = (w_tile.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
-            low = _dot(a_tile, rest, low, tl.bfloat16, PRECISION)
-            acc = _dot(a_tile, high, acc, tl.bfloat16, PRECISION)
+            low = _dot(a_tile, rest, low, tl.bfloat16, PRECISION, WEIGHTS_FIRST)
+            acc = _dot(a_tile, high, acc, tl.bfloat16, PRECISION, WEIGHTS_FIRST)
         else:
-            acc = _dot(a_tile, w_tile, acc, term, PRECISION)
+            acc = _dot(a_tile, w_tile, acc, term, PRECISION, WEIGHTS_FIRST)
         a_at += BLOCK_K
         w_at += w_step
     if in_two:
@@ -143,7 +168,7 @@ def _scale_of(
     return scale
 
 
-@triton.jit(do_not_specialize=["slot_count"])
+@triton.jit(do_not_specialize=["slot_count", "rows", "rows_per_slot"])
 def product(
     a,  # for each matrix [rows, its k], of row stride lda
     lda,
@@ -177,19 +202,31 @@ def product(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    HOIST: tl.constexpr,  # lets addresses of all matrices be made before the walk, in registers of their own
+    WEIGHTS_FIRST: tl.constexpr,
+    PREFETCH: tl.constexpr,  # 128-byte lines of each row of a program's first weights that L2 is asked for, or 0
+    OVERLAP: tl.constexpr,  # programmatic dependent launch: begin before the kernel before this one has ended
+    HOIST: tl.constexpr,  # hoist the pointers of all matrices out of the walk (costs registers)
 ):
     """y[i] = (a[i] ws[i]^T) * scales[i][slot] * column_scales[i] + biases[i], each factor if there is one."""
     tiles = 0
     for i in tl.static_range(COUNT):
-        tiles += _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
+        own = _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
+        if PREFETCH > 0:
+            index = tl.program_id(0) - tiles
+            if index >= 0 and index < own:
+                _, _, n = _tile(index, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
+                _prefetch(ws[i * PARTS], n, columns[i], ks[i * PARTS], BLOCK_N, PREFETCH)
+        tiles += own
+    if OVERLAP:  # nothing but weights is read before the wait, and nothing written
+        gdc_launch_dependents()
+        gdc_wait()
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=not HOIST):
         first = 0
         for i in tl.static_range(COUNT):
             own = _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
             if COUNT == 1 or (index >= first and index < first + own):
                 _, m, n = _tile(index - first, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
-                acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHTS_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
                 first_k = 0
                 for p in tl.static_range(i * PARTS, (i + 1) * PARTS):
                     acc = _multiply(
@@ -205,10 +242,13 @@ def product(
                         ROUND_TO_BF16,
                         PRECISION,
                         TRANSPOSED,
+                        WEIGHTS_FIRST,
                         EVEN_K,
                         BLOCK_K,
                     )
                     first_k += ks[p]
+                if WEIGHTS_FIRST:
+                    acc = tl.trans(acc)
                 inside = (m < rows)[:, None] & (n < columns[i])[None, :]
                 if HAS_T:
                     tl.store(t[i] + m[:, None] * ldt + n[None, :], acc, mask=inside)
@@ -234,7 +274,7 @@ def product(
             first += own
 
 
-@triton.jit(do_not_specialize=["slot_count"])
+@triton.jit(do_not_specialize=["slot_count", "rows", "rows_per_slot", "span"])
 def pull(
     g,  # [rows, k]
     ldg,
@@ -266,14 +306,14 @@ def pull(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
-    HOIST: tl.constexpr,  # lets addresses of all matrices be made before the walk, in registers of their own
+    HOIST: tl.constexpr,
 ):
     """d = (g U) * scales[slot] * column_scale; sums of t * (g U) * column_scale over the rows of each slot entry."""
     tiles = _tiles(rows, columns, BLOCK_M, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=not HOIST):
         tile_m, m, n = _tile(index, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        h = _multiply(h, g, ldg, m, rows, w, n, columns, k, ROUND_TO_BF16, PRECISION, True, EVEN_K, BLOCK_K)
+        h = _multiply(h, g, ldg, m, rows, w, n, columns, k, ROUND_TO_BF16, PRECISION, True, False, EVEN_K, BLOCK_K)
         inside = (m < rows)[:, None] & (n < columns)[None, :]
         if NEED_D:
             scaled = h * _scale_of(
@@ -301,7 +341,7 @@ def pull(
                 tl.store(sums_at + j * ld_sums, tl.sum(own, axis=0), mask=n < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries", "rows_per_slot", "span"])
 def gather(
     sums,  # [row tiles, span, columns] float32 of `pull`
     slots,

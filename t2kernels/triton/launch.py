@@ -105,9 +105,11 @@ class _Product:
         scales, slots, column_scales, biases, t: None is none of them. The rows of y[i] and of t[i] may be windows.
         """
         nothing, zeros = self.lefts, (0,) * len(self.lefts)  # for operands that the kernel does not read
+        tile = self.tile()
+        overlap = tile.overlap and self.device.type == "cuda"
         self.launch(
             kernels.product,
-            self.tile(),
+            tile,
             (
                 self.lefts,
                 self.lefts[0].stride(0),
@@ -134,6 +136,10 @@ class _Product:
             HAS_COLUMN_SCALE=column_scales is not None,
             HAS_BIAS=biases is not None,
             HAS_T=t is not None,
+            WEIGHTS_FIRST=tile.weights_first and not self.transposed,
+            PREFETCH=0 if self.transposed else tile.prefetch,
+            OVERLAP=overlap,
+            **({"launch_pdl": True} if overlap else {}),
         )
 
 

@@ -42,6 +42,9 @@ class Tile:
     stages: int
     group_m: int = 8
     persistent: bool = False
+    weights_first: bool = False
+    prefetch: int = 0
+    overlap: bool = False
 
 
 Entries = tuple[tuple[float, Tile], ...]
