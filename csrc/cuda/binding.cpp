@@ -131,7 +131,7 @@ std::vector<Tensor> decode_linear_group(const Tensor& x, const std::vector<Tenso
     group.layers[l].y = ys.back().mutable_data_ptr();
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "x: no current stream on device ", device);
   const char* error = t2::cuda::launch(group, stream);
   STD_TORCH_CHECK(error == nullptr, "decode_linear_group: ", error == nullptr ? "" : error);
   return ys;

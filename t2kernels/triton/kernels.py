@@ -211,13 +211,13 @@ def product(
     tiles = 0
     for i in tl.static_range(COUNT):
         own = _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
-        if PREFETCH > 0:
+        if PREFETCH > 0 and not INTERPRETED:
             index = tl.program_id(0) - tiles
             if index >= 0 and index < own:
                 _, _, n = _tile(index, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
                 _prefetch(ws[i * PARTS], n, columns[i], ks[i * PARTS], BLOCK_N, PREFETCH)
         tiles += own
-    if OVERLAP:  # nothing but weights is read before the wait, and nothing written
+    if OVERLAP and not INTERPRETED:  # nothing but weights is read before the wait, and nothing written
         gdc_launch_dependents()
         gdc_wait()
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=not HOIST):

@@ -106,7 +106,6 @@ class _Product:
         """
         nothing, zeros = self.lefts, (0,) * len(self.lefts)  # for operands that the kernel does not read
         tile = self.tile()
-        overlap = tile.overlap and self.device.type == "cuda"
         self.launch(
             kernels.product,
             tile,
@@ -138,8 +137,8 @@ class _Product:
             HAS_T=t is not None,
             WEIGHTS_FIRST=tile.weights_first and not self.transposed,
             PREFETCH=0 if self.transposed else tile.prefetch,
-            OVERLAP=overlap,
-            **({"launch_pdl": True} if overlap else {}),
+            OVERLAP=tile.overlap,
+            **({"launch_pdl": True} if tile.overlap else {}),
         )
 
 

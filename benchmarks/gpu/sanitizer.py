@@ -1,0 +1,49 @@
+"""compute-sanitizer's memcheck on a group, a backward pass and the CUDA decode kernel."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.common import Results
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import torch
+from benchmarks.gpu.correct import Problem, cuda_decode, relative
+from t2kernels import backends, linear_group
+device = torch.device("cuda")
+for storage in (torch.bfloat16, torch.int8):
+    ps = [Problem((out, 577 + 15), 17, torch.bfloat16, device) for out in (577, 131)]
+    ws = [p.pack(storage) for p in ps]
+    with torch.no_grad():
+        linear_group(ws, ps[0].x, [p.scales for p in ps], ps[0].ids, [p.bias for p in ps])
+    p, w = ps[0], ws[0]
+    x, scales = p.x.requires_grad_(), p.scales.requires_grad_()
+    w.linear(x, scales, p.ids, p.bias).backward(p.grad)
+    if backends()["cuda"].startswith("available"):
+        q = Problem((576, 592), 9, torch.bfloat16, device)
+        cuda_decode([q.pack(storage)], q.x, [q.scales], q.ids, [q.bias])
+    torch.cuda.synchronize()
+print("done")
+"""
+
+
+def measure(results: Results, device: torch.device, smoke: bool) -> None:
+    tool = shutil.which("compute-sanitizer")
+    words = [] if smoke or tool is None else [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    if not smoke and tool is None:
+        results.put("sanitizer", {"skipped": "compute-sanitizer was not found"})
+        return
+    if smoke:
+        results.put("sanitizer", {"skipped": "no GPU"})
+        return
+    done = subprocess.run([*words, sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
+    text = (done.stdout + done.stderr)[-3000:]
+    print(text, flush=True)
+    results.put("sanitizer", {"status": done.returncode, "output": text[-600:]})
+    raise SystemExit(done.returncode)

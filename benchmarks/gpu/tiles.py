@@ -1,0 +1,198 @@
+"""Candidate tiles for the launches of a decode step and of prefill, timed one launch at a time.
+
+python benchmarks/gpu/tiles.py --compile --jobs 2     # fill Triton's cache for sm_90, without a GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.gpu.common import GROUPS, Call, Clock, Layers, Results, name_of
+from t2kernels.triton import launch
+from t2kernels.triton.tuning import Tile
+from t2kernels.weights import int8_head
+
+FP8 = torch.float8_e4m3fn
+
+
+def decode_tiles(rows: int, storage: torch.dtype) -> list[Tile]:
+    m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    deep = 2 if storage.itemsize == 1 else 1
+    options: dict[str, Any] = {"prefetch": 2, "overlap": True}
+    first = {"weights_first": True, **options}
+    return [
+        Tile(64, 32, 128, 4, 8),
+        Tile(64, 32, 128, 4, 6, **options),
+        Tile(m, 32, 128 * deep, 4, 6, **first),
+        Tile(m, 64, 128, 4, 4, **first),
+        Tile(m, 64, 128, 4, 6, **first),
+        Tile(m, 64, 256, 4, 4, **first),
+        Tile(m, 128, 128, 8, 4, **first),
+        Tile(m, 128, 64 * deep, 4, 6, **first),
+    ]
+
+
+def prefill_tiles(step: str, storage: torch.dtype) -> list[Tile]:
+    first: dict[str, Any] = {"weights_first": True}
+    tiles = [
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3, persistent=True),
+        Tile(128, 128, 64, 8, 4, **first),
+        Tile(256, 128, 64, 8, 3, persistent=True, **first),
+        Tile(128, 128, 64, 4, 4, **first),
+        Tile(256, 128, 64, 8, 3, **first),
+    ]
+    return tiles
+
+
+def calls(layers: Layers, weights: Sequence[Sequence[Any]], step: str, rows: int) -> list[Call]:
+    """The launches of one step of the group, one for each copy of its weights."""
+    device, ranks = layers.device, layers.ranks
+    ids = torch.arange(rows, device=device) % 32
+    x = torch.empty(rows, layers.inputs, device=device, dtype=torch.bfloat16)
+    if device.type == "cuda":
+        x.normal_()
+    scales = layers.scales(32)
+    s = torch.empty(rows, sum(ranks), device=device, dtype=torch.bfloat16)
+    ys = [torch.empty(rows, out, device=device, dtype=torch.bfloat16) for out in layers.outs]
+    if device.type == "cuda":
+        s.normal_()
+    parts = len(weights[0][0].vh)
+    widths = [part.shape[0] for w in weights[0] for part in w.vh]
+
+    def by_part(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(
+            itertools.chain.from_iterable(
+                t.split(widths[i * parts : (i + 1) * parts], dim=-1) for i, t in enumerate(tensors)
+            )
+        )
+
+    def make(copy: Sequence[Any]) -> Call:
+        u = [w.u for w in copy]
+        vh = [[part] for w in copy for part in w.vh]
+        components = None if copy[0].component_scale is None else by_part([w.component_scale for w in copy])
+        windows = list(s.split(ranks, dim=1))
+
+        def project() -> None:
+            launch._Product("project", [x] * len(vh), x.dtype, vh).into(
+                by_part(windows), scales=by_part(scales), slots=ids, column_scales=components
+            )
+
+        def expand() -> None:
+            launch._Product("expand", windows, x.dtype, u).into(ys)
+
+        return project if step == "project" else expand
+
+    return [make(copy) for copy in weights]
+
+
+@contextmanager
+def using(tile: Tile) -> Iterator[None]:
+    before = launch.tile_for
+    launch.tile_for = lambda *_: tile  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        launch.tile_for = before
+
+
+ROWS = {"decode": (8, 32), "prefill": (2048,)}
+STORAGES = (torch.bfloat16, torch.int8)
+
+
+def cases(groups: Sequence[str]) -> Iterator[tuple[str, str, torch.dtype, int, Tile]]:
+    """(group, step, storage, rows, tile)"""
+    for group, storage, rows, step in itertools.product(groups, STORAGES, (8, 32), ("project", "expand")):
+        for tile in decode_tiles(rows, storage):
+            yield group, step, storage, rows, tile
+    for group, storage, step in itertools.product(("o",), STORAGES, ("project", "expand")):
+        for tile in prefill_tiles(step, storage):
+            yield group, step, storage, 2048, tile
+
+
+def label(tile: Tile) -> str:
+    marks = ("w" if tile.weights_first else "x") + ("+" if tile.overlap else "") + ("p" if tile.persistent else "")
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k} {tile.warps}w {tile.stages}s {marks}"
+
+
+def measure(results: Results, device: torch.device, smoke: bool, groups: Sequence[str] = tuple(GROUPS)) -> None:
+    clock = Clock(device, 0.008)
+    for (group, storage), own in itertools.groupby(cases(groups), key=lambda c: (c[0], c[2])):
+        layers = Layers(*GROUPS[group], clock)
+        with torch.inference_mode():
+            for _, step, _, rows, tile in own:
+                name = f"tile | {group} | {step} | {name_of(storage)} | {rows} | {label(tile)}"
+                results.once(name, functools.partial(_timed, layers, storage, step, rows, tile))
+        del layers
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _timed(layers: Layers, storage: torch.dtype, step: str, rows: int, tile: Tile) -> dict[str, Any]:
+    packed = layers.packed(storage)
+    with using(tile):
+        found = layers.clock(calls(layers, packed, step, rows))
+    return {**found, "bytes": sum(p.nbytes for w in packed[0] for p in (w.vh if step == "project" else w.u))}
+
+
+# Ahead of time, without a GPU
+
+
+class _Shape:
+    """A packed weight without data: what `calls` reads of a FactoredWeight."""
+
+    def __init__(self, out: int, inputs: int, storage: torch.dtype) -> None:
+        rank = min(out, inputs)
+        head = int8_head(rank) if storage.itemsize == 1 else 0
+        kinds = [(r, t) for r, t in ((head, torch.float16), (rank - head, storage)) if r]
+        self.u = [torch.empty(out, r, dtype=t) for r, t in kinds]
+        self.vh = [torch.empty(r, inputs, dtype=t) for r, t in kinds]
+        self.component_scale = torch.empty(rank) if head else None
+
+
+def compile_case(case: tuple[str, str, torch.dtype, int, Tile]) -> str:
+    """Compiles one launch into Triton's cache; what went wrong, or nothing."""
+    from benchmarks.gpu.ahead import compiling
+
+    group, step, storage, rows, tile = case
+    inputs, outs = GROUPS[group]
+    layers = Layers.__new__(Layers)
+    layers.inputs, layers.outs, layers.device = inputs, outs, torch.device("cpu")
+    layers.ranks = [min(out, inputs) for out in outs]
+    try:
+        with compiling() as made, using(tile):
+            for call in calls(layers, [[_Shape(out, inputs, storage) for out in outs]], step, rows):
+                call()
+    except Exception as error:
+        return f"{case}: {type(error).__name__}: {error}"
+    return "" if made else f"{case}: nothing was compiled"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    if not options.compile:
+        parser.error("expected --compile; run.py times them")
+    wanted = list(cases(tuple(GROUPS)))
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        for i, problem in enumerate(pool.imap_unordered(compile_case, wanted)):
+            if problem or i % 20 == 0:
+                print(f"{i + 1}/{len(wanted)} {problem}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
