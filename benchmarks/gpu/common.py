@@ -123,6 +123,7 @@ class Layers:
         self.ranks = [u.shape[1] for u, _ in self.factors]
         self.entries = sum(u.numel() + vh.numel() for u, vh in self.factors)
         self.dense_entries = sum(out * inputs for out in outs)
+        self.fixed_scales: list[Tensor] = []
         self._packed: dict[torch.dtype, list[list[FactoredWeight]]] = {}
 
     def _normal(self, *size: int) -> Tensor:

@@ -76,5 +76,6 @@ def _tiles(data: dict[str, Any], limits: dict[str, Any]) -> list[str]:
                 launches.setdefault(head, []).append((seconds, f"{tile} {seconds * 1e6:.1f} ({share:.0%})"))
     lines = ["", "## Tiles", ""] if launches else []
     for head, found in launches.items():
-        lines.append(f"- {head}: " + "; ".join(text for _, text in sorted(found)))
+        bits = {f.get("bits") for n, f in data.items() if n.startswith(f"tile | {head} | ") and "bits" in f}
+        lines.append(f"- {head} ({len(bits)} kinds of bits): " + "; ".join(text for _, text in sorted(found)))
     return lines
