@@ -1,0 +1,776 @@
+"""Decode and prefill of a whole model of Llama-3-8B's shapes on one GPU: dense, factored, and gathered LoRA.
+
+    python benchmarks/gpu/end_to_end.py --out DIR [--paths dense,int8,...] [--rows 1,8,32] [--layers N]
+    python benchmarks/gpu/end_to_end.py --out DIR --smoke         # tiny sizes on the CPU, no CUDA graphs
+
+Weights and factors are random. A decode step is everything between two tokens: embedding, layers, `lm_head`, argmax,
+and writing the token back; it is captured as a CUDA graph over a `StaticCache`. All paths share the transformers model
+and one attention function, so they differ in their linear layers alone. In a batch of B rows of the factored paths every
+row has an expert of its own; after the capture the rows get other experts, and the replayed step is compared with an
+eager one.
+
+On a GPU each path runs in a process of its own: a capture that fails leaves its process unusable. All of them import and
+compile their kernels at the same time; then they are measured one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import inspect
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.initialization import no_init_weights
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import t2.model  # noqa: E402
+from t2 import Expert, SVFConfig, SVFModel  # noqa: E402
+from t2.targets import linear_layers  # noqa: E402
+from t2kernels import Factors  # noqa: E402
+from t2kernels.packing import GPU_STORAGE_DTYPES  # noqa: E402
+
+ATTENTION = "benchmark_attention"
+CONFIG = ROOT / "benchmarks" / "configs" / "llama-3-8b.json"
+STORAGES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+TITLES = {"dense": "dense bf16", "lora": "gathered LoRA"} | {name: f"ours {name}" for name in STORAGES}
+PATHS = ("dense", "int8", "lora", "bf16", "fp8")  # in the order they are measured
+ADAPTERS, RANK = 32, 16
+STD = 0.02  # of dense weights, and of W = U diag(s) Vh
+
+
+class Store(Protocol):
+    """Keeps measurements by name (`benchmarks.gpu.common.Results`)."""
+
+    def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one run.
+
+    rows: batch sizes of the decode step, each with as many experts.
+    cache, filled: positions of the static cache, and how many are filled before the first step.
+    replays: timed steps of each batch size.
+    eager_steps: steps that Python issues one by one; eager_rows: at which batch sizes.
+    prefill: tokens of the prompt.
+    seconds: limit for one path.
+    """
+
+    rows: tuple[int, ...] = (32, 8, 1)
+    cache: int = 512
+    filled: int = 128
+    replays: int = 50
+    eager_steps: int = 10
+    eager_rows: tuple[int, ...] = (1, 32)
+    prefill: int = 2048
+    seconds: float = 75.0
+
+
+SMOKE = Sizes(rows=(3, 1), cache=32, filled=8, replays=2, eager_steps=2, eager_rows=(1,), prefill=12)
+
+
+# The model
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface. Decode does not repeat keys for the query heads that share them.
+
+    With a mask, transformers' "sdpa" copies keys and values for every query head: 17 GB a step at 32 rows and 512
+    positions. Here the query heads of one key head are passed as that head's tokens.
+    """
+    rows, heads, tokens, size = query.shape
+    if tokens == 1:
+        grouped = query.reshape(rows, key.shape[1], -1, size)
+        y = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        return y.reshape(rows, 1, heads, size), None
+    y = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return y.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, attention)  # without a mask function: transformers passes 4-D masks or None
+
+
+def llama_config(smoke: bool = False, layers: int | None = None) -> LlamaConfig:
+    """Llama-3-8B, or a tiny model for a test of the program."""
+    options = json.loads(CONFIG.read_text())
+    if smoke:
+        options |= {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 160,
+        }
+    if layers is not None:
+        options["num_hidden_layers"] = layers
+    return LlamaConfig(**options, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def dense_model(
+    config: LlamaConfig, device: torch.device, implementation: str = ATTENTION, seed: int = 0
+) -> LlamaForCausalLM:
+    """The model in bfloat16 with random weights, made on the device."""
+    with device, no_init_weights():
+        model: LlamaForCausalLM = LlamaForCausalLM._from_config(
+            config, dtype=torch.bfloat16, attn_implementation=implementation
+        )
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, STD, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+class RandomFactors:
+    """Random U, s and Vh of a weight's shape on its device, so that W has entries of deviation `STD`.
+
+    Columns of U and rows of Vh have a norm of about 1. Equal shapes get copies of the same factors: storage of their
+    own, so that every layer is read from memory.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._made: dict[tuple[int, ...], Factors] = {}
+
+    def __call__(self, name: str, weight: Tensor) -> Factors:
+        shape = tuple(weight.shape)
+        if shape not in self._made:
+            out, features = shape
+            rank = min(out, features)
+            g = torch.Generator(weight.device).manual_seed(self._seed + len(self._made))
+
+            def normal(rows: int, columns: int, std: float) -> Tensor:
+                made = torch.empty(rows, columns, device=weight.device, dtype=torch.bfloat16)
+                return made.normal_(0.0, std, generator=g)
+
+            s = torch.full((rank,), STD * (out * features / rank) ** 0.5, device=weight.device)
+            self._made[shape] = Factors(normal(out, rank, out**-0.5), s, normal(rank, features, features**-0.5))
+        return Factors(*(factor.clone() for factor in self._made[shape]))
+
+
+def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
+    """Wraps the model with random factors in place of a decomposition, and frees its dense weights."""
+    factors = RandomFactors()
+    if "factors" in inspect.signature(SVFModel.__init__).parameters:
+        svf = SVFModel(model, config, factors=factors)
+    else:
+        keys = (f"{index:064x}" for index in range(1 << 20))
+        with (
+            patch.object(t2.model, "decompose", lambda weight: factors("", weight)),
+            patch.object(t2.model, "weight_key", lambda weight: next(keys)),
+            patch.object(t2.model, "STORAGE_DTYPES", GPU_STORAGE_DTYPES),
+        ):
+            svf = SVFModel(model, config)
+    for target in svf._targets.values():  # only `detach` and `merge` need them
+        target.weight = None
+    return svf
+
+
+# The paths
+
+
+class Subject:
+    """A model to measure, and how a batch is served with it."""
+
+    model: nn.Module
+
+    def serving(self, rows: int, shift: int = 0) -> AbstractContextManager[object]:
+        """Within the block, row i of the batch has expert i + shift."""
+        return nullcontext()
+
+    def weight_bytes(self, rows: int) -> int:
+        """Weights that one decode step reads."""
+        raise NotImplementedError
+
+    @property
+    def has_experts(self) -> bool:
+        return False
+
+
+class Dense(Subject):
+    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
+        self.model: LlamaForCausalLM = dense_model(config, device)
+
+    def weight_bytes(self, rows: int) -> int:
+        layers = [*linear_layers(self.model).values(), self.model.lm_head]
+        return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+
+
+class Factored(Subject):
+    """t2's model with one more expert than the largest batch has rows."""
+
+    def __init__(self, config: LlamaConfig, device: torch.device, storage: torch.dtype, experts: int) -> None:
+        wanted = SVFConfig(dtype=storage, cache=False, progress=False)
+        self.svf = factored_model(dense_model(config, device), wanted)
+        self.model = self.svf
+        for index in range(experts):
+            self.svf.add_expert(str(index), Expert.random(self.svf.layout, seed=index))
+        self._experts = experts
+        self._captured: Any = None
+
+    @contextmanager
+    def serving(self, rows: int, shift: int = 0) -> Iterator[None]:
+        with self.svf.route([str((row + shift) % self._experts) for row in range(rows)]):
+            self._follow()
+            yield
+
+    def _follow(self) -> None:
+        """Lets a captured graph follow the route, if routes do not have slots at a fixed address."""
+        route = getattr(self.svf.router, "lasting", None)
+        slots, captured = getattr(route, "slots", None), self._captured
+        if slots is None or captured is None or slots.shape != captured.slots.shape or slots is captured.slots:
+            return
+        captured.slots.copy_(slots)
+
+    def capturing(self) -> None:
+        """Keeps the route whose tensors a graph reads."""
+        self._captured = getattr(self.svf.router, "lasting", None)
+
+    def released(self) -> None:
+        self._captured = None
+
+    def weight_bytes(self, rows: int) -> int:
+        weights = [target.layer.weight for target in self.svf._targets.values()]
+        heads = [layer.packed for layer, _ in self.svf._packed.values()]
+        return sum(weight.nbytes for weight in (*weights, *heads))
+
+    @property
+    def has_experts(self) -> bool:
+        return True
+
+
+class GatheredLinear(nn.Module):
+    """A linear layer and each row's LoRA adapter."""
+
+    def __init__(self, linear: nn.Linear, ids: Tensor) -> None:
+        super().__init__()
+        self.linear, self.ids = linear, ids
+        out, features = linear.weight.shape
+        self.a = linear.weight.new_empty(ADAPTERS, RANK, features).normal_(0.0, features**-0.5)
+        self.b = linear.weight.new_empty(ADAPTERS, out, RANK).normal_(0.0, STD)
+        self._add = _add_lora(linear.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        rows = x.numel() // x.shape[-1]
+        self._add(y.view(rows, -1), x.reshape(rows, -1), self.a, self.b, self.ids[:rows])
+        return y
+
+
+def _add_lora(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    if device.type == "cuda":
+        from benchmarks.multi_lora import add_lora
+
+        return add_lora
+
+    def in_torch(y: Tensor, x: Tensor, a: Tensor, b: Tensor, ids: Tensor) -> Tensor:
+        return y.add_(torch.einsum("br,bor->bo", torch.einsum("bi,bri->br", x, a[ids]), b[ids]))
+
+    return in_torch
+
+
+class GatheredLoRA(Subject):
+    """The dense model with 32 adapters of rank 16 on all its linear layers."""
+
+    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
+        self.model: LlamaForCausalLM = dense_model(config, device)
+        ids = torch.arange(ADAPTERS, device=device)
+        self._layers = []
+        with torch.no_grad():
+            for name, linear in linear_layers(self.model).items():
+                self._layers.append(GatheredLinear(linear, ids))
+                self.model.set_submodule(name, self._layers[-1])
+
+    def weight_bytes(self, rows: int) -> int:
+        dense = [*(layer.linear for layer in self._layers), self.model.lm_head]
+        adapters = sum(t.numel() * t.element_size() for layer in self._layers for t in (layer.a, layer.b))
+        return sum(2 * layer.weight.numel() for layer in dense) + adapters * min(rows, ADAPTERS) // ADAPTERS
+
+
+def make_subject(path: str, config: LlamaConfig, device: torch.device, sizes: Sizes) -> Subject:
+    if path in STORAGES:
+        return Factored(config, device, STORAGES[path], max(*sizes.rows, *sizes.eager_rows) + 1)
+    return {"dense": Dense, "lora": GatheredLoRA}[path](config, device)
+
+
+# The measurements
+
+
+class Decoder:
+    """The decode step of a batch on buffers at fixed addresses: a CUDA graph of it can be replayed.
+
+    The cache begins with `filled` random positions; `reset` goes back there.
+    """
+
+    def __init__(self, model: nn.Module, config: LlamaConfig, device: torch.device, rows: int, sizes: Sizes) -> None:
+        self.model, self.filled = model, sizes.filled
+        head_dim = config.hidden_size // config.num_attention_heads
+        self.cache = StaticCache(config=config, max_cache_len=sizes.cache)
+        self.cache.early_initialization(rows, config.num_key_value_heads, head_dim, torch.bfloat16, device)
+        g = torch.Generator(device).manual_seed(rows)
+        for layer in self.cache.layers:
+            layer.keys[:, :, : sizes.filled].normal_(generator=g)
+            layer.values[:, :, : sizes.filled].normal_(generator=g)
+        self._first = torch.randint(3, config.vocab_size, (rows, 1), device=device, generator=g)
+        self.token, self.position = self._first.clone(), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self._places = torch.arange(sizes.cache, device=device)
+        self._open = torch.zeros(1, 1, 1, sizes.cache, dtype=torch.bfloat16, device=device)
+        self.reset()
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        self.token.copy_(self._first)
+        self.position.fill_(self.filled)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.filled)
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """The logits [rows, vocabulary] after `token`, which becomes the next one."""
+        mask = self._open.masked_fill(self._places > self.position, -torch.inf)
+        logits: Tensor = self.model(
+            input_ids=self.token,
+            attention_mask=mask,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.position.add_(1)
+        return logits
+
+
+@dataclass
+class Replay:
+    """A step that can be run again: a CUDA graph, or without one the step itself. `logits` are the last ones."""
+
+    run: Callable[[], None]
+    graph: bool
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def make_replay(decoder: Decoder, device: torch.device, graphs: bool) -> Replay:
+    """Warms the step up, and captures it."""
+    if device.type != "cuda" or not graphs:
+        eager = Replay(lambda: None, False)
+
+        def run() -> None:
+            eager.logits = decoder.step()
+
+        eager.run = run
+        for _ in range(2):
+            run()
+        return eager
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            decoder.step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = decoder.step()
+    return Replay(graph.replay, True, logits)
+
+
+def seconds_of(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Seconds of each of so many calls in a row: between CUDA events on a GPU."""
+    if device.type != "cuda":
+        found = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+        return found
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda.synchronize(device)
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [first.elapsed_time(last) / 1e3 for first, last in zip(events, events[1:], strict=False)]
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def start_peak(device: torch.device) -> None:
+    """Frees what nothing refers to and starts a new peak."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: bool) -> dict[str, Any]:
+    """Seconds of a decode step; of the factored paths also whether a replay follows a change of experts."""
+    device = decoder.token.device
+    found: dict[str, Any] = {}
+    with subject.serving(rows):
+        if isinstance(subject, Factored):
+            subject.capturing()
+        replay = make_replay(decoder, device, graphs)
+        decoder.reset()
+        seconds = seconds_of(replay.run, sizes.replays, device)
+        decoder.reset()
+        replay.run()
+        first = replay.logits.clone()
+        decoder.reset()
+        found["replay_against_eager"] = difference(first, decoder.step())
+    step = statistics.median(seconds)
+    weights = subject.weight_bytes(rows)
+    found |= {
+        "seconds": step,
+        "mean_seconds": statistics.fmean(seconds),
+        "fastest_seconds": min(seconds),
+        "tokens_per_second": rows / step,
+        "graph": replay.graph,
+        "finite": bool(first.isfinite().all()),
+        "logits_std": float(first.float().std()),
+        "weight_bytes": weights,
+        "weight_bytes_per_second": weights / step,
+        "peak_bytes": peak_bytes(device),
+    }
+    if isinstance(subject, Factored):
+        with subject.serving(rows, shift=1):
+            decoder.reset()
+            replay.run()
+            replayed = replay.logits.clone()
+            decoder.reset()
+            found["other_experts"] = difference(replayed, decoder.step())
+            found["change_by_experts"] = float((replayed.float() - first.float()).abs().max())
+        subject.released()
+    return found
+
+
+def difference(a: Tensor, b: Tensor) -> dict[str, Any]:
+    return {
+        "largest": float((a.float() - b.float()).abs().max()),
+        "equal": torch.equal(a, b),
+        "equal_argmax": torch.equal(a.argmax(-1), b.argmax(-1)),
+    }
+
+
+def eager(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes) -> dict[str, Any]:
+    """Seconds of a step that Python issues, and how long Python takes to issue it."""
+    device = decoder.token.device
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with subject.serving(rows):
+        decoder.reset()
+        for _ in range(2):
+            decoder.step()
+        wait()
+        start = time.perf_counter()
+        for _ in range(sizes.eager_steps):
+            decoder.step()
+        issued = time.perf_counter()
+        wait()
+        end = time.perf_counter()
+    steps = sizes.eager_steps
+    return {
+        "seconds": (end - start) / steps,
+        "issue_seconds": (issued - start) / steps,
+        "tokens_per_second": rows * steps / (end - start),
+        "graph": False,
+    }
+
+
+@torch.inference_mode()
+def prefill(subject: Subject, config: LlamaConfig, device: torch.device, sizes: Sizes) -> dict[str, Any]:
+    """Seconds to read one prompt with one expert; the logits of its last token alone."""
+    ids = torch.arange(3, 3 + sizes.prefill, device=device).remainder_(config.vocab_size)[None]
+    start_peak(device)
+
+    def run() -> Tensor:
+        logits: Tensor = subject.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        return logits
+
+    with subject.serving(1):
+        for _ in range(2):
+            logits = run()
+        seconds = seconds_of(run, 5, device)
+    return {
+        "seconds": statistics.median(seconds),
+        "tokens_per_second": sizes.prefill / statistics.median(seconds),
+        "graph": False,
+        "finite": bool(logits.isfinite().all()),
+        "peak_bytes": peak_bytes(device),
+    }
+
+
+def prepare(path: str, device: torch.device, config: LlamaConfig, sizes: Sizes) -> None:
+    """Compiles the kernels of a path: all its steps with a single layer."""
+    config = type(config)(**(config.to_dict() | {"num_hidden_layers": 1}))
+    subject = make_subject(path, config, device, sizes)
+    for rows in sizes.rows:
+        with subject.serving(rows):
+            Decoder(subject.model, config, device, rows, sizes).step()
+    if path != "lora":
+        with subject.serving(1), torch.inference_mode():
+            subject.model(input_ids=torch.zeros(1, sizes.prefill, dtype=torch.int64, device=device), use_cache=False)
+    del subject
+    start_peak(device)
+
+
+def run_path(
+    results: Store,
+    path: str,
+    device: torch.device,
+    config: LlamaConfig,
+    sizes: Sizes,
+    graphs: bool = True,
+) -> None:
+    """All figures of one path, each stored as soon as it is there."""
+    title, start = TITLES[path], time.perf_counter()
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # the same kernels for everybody, whatever torch prefers
+    subject = make_subject(path, config, device, sizes)
+    start_peak(device)
+    built = time.perf_counter() - start
+    said = []
+    for rows in sizes.rows:
+        start_peak(device)
+        decoder = Decoder(subject.model, config, device, rows, sizes)
+        found = results.once(
+            f"end to end | decode {rows} | {title}",
+            lambda rows=rows, decoder=decoder: decode(subject, decoder, rows, sizes, graphs),  # type: ignore[misc]
+        )
+        said.append(f"{rows} rows {found.get('seconds', float('nan')) * 1e3:.2f} ms")
+        if path != "lora" and rows in sizes.eager_rows:
+            results.once(
+                f"end to end | eager {rows} | {title}",
+                lambda rows=rows, decoder=decoder: eager(subject, decoder, rows, sizes),  # type: ignore[misc]
+            )
+        del decoder
+    if path != "lora":
+        found = results.once(
+            f"end to end | prefill {sizes.prefill} | {title}", lambda: prefill(subject, config, device, sizes)
+        )
+        said.append(f"prefill {found.get('seconds', float('nan')) * 1e3:.1f} ms")
+    end = time.perf_counter() - start
+    print(f"{title}: {', '.join(said)} (built in {built:.1f} s, {end:.1f} s in all)", file=sys.stderr, flush=True)
+    del subject
+    start_peak(device)
+
+
+# A process for each path
+
+
+class Printed:
+    """A store that prints each measurement as a line of JSON; an error ends the process."""
+
+    def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
+        found = measure()
+        print(json.dumps({"name": name, "value": found}), flush=True)
+        return found
+
+
+class PathProcess:
+    """A path in a process of its own, which waits between `prepare` and its turn."""
+
+    def __init__(self, path: str, options: Sequence[str]) -> None:
+        self.path = path
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--child", path, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.ready = threading.Event()
+        self.found: dict[str, dict[str, Any]] = {}
+        self._store: Store | None = None
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                said = json.loads(line)
+                if "ready" in said:
+                    self.ready.set()
+                elif self._store is not None:
+                    self.found[said["name"]] = self._store.once(said["name"], lambda said=said: said["value"])
+        self.ready.set()
+
+    def run(self, results: Store, seconds: float) -> bool:
+        """Gives the path its turn; whether it came to its end in time."""
+        self._store = results
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("go\n")
+            self._process.stdin.close()
+        try:
+            status: int | None = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        self.stop()
+        self._reader.join(5.0)
+        return status == 0
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+def measure(
+    results: Store,
+    device: torch.device,
+    smoke: bool,
+    *,
+    layers: int | None = None,
+    paths: Sequence[str] = PATHS,
+    rows: Sequence[int] | None = None,
+    own_processes: bool | None = None,
+) -> None:
+    """Stores "end to end | <case> | <path>" for all paths; a path that fails is stored with "error".
+
+    Args:
+        smoke: tiny sizes, no CUDA graphs.
+        layers: of the model; default 32.
+        own_processes: whether each path gets a process; default on a GPU.
+    """
+    sizes = _sizes(smoke, rows)
+    if unknown := set(paths) - set(PATHS):
+        raise ValueError(f"paths: expected some of {', '.join(PATHS)}, got {', '.join(sorted(unknown))}")
+    if device.type == "cpu":
+        paths = [path for path in paths if path != "fp8"]
+    if not (device.type == "cuda" if own_processes is None else own_processes):
+        for path in paths:
+            run_path(results, path, device, llama_config(smoke, layers), sizes)
+        return
+    options = ["--rows", ",".join(map(str, sizes.rows)), *(["--layers", str(layers)] if layers else [])]
+    options += ["--smoke"] if smoke else []
+    start = time.perf_counter()
+    processes = [PathProcess(path, options) for path in paths]
+    try:
+        for process in processes:  # all compile before anything is timed
+            process.ready.wait(max(0.0, start + sizes.seconds - time.perf_counter()))
+        print(f"end to end: {len(processes)} paths ready after {time.perf_counter() - start:.1f} s", flush=True)
+        for process in processes:
+            if process.run(results, sizes.seconds):
+                continue
+            title = TITLES[process.path]
+            results.once(f"end to end | failed | {title}", lambda: {"error": "see the log; measured again eagerly"})
+            print(f"{title}: failed or took more than {sizes.seconds:.0f} s; again, without CUDA graphs", flush=True)
+            again = PathProcess(process.path, [*options, "--no-graphs", "--unprepared"])
+            again.run(results, sizes.seconds)
+    finally:
+        for process in processes:
+            process.stop()
+
+
+def _sizes(smoke: bool, rows: Sequence[int] | None) -> Sizes:
+    sizes = SMOKE if smoke else Sizes()
+    if rows is None:
+        return sizes
+    return Sizes(**(vars(sizes) | {"rows": tuple(rows), "eager_rows": tuple(r for r in sizes.eager_rows if r in rows)}))
+
+
+def _child(arguments: argparse.Namespace, device: torch.device, sizes: Sizes) -> None:
+    config = llama_config(arguments.smoke, arguments.layers)
+    if not arguments.unprepared:
+        prepare(arguments.child, device, config, sizes)
+    print(json.dumps({"ready": True}), flush=True)
+    if not sys.stdin.readline():
+        return
+    run_path(Printed(), arguments.child, device, config, sizes, graphs=not arguments.no_graphs)
+
+
+class FileResults:
+    """Measurements in one JSON file, written after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, dict[str, Any]()
+
+    def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
+        if name not in self.found:
+            self.found[name] = measure()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+        found: dict[str, Any] = self.found[name]
+        return found
+
+
+def pick_device(smoke: bool) -> torch.device:
+    """The GPU; with `smoke` the CPU. SystemExit if there is none."""
+    if smoke:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SystemExit("expected an NVIDIA GPU, found none (torch.cuda.is_available() is false)")
+    return torch.device("cuda", 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of end-to-end.json")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--layers", type=int, help="layers of the model, default 32")
+    parser.add_argument("--paths", default=",".join(PATHS), help="default: %(default)s")
+    parser.add_argument("--rows", help="batch sizes of the decode step, default 32,8,1")
+    parser.add_argument("--one-process", action="store_true", help="measure all paths in this process")
+    parser.add_argument("--child", choices=PATHS, help=argparse.SUPPRESS)
+    parser.add_argument("--unprepared", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--no-graphs", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    rows = None if arguments.rows is None else [int(row) for row in arguments.rows.split(",")]
+    device = pick_device(arguments.smoke)
+    if arguments.child:
+        _child(arguments, device, _sizes(arguments.smoke, rows))
+        return
+    if arguments.out is None:
+        parser.error("--out is required")
+    measure(
+        FileResults(arguments.out / "end-to-end.json"),
+        device,
+        arguments.smoke,
+        layers=arguments.layers,
+        paths=arguments.paths.split(","),
+        rows=rows,
+        own_processes=False if arguments.one_process else None,
+    )
+
+
+if __name__ == "__main__":
+    main()
