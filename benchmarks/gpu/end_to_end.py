@@ -5,20 +5,22 @@
 
 Weights and factors are random. A decode step is everything between two tokens: embedding, layers, `lm_head`, argmax,
 and writing the token back; it is captured as a CUDA graph over a `StaticCache`. All paths share the transformers model
-and one attention function, so they differ in their linear layers alone. In a batch of B rows of the factored paths every
-row has an expert of its own; after the capture the rows get other experts, and the replayed step is compared with an
-eager one.
+and one attention function, so they differ in their linear layers alone. Every row of a batch has an expert of its own
+in the factored paths, and an adapter of its own in the LoRA path. After the capture the rows get other experts, and the
+replayed step is compared with an eager one.
 
-On a GPU each path runs in a process of its own: a capture that fails leaves its process unusable. All of them import and
-compile their kernels at the same time; then they are measured one after the other.
+On a GPU each path runs in a process of its own: a capture that fails leaves its process unusable. All of them import
+and compile their kernels at the same time; then they are measured one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import inspect
+import itertools
 import json
 import statistics
 import subprocess
@@ -71,7 +73,7 @@ class Sizes:
     replays: timed steps of each batch size.
     eager_steps: steps that Python issues one by one; eager_rows: at which batch sizes.
     prefill: tokens of the prompt.
-    seconds: limit for one path.
+    seconds: limit for one path; total_seconds: for all of them.
     """
 
     rows: tuple[int, ...] = (32, 8, 1)
@@ -82,6 +84,7 @@ class Sizes:
     eager_rows: tuple[int, ...] = (1, 32)
     prefill: int = 2048
     seconds: float = 75.0
+    total_seconds: float = 240.0
 
 
 SMOKE = Sizes(rows=(3, 1), cache=32, filled=8, replays=2, eager_steps=2, eager_rows=(1,), prefill=12)
@@ -422,7 +425,13 @@ def seconds_of(run: Callable[[], object], repeats: int, device: torch.device) ->
         run()
         event.record()
     torch.cuda.synchronize(device)
-    return [first.elapsed_time(last) / 1e3 for first, last in zip(events, events[1:], strict=False)]
+    return [first.elapsed_time(last) / 1e3 for first, last in itertools.pairwise(events)]
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int | None:
@@ -488,29 +497,25 @@ def difference(a: Tensor, b: Tensor) -> dict[str, Any]:
 
 
 def eager(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes) -> dict[str, Any]:
-    """Seconds of a step that Python issues, and how long Python takes to issue it."""
-    device = decoder.token.device
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
+    """Seconds of a step that Python issues, and how long Python takes to issue one to an idle device."""
+    device, issued = decoder.token.device, []
     with subject.serving(rows):
         decoder.reset()
-        for _ in range(2):
+        for _ in range(3):
+            wait(device)
+            start = time.perf_counter()
             decoder.step()
-        wait()
+            issued.append(time.perf_counter() - start)
+        wait(device)
         start = time.perf_counter()
         for _ in range(sizes.eager_steps):
             decoder.step()
-        issued = time.perf_counter()
-        wait()
-        end = time.perf_counter()
-    steps = sizes.eager_steps
+        wait(device)
+        seconds = (time.perf_counter() - start) / sizes.eager_steps
     return {
-        "seconds": (end - start) / steps,
-        "issue_seconds": (issued - start) / steps,
-        "tokens_per_second": rows * steps / (end - start),
+        "seconds": seconds,
+        "issue_seconds": min(issued),
+        "tokens_per_second": rows / seconds,
         "graph": False,
     }
 
@@ -564,33 +569,42 @@ def run_path(
     title, start = TITLES[path], time.perf_counter()
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # the same kernels for everybody, whatever torch prefers
-    subject = make_subject(path, config, device, sizes)
+    said = _figures(results, path, device, config, sizes, graphs)
     start_peak(device)
-    built = time.perf_counter() - start
+    end = time.perf_counter() - start
+    print(f"{title}: {', '.join(said)} ({end:.1f} s in all)", file=sys.stderr, flush=True)
+
+
+def _figures(
+    results: Store, path: str, device: torch.device, config: LlamaConfig, sizes: Sizes, graphs: bool
+) -> list[str]:
+    """Measures and stores; returns what to print."""
+    title, start = TITLES[path], time.perf_counter()
+    start_peak(device)
+    subject = make_subject(path, config, device, sizes)
+    built = {"build_seconds": time.perf_counter() - start, "build_peak_bytes": peak_bytes(device)}
+    start_peak(device)
+    results.once(f"end to end | model | {title}", lambda: built | {"bytes": peak_bytes(device)})
     said = []
     for rows in sizes.rows:
         start_peak(device)
         decoder = Decoder(subject.model, config, device, rows, sizes)
         found = results.once(
-            f"end to end | decode {rows} | {title}",
-            lambda rows=rows, decoder=decoder: decode(subject, decoder, rows, sizes, graphs),  # type: ignore[misc]
+            f"end to end | decode {rows} | {title}", functools.partial(decode, subject, decoder, rows, sizes, graphs)
         )
         said.append(f"{rows} rows {found.get('seconds', float('nan')) * 1e3:.2f} ms")
         if path != "lora" and rows in sizes.eager_rows:
             results.once(
-                f"end to end | eager {rows} | {title}",
-                lambda rows=rows, decoder=decoder: eager(subject, decoder, rows, sizes),  # type: ignore[misc]
+                f"end to end | eager {rows} | {title}", functools.partial(eager, subject, decoder, rows, sizes)
             )
-        del decoder
     if path != "lora":
+        del decoder
         found = results.once(
-            f"end to end | prefill {sizes.prefill} | {title}", lambda: prefill(subject, config, device, sizes)
+            f"end to end | prefill {sizes.prefill} | {title}",
+            functools.partial(prefill, subject, config, device, sizes),
         )
         said.append(f"prefill {found.get('seconds', float('nan')) * 1e3:.1f} ms")
-    end = time.perf_counter() - start
-    print(f"{title}: {', '.join(said)} (built in {built:.1f} s, {end:.1f} s in all)", file=sys.stderr, flush=True)
-    del subject
-    start_peak(device)
+    return said
 
 
 # A process for each path
@@ -683,19 +697,22 @@ def measure(
     options = ["--rows", ",".join(map(str, sizes.rows)), *(["--layers", str(layers)] if layers else [])]
     options += ["--smoke"] if smoke else []
     start = time.perf_counter()
+
+    def left() -> float:
+        """Seconds for the next step."""
+        return max(0.0, min(sizes.seconds, start + sizes.total_seconds - time.perf_counter()))
+
     processes = [PathProcess(path, options) for path in paths]
     try:
         for process in processes:  # all compile before anything is timed
             process.ready.wait(max(0.0, start + sizes.seconds - time.perf_counter()))
         print(f"end to end: {len(processes)} paths ready after {time.perf_counter() - start:.1f} s", flush=True)
-        for process in processes:
-            if process.run(results, sizes.seconds):
-                continue
-            title = TITLES[process.path]
-            results.once(f"end to end | failed | {title}", lambda: {"error": "see the log; measured again eagerly"})
-            print(f"{title}: failed or took more than {sizes.seconds:.0f} s; again, without CUDA graphs", flush=True)
-            again = PathProcess(process.path, [*options, "--no-graphs", "--unprepared"])
-            again.run(results, sizes.seconds)
+        failed = [process.path for process in processes if not process.run(results, left())]
+        for path in failed:
+            title = TITLES[path]
+            print(f"{title}: failed, or took too long; again, without CUDA graphs", flush=True)
+            results.once(f"end to end | failed | {title}", lambda: {"error": "see the log; then without CUDA graphs"})
+            PathProcess(path, [*options, "--no-graphs", "--unprepared"]).run(results, left())
     finally:
         for process in processes:
             process.stop()
