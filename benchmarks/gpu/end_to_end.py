@@ -183,7 +183,7 @@ class RandomFactors:
 
 
 def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
-    """Wraps the model with random factors in place of a decomposition, and frees its dense weights."""
+    """Wraps the model with random factors in place of a decomposition; on a GPU its dense weights are freed."""
     factors = RandomFactors()
     if "factors" in inspect.signature(SVFModel.__init__).parameters:
         svf = SVFModel(model, config, factors=factors)
@@ -195,8 +195,9 @@ def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
             patch.object(t2.model, "STORAGE_DTYPES", GPU_STORAGE_DTYPES),
         ):
             svf = SVFModel(model, config)
-    for target in svf._targets.values():  # only `detach` and `merge` need them
-        target.weight = None
+    for target in svf._targets.values():  # `detach`, `merge` and, on a CPU, plans need them
+        if svf.sigma.device.type != "cpu":
+            target.weight = None
     return svf
 
 
