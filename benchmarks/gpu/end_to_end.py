@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -141,6 +142,7 @@ def dense_model(
     config: LlamaConfig, device: torch.device, implementation: str = ATTENTION, seed: int = 0
 ) -> LlamaForCausalLM:
     """The model in bfloat16 with random weights, made on the device."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the same attention kernels whatever torch prefers
     with device, no_init_weights():
         model: LlamaForCausalLM = LlamaForCausalLM._from_config(
             config, dtype=torch.bfloat16, attn_implementation=implementation
@@ -489,6 +491,32 @@ def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: 
     return found
 
 
+def _decode_or_eager(
+    results: Store, title: str, subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: bool
+) -> dict[str, Any]:
+    """`decode`; where the capture fails and leaves the process usable, without CUDA graphs."""
+    try:
+        return decode(subject, decoder, rows, sizes, graphs)
+    except RuntimeError as error:
+        text = f"{type(error).__name__}: {error}"[:500]
+        results.once(f"end to end | capture {rows} | {title}", lambda: {"error": text})
+        if not graphs or not usable(decoder.token.device):
+            raise
+    return decode(subject, decoder, rows, sizes, graphs=False)
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the process can go on after an error: a failed capture or an illegal access spoils it."""
+    try:
+        torch.randn(1, device=device)
+        wait(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
 def difference(a: Tensor, b: Tensor) -> dict[str, Any]:
     return {
         "largest": float((a.float() - b.float()).abs().max()),
@@ -553,7 +581,8 @@ def prepare(path: str, device: torch.device, config: LlamaConfig, sizes: Sizes) 
             Decoder(subject.model, config, device, rows, sizes).step()
     if path != "lora":
         with subject.serving(1), torch.inference_mode():
-            subject.model(input_ids=torch.zeros(1, sizes.prefill, dtype=torch.int64, device=device), use_cache=False)
+            ids = torch.zeros(1, sizes.prefill, dtype=torch.int64, device=device)
+            subject.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     del subject
     start_peak(device)
 
@@ -568,8 +597,6 @@ def run_path(
 ) -> None:
     """All figures of one path, each stored as soon as it is there."""
     title, start = TITLES[path], time.perf_counter()
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # the same kernels for everybody, whatever torch prefers
     said = _figures(results, path, device, config, sizes, graphs)
     start_peak(device)
     end = time.perf_counter() - start
@@ -591,7 +618,8 @@ def _figures(
         start_peak(device)
         decoder = Decoder(subject.model, config, device, rows, sizes)
         found = results.once(
-            f"end to end | decode {rows} | {title}", functools.partial(decode, subject, decoder, rows, sizes, graphs)
+            f"end to end | decode {rows} | {title}",
+            functools.partial(_decode_or_eager, results, title, subject, decoder, rows, sizes, graphs),
         )
         said.append(f"{rows} rows {found.get('seconds', float('nan')) * 1e3:.2f} ms")
         if path != "lora" and rows in sizes.eager_rows:
@@ -612,10 +640,24 @@ def _figures(
 
 
 class Printed:
-    """A store that prints each measurement as a line of JSON; an error ends the process."""
+    """A store that prints each measurement as a line of JSON, errors too; one that spoils the process is raised.
+
+    done: names that need no measurement any more.
+    """
+
+    def __init__(self, device: torch.device, done: Sequence[str] = ()) -> None:
+        self._device, self._done = device, set(done)
 
     def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
-        found = measure()
+        if name in self._done:
+            return {}
+        try:
+            found = measure()
+        except Exception as error:  # kernels may fail in their own ways
+            traceback.print_exc()
+            if not usable(self._device):
+                raise
+            found = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps({"name": name, "value": found}), flush=True)
         return found
 
@@ -708,12 +750,13 @@ def measure(
         for process in processes:  # all compile before anything is timed
             process.ready.wait(max(0.0, start + sizes.seconds - time.perf_counter()))
         print(f"end to end: {len(processes)} paths ready after {time.perf_counter() - start:.1f} s", flush=True)
-        failed = [process.path for process in processes if not process.run(results, left())]
-        for path in failed:
-            title = TITLES[path]
-            print(f"{title}: failed, or took too long; again, without CUDA graphs", flush=True)
+        failed = [process for process in processes if not process.run(results, left())]
+        for process in failed:
+            title = TITLES[process.path]
+            print(f"{title}: failed, or took too long; the rest of it again, without CUDA graphs", flush=True)
             results.once(f"end to end | failed | {title}", lambda: {"error": "see the log; then without CUDA graphs"})
-            PathProcess(path, [*options, "--no-graphs", "--unprepared"]).run(results, left())
+            again = [*options, "--no-graphs", "--unprepared", "--done", *process.found]
+            PathProcess(process.path, again).run(results, left())
     finally:
         for process in processes:
             process.stop()
@@ -733,7 +776,7 @@ def _child(arguments: argparse.Namespace, device: torch.device, sizes: Sizes) ->
     print(json.dumps({"ready": True}), flush=True)
     if not sys.stdin.readline():
         return
-    run_path(Printed(), arguments.child, device, config, sizes, graphs=not arguments.no_graphs)
+    run_path(Printed(device, arguments.done), arguments.child, device, config, sizes, graphs=not arguments.no_graphs)
 
 
 class FileResults:
@@ -770,6 +813,7 @@ def main() -> None:
     parser.add_argument("--one-process", action="store_true", help="measure all paths in this process")
     parser.add_argument("--child", choices=PATHS, help=argparse.SUPPRESS)
     parser.add_argument("--unprepared", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--done", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--no-graphs", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rows = None if arguments.rows is None else [int(row) for row in arguments.rows.split(",")]
