@@ -668,7 +668,8 @@ class PathProcess:
     def __init__(self, path: str, options: Sequence[str]) -> None:
         self.path = path
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--child", path, *options],
+            [sys.executable, "-m", "benchmarks.gpu.end_to_end", "--child", path, *options],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -682,12 +683,16 @@ class PathProcess:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            with contextlib.suppress(ValueError):
+            try:
                 said = json.loads(line)
-                if "ready" in said:
-                    self.ready.set()
-                elif self._store is not None:
-                    self.found[said["name"]] = self._store.once(said["name"], lambda said=said: said["value"])
+            except ValueError:
+                said = None
+            if not isinstance(said, dict):  # a library's own words
+                print(line, end="", flush=True)
+            elif "ready" in said:
+                self.ready.set()
+            elif self._store is not None:
+                self.found[said["name"]] = self._store.once(said["name"], lambda said=said: said["value"])
         self.ready.set()
 
     def run(self, results: Store, seconds: float) -> bool:
