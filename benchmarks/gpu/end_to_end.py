@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 import t2.model  # noqa: E402
 from t2 import Expert, SVFConfig, SVFModel  # noqa: E402
 from t2.targets import linear_layers  # noqa: E402
-from t2kernels import Factors  # noqa: E402
+from t2kernels import DenseWeight, FactoredWeight, Factors  # noqa: E402
 from t2kernels.packing import GPU_STORAGE_DTYPES  # noqa: E402
 
 ATTENTION = "benchmark_attention"
@@ -197,8 +197,8 @@ def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
             patch.object(t2.model, "STORAGE_DTYPES", GPU_STORAGE_DTYPES),
         ):
             svf = SVFModel(model, config)
-    for target in svf._targets.values():  # `detach`, `merge` and, on a CPU, plans need them
-        if svf.sigma.device.type != "cpu":
+    if svf.sigma.device.type != "cpu":  # `detach`, `merge` and, on a CPU, plans need them
+        for target in svf._targets.values():
             target.weight = None
     return svf
 
@@ -218,10 +218,6 @@ class Subject:
     def weight_bytes(self, rows: int) -> int:
         """Weights that one decode step reads."""
         raise NotImplementedError
-
-    @property
-    def has_experts(self) -> bool:
-        return False
 
 
 class Dense(Subject):
@@ -267,13 +263,8 @@ class Factored(Subject):
         self._captured = None
 
     def weight_bytes(self, rows: int) -> int:
-        weights = [target.layer.weight for target in self.svf._targets.values()]
-        heads = [layer.packed for layer, _ in self.svf._packed.values()]
-        return sum(weight.nbytes for weight in (*weights, *heads))
-
-    @property
-    def has_experts(self) -> bool:
-        return True
+        modules = self.svf.model.modules()
+        return sum(module.nbytes for module in modules if isinstance(module, FactoredWeight | DenseWeight))
 
 
 class GatheredLinear(nn.Module):
