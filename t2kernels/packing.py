@@ -3,7 +3,11 @@
 The CPU kernels read a matrix [n, k] as `panels`: the 16 values that meet x[k] lie together, and a panel is one
 sequential stream. float32 and float16 panels are [ceil(n / 16), k, 16]; bfloat16 and int8 ones
 [ceil(n / 16), ceil(k / 2), 16, 2], two terms of a column side by side, as dot-product instructions take them. Columns
-past n and a term past k hold zeros. GPUs read the row-major matrix.
+past n and a term past k hold zeros.
+
+GPUs read the row-major matrix, but for int8, which they read in words of four terms: [n, ceil(k / 256), 256] where the
+four bytes of word j of a block hold its terms j, 64 + j, 128 + j and 192 + j (zeros past k). So a tensor core's operand
+of 64 consecutive terms is one byte of 64 words: unpacking moves nothing between threads.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ GPU_STORAGE_DTYPES = (*STORAGE_DTYPES, torch.float8_e4m3fn)
 EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Formats with a scale per line, and their largest value."""
 
+BLOCK = 256  # terms of a row whose bytes are interleaved on a GPU
+PLANES = 4  # terms in a word
 _PAIRED = (torch.bfloat16, torch.int8)
 
 
@@ -43,13 +49,30 @@ def _pack_single(matrix: Tensor) -> Tensor:
 def lay_out(stored: Tensor, n: int, k: int) -> Tensor:
     """A stored matrix [n, k], panels or plain, as the kernels of its device read it."""
     if stored.device.type == "cpu":
-        return pack_panels(stored) if stored.dim() == 2 else stored
+        return stored if _is_panels(stored) else pack_panels(matrix_of(stored, n, k))
+    if stored.dtype == torch.int8:
+        return stored if stored.dim() == 3 else interleave(matrix_of(stored, n, k))
     return matrix_of(stored, n, k).contiguous()
 
 
+def _is_panels(stored: Tensor) -> bool:
+    return stored.dim() == (4 if stored.dtype in _PAIRED else 3)
+
+
+def interleave(matrix: Tensor) -> Tensor:
+    """int8 matrix [n, k] -> [n, ceil(k / 256), 256], the words of a GPU."""
+    n, k = matrix.shape
+    blocks = F.pad(matrix, (0, -k % BLOCK)).view(n, -1, PLANES, BLOCK // PLANES)
+    return blocks.transpose(2, 3).reshape(n, -1, BLOCK)
+
+
 def matrix_of(stored: Tensor, n: int, k: int) -> Tensor:
-    """The stored matrix [n, k], panels or plain."""
-    return stored if stored.dim() == 2 else unpack_panels(stored, n, k)
+    """The stored matrix [n, k], whatever its layout."""
+    if stored.dim() == 2:
+        return stored
+    if stored.dtype == torch.int8 and stored.dim() == 3:
+        return stored.view(n, -1, BLOCK // PLANES, PLANES).transpose(2, 3).reshape(n, -1)[:, :k]
+    return unpack_panels(stored, n, k)
 
 
 def unpack_panels(panels: Tensor, n: int, k: int) -> Tensor:

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 import t2.model  # noqa: E402
 from t2 import Expert, SVFConfig, SVFModel  # noqa: E402
 from t2.targets import linear_layers  # noqa: E402
-from t2kernels import Factors  # noqa: E402
+from t2kernels import DenseWeight, FactoredWeight, Factors  # noqa: E402
 from t2kernels.packing import GPU_STORAGE_DTYPES  # noqa: E402
 
 ATTENTION = "benchmark_attention"
@@ -141,6 +142,7 @@ def dense_model(
     config: LlamaConfig, device: torch.device, implementation: str = ATTENTION, seed: int = 0
 ) -> LlamaForCausalLM:
     """The model in bfloat16 with random weights, made on the device."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the same attention kernels whatever torch prefers
     with device, no_init_weights():
         model: LlamaForCausalLM = LlamaForCausalLM._from_config(
             config, dtype=torch.bfloat16, attn_implementation=implementation
@@ -183,7 +185,7 @@ class RandomFactors:
 
 
 def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
-    """Wraps the model with random factors in place of a decomposition, and frees its dense weights."""
+    """Wraps the model with random factors in place of a decomposition; on a GPU its dense weights are freed."""
     factors = RandomFactors()
     if "factors" in inspect.signature(SVFModel.__init__).parameters:
         svf = SVFModel(model, config, factors=factors)
@@ -195,8 +197,9 @@ def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
             patch.object(t2.model, "STORAGE_DTYPES", GPU_STORAGE_DTYPES),
         ):
             svf = SVFModel(model, config)
-    for target in svf._targets.values():  # only `detach` and `merge` need them
-        target.weight = None
+    if svf.sigma.device.type != "cpu":  # `detach`, `merge` and, on a CPU, plans need them
+        for target in svf._targets.values():
+            target.weight = None
     return svf
 
 
@@ -215,10 +218,6 @@ class Subject:
     def weight_bytes(self, rows: int) -> int:
         """Weights that one decode step reads."""
         raise NotImplementedError
-
-    @property
-    def has_experts(self) -> bool:
-        return False
 
 
 class Dense(Subject):
@@ -264,13 +263,8 @@ class Factored(Subject):
         self._captured = None
 
     def weight_bytes(self, rows: int) -> int:
-        weights = [target.layer.weight for target in self.svf._targets.values()]
-        heads = [layer.packed for layer, _ in self.svf._packed.values()]
-        return sum(weight.nbytes for weight in (*weights, *heads))
-
-    @property
-    def has_experts(self) -> bool:
-        return True
+        modules = self.svf.model.modules()
+        return sum(module.nbytes for module in modules if isinstance(module, FactoredWeight | DenseWeight))
 
 
 class GatheredLinear(nn.Module):
@@ -488,6 +482,32 @@ def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: 
     return found
 
 
+def _decode_or_eager(
+    results: Store, title: str, subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: bool
+) -> dict[str, Any]:
+    """`decode`; where the capture fails and leaves the process usable, without CUDA graphs."""
+    try:
+        return decode(subject, decoder, rows, sizes, graphs)
+    except RuntimeError as error:
+        text = f"{type(error).__name__}: {error}"[:500]
+        results.once(f"end to end | capture {rows} | {title}", lambda: {"error": text})
+        if not graphs or not usable(decoder.token.device):
+            raise
+    return decode(subject, decoder, rows, sizes, graphs=False)
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the process can go on after an error: a failed capture or an illegal access spoils it."""
+    try:
+        torch.randn(1, device=device)
+        wait(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
 def difference(a: Tensor, b: Tensor) -> dict[str, Any]:
     return {
         "largest": float((a.float() - b.float()).abs().max()),
@@ -552,7 +572,8 @@ def prepare(path: str, device: torch.device, config: LlamaConfig, sizes: Sizes) 
             Decoder(subject.model, config, device, rows, sizes).step()
     if path != "lora":
         with subject.serving(1), torch.inference_mode():
-            subject.model(input_ids=torch.zeros(1, sizes.prefill, dtype=torch.int64, device=device), use_cache=False)
+            ids = torch.zeros(1, sizes.prefill, dtype=torch.int64, device=device)
+            subject.model(input_ids=ids, use_cache=False, logits_to_keep=1)
     del subject
     start_peak(device)
 
@@ -567,8 +588,6 @@ def run_path(
 ) -> None:
     """All figures of one path, each stored as soon as it is there."""
     title, start = TITLES[path], time.perf_counter()
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # the same kernels for everybody, whatever torch prefers
     said = _figures(results, path, device, config, sizes, graphs)
     start_peak(device)
     end = time.perf_counter() - start
@@ -590,7 +609,8 @@ def _figures(
         start_peak(device)
         decoder = Decoder(subject.model, config, device, rows, sizes)
         found = results.once(
-            f"end to end | decode {rows} | {title}", functools.partial(decode, subject, decoder, rows, sizes, graphs)
+            f"end to end | decode {rows} | {title}",
+            functools.partial(_decode_or_eager, results, title, subject, decoder, rows, sizes, graphs),
         )
         said.append(f"{rows} rows {found.get('seconds', float('nan')) * 1e3:.2f} ms")
         if path != "lora" and rows in sizes.eager_rows:
@@ -611,10 +631,24 @@ def _figures(
 
 
 class Printed:
-    """A store that prints each measurement as a line of JSON; an error ends the process."""
+    """A store that prints each measurement as a line of JSON, errors too; one that spoils the process is raised.
+
+    done: names that need no measurement any more.
+    """
+
+    def __init__(self, device: torch.device, done: Sequence[str] = ()) -> None:
+        self._device, self._done = device, set(done)
 
     def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
-        found = measure()
+        if name in self._done:
+            return {}
+        try:
+            found = measure()
+        except Exception as error:  # kernels may fail in their own ways
+            traceback.print_exc()
+            if not usable(self._device):
+                raise
+            found = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps({"name": name, "value": found}), flush=True)
         return found
 
@@ -625,7 +659,8 @@ class PathProcess:
     def __init__(self, path: str, options: Sequence[str]) -> None:
         self.path = path
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--child", path, *options],
+            [sys.executable, "-m", "benchmarks.gpu.end_to_end", "--child", path, *options],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -639,12 +674,16 @@ class PathProcess:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            with contextlib.suppress(ValueError):
+            try:
                 said = json.loads(line)
-                if "ready" in said:
-                    self.ready.set()
-                elif self._store is not None:
-                    self.found[said["name"]] = self._store.once(said["name"], lambda said=said: said["value"])
+            except ValueError:
+                said = None
+            if not isinstance(said, dict):  # a library's own words
+                print(line, end="", flush=True)
+            elif "ready" in said:
+                self.ready.set()
+            elif self._store is not None:
+                self.found[said["name"]] = self._store.once(said["name"], lambda said=said: said["value"])
         self.ready.set()
 
     def run(self, results: Store, seconds: float) -> bool:
@@ -707,12 +746,13 @@ def measure(
         for process in processes:  # all compile before anything is timed
             process.ready.wait(max(0.0, start + sizes.seconds - time.perf_counter()))
         print(f"end to end: {len(processes)} paths ready after {time.perf_counter() - start:.1f} s", flush=True)
-        failed = [process.path for process in processes if not process.run(results, left())]
-        for path in failed:
-            title = TITLES[path]
-            print(f"{title}: failed, or took too long; again, without CUDA graphs", flush=True)
+        failed = [process for process in processes if not process.run(results, left())]
+        for process in failed:
+            title = TITLES[process.path]
+            print(f"{title}: failed, or took too long; the rest of it again, without CUDA graphs", flush=True)
             results.once(f"end to end | failed | {title}", lambda: {"error": "see the log; then without CUDA graphs"})
-            PathProcess(path, [*options, "--no-graphs", "--unprepared"]).run(results, left())
+            again = [*options, "--no-graphs", "--unprepared", "--done", *process.found]
+            PathProcess(process.path, again).run(results, left())
     finally:
         for process in processes:
             process.stop()
@@ -732,7 +772,7 @@ def _child(arguments: argparse.Namespace, device: torch.device, sizes: Sizes) ->
     print(json.dumps({"ready": True}), flush=True)
     if not sys.stdin.readline():
         return
-    run_path(Printed(), arguments.child, device, config, sizes, graphs=not arguments.no_graphs)
+    run_path(Printed(device, arguments.done), arguments.child, device, config, sizes, graphs=not arguments.no_graphs)
 
 
 class FileResults:
@@ -769,6 +809,7 @@ def main() -> None:
     parser.add_argument("--one-process", action="store_true", help="measure all paths in this process")
     parser.add_argument("--child", choices=PATHS, help=argparse.SUPPRESS)
     parser.add_argument("--unprepared", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--done", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--no-graphs", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rows = None if arguments.rows is None else [int(row) for row in arguments.rows.split(",")]

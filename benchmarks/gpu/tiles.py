@@ -20,6 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu.common import GROUPS, Call, Clock, Layers, Results, name_of
+from t2kernels.packing import interleave
 from t2kernels.triton import launch
 from t2kernels.triton.tuning import Tile
 from t2kernels.weights import int8_head
@@ -171,6 +172,11 @@ def _timed(layers: Layers, storage: torch.dtype, step: str, rows: int, tile: Til
 # Ahead of time, without a GPU
 
 
+def _empty(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    matrix = torch.empty(n, k, dtype=dtype)
+    return interleave(matrix) if dtype == torch.int8 else matrix
+
+
 class _Shape:
     """A packed weight without data: what `calls` reads of a FactoredWeight."""
 
@@ -178,8 +184,8 @@ class _Shape:
         rank = min(out, inputs)
         head = int8_head(rank) if storage.itemsize == 1 else 0
         kinds = [(r, t) for r, t in ((head, torch.float16), (rank - head, storage)) if r]
-        self.u = [torch.empty(out, r, dtype=t) for r, t in kinds]
-        self.vh = [torch.empty(r, inputs, dtype=t) for r, t in kinds]
+        self.u = [_empty(out, r, t) for r, t in kinds]
+        self.vh = [_empty(r, inputs, t) for r, t in kinds]
         self.component_scale = torch.empty(rank) if head else None
 
 

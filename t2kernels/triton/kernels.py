@@ -29,6 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import is_cuda
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there bfloat16 is neither multiplied nor made from int8
 
@@ -64,14 +65,111 @@ def _dot(a, w, acc, term: tl.constexpr, PRECISION: tl.constexpr, WEIGHTS_FIRST: 
 
 
 @triton.jit
-def _prefetch(w, n, columns, k, BLOCK_N: tl.constexpr, LINES: tl.constexpr):
-    """Asks L2 for the first LINES cache lines (128 bytes) of the rows n of w [columns, k]."""
+def _prefetch(w, n, columns, row, LINES: tl.constexpr):
+    """Asks L2 for the first LINES cache lines (128 bytes) of the rows n of w, each `row` entries long."""
     line: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth  # entries
-    ks = tl.arange(0, LINES) * line
-    at = w + tl.minimum(n, columns - 1).to(tl.int64)[:, None] * k + tl.minimum(ks, k - 1)[None, :]
+    at = tl.minimum(tl.arange(0, LINES) * line, row - 1)
+    at = w + tl.minimum(n, columns - 1).to(tl.int64)[:, None] * row + at[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def _unpack(words, term: tl.constexpr):
+    """The four int8 of each word as four tensors of `term`.
+
+    As bfloat16, of two words at a time: a byte v below the byte of 128.0's exponent is 128 + (v's low 7 bits), or, where
+    the sign bit has raised the exponent, twice that base; less the base (the upper bits alone) it is v, exactly.
+    """
+    if term == tl.bfloat16 and not INTERPRETED and is_cuda():
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 t, low, high, minus;
+            mov.b32 minus, 0xbf80bf80;
+            prmt.b32 t, $4, $5, 0x4400;
+            lop3.b32 t, t, 0x00ff00ff, 0x43004300, 0xea;
+            and.b32 low, t, 0xff7fff7f;
+            and.b32 high, t, 0xff80ff80;
+            fma.rn.bf16x2 $0, high, minus, low;
+            prmt.b32 t, $4, $5, 0x5511;
+            lop3.b32 t, t, 0x00ff00ff, 0x43004300, 0xea;
+            and.b32 low, t, 0xff7fff7f;
+            and.b32 high, t, 0xff80ff80;
+            fma.rn.bf16x2 $1, high, minus, low;
+            prmt.b32 t, $4, $5, 0x6622;
+            lop3.b32 t, t, 0x00ff00ff, 0x43004300, 0xea;
+            and.b32 low, t, 0xff7fff7f;
+            and.b32 high, t, 0xff80ff80;
+            fma.rn.bf16x2 $2, high, minus, low;
+            prmt.b32 t, $4, $5, 0x7733;
+            lop3.b32 t, t, 0x00ff00ff, 0x43004300, 0xea;
+            and.b32 low, t, 0xff7fff7f;
+            and.b32 high, t, 0xff80ff80;
+            fma.rn.bf16x2 $3, high, minus, low;
+            }
+            """,
+            "=&r,=&r,=&r,=&r,r,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        kept: tl.constexpr = tl.float32 if INTERPRETED else term
+        return (
+            ((words << 24) >> 24).to(kept),
+            ((words << 16) >> 24).to(kept),
+            ((words << 8) >> 24).to(kept),
+            (words >> 24).to(kept),
+        )
+
+
+@triton.jit
+def _multiply_words(
+    acc,
+    a,  # [rows, k], k contiguous
+    lda,
+    m,
+    rows,
+    w,  # int32 [columns, ceil(k / 256) * 64]: see t2kernels.packing
+    n,
+    columns,
+    k,
+    ROUND_TO_BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """`_multiply` for int8 in words: the terms of a block of 256 in four runs of 64."""
+    term: tl.constexpr = tl.bfloat16 if ROUND_TO_BF16 else a.dtype.element_ty
+    blocks = tl.cdiv(k, 256)
+    js = tl.arange(0, 64)
+    if WEIGHTS_FIRST:
+        a_at = a + m[None, :] * lda + js[:, None]
+        w_at = w + n.to(tl.int64)[:, None] * (blocks * 64) + js[None, :]
+        m_inside, n_inside = (m < rows)[None, :], (n < columns)[:, None]
+    else:
+        a_at = a + m[:, None] * lda + js[None, :]
+        w_at = w + n.to(tl.int64)[None, :] * (blocks * 64) + js[:, None]
+        m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
+    for k0 in range(0, k, 256):
+        planes = _unpack(tl.load(w_at, mask=n_inside, other=0), term)
+        for i in tl.static_range(4):
+            if EVEN_K:
+                inside = m_inside
+            elif WEIGHTS_FIRST:
+                inside = m_inside & (js < k - k0 - i * 64)[:, None]
+            else:
+                inside = m_inside & (js < k - k0 - i * 64)[None, :]
+            a_tile = tl.load(a_at + i * 64, mask=inside, other=0.0)
+            if ROUND_TO_BF16:
+                a_tile = a_tile.to(tl.bfloat16)
+            acc = _dot(a_tile, planes[i], acc, term, PRECISION, WEIGHTS_FIRST)
+        a_at += 256
+        w_at += 64
+    return acc
 
 
 @triton.jit
@@ -89,21 +187,25 @@ def _multiply(
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    EXACT_HALVES: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc + a[m] w[n]^T, term after term: in a's 16-bit type if w fits into it, else in float32 as PRECISION says.
 
-    WEIGHTS_FIRST: acc [n, m] is the transpose, w its left operand. A float16 w is the sum of two bfloat16 matrices,
-    exactly: with a bfloat16 a, each has a chain of its own.
+    WEIGHTS_FIRST: acc [n, m] is the transpose, w its left operand. EXACT_HALVES: a float16 w meets a bfloat16 a as the
+    sum of two bfloat16 matrices, which is exact, each with a chain of its own; without, it is rounded to bfloat16.
     """
     a_type: tl.constexpr = tl.bfloat16 if ROUND_TO_BF16 else a.dtype.element_ty
     w_type: tl.constexpr = w.dtype.element_ty
-    if a_type != tl.float32 and (w_type == a_type or w_type == tl.int8 or w_type == tl.float8e4nv):
+    words: tl.constexpr = w_type == tl.int32  # four int8, transposed: each column reads its byte of a word
+    ZERO: tl.constexpr = 0 if words else 0.0
+    split: tl.constexpr = a_type == tl.bfloat16 and w_type == tl.float16
+    in_two: tl.constexpr = split and EXACT_HALVES
+    if a_type != tl.float32 and (w_type == a_type or words or split or w_type == tl.int8 or w_type == tl.float8e4nv):
         term: tl.constexpr = a_type
     else:
         term: tl.constexpr = tl.float32
-    in_two: tl.constexpr = a_type == tl.bfloat16 and w_type == tl.float16
     if in_two:
         low = tl.zeros_like(acc)
     ks = tl.arange(0, BLOCK_K)
@@ -113,24 +215,31 @@ def _multiply(
         m_inside, n_inside = (m < rows)[None, :], (n < columns)[:, None]
     else:
         a_at = a + m[:, None] * lda + ks[None, :]
-        if TRANSPOSED:
+        if words:
+            w_at = w + ks.to(tl.int64)[:, None] * (tl.cdiv(columns, 256) * 64) + (n // 256 * 64 + n % 64)[None, :]
+        elif TRANSPOSED:
             w_at = w + ks.to(tl.int64)[:, None] * columns + n[None, :]
         else:
             w_at = w + n.to(tl.int64)[None, :] * k + ks[:, None]
         m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
-    w_step = BLOCK_K * columns if TRANSPOSED else BLOCK_K
+    if words:
+        w_step = BLOCK_K * (tl.cdiv(columns, 256) * 64)
+    else:
+        w_step = BLOCK_K * columns if TRANSPOSED else BLOCK_K
     for k0 in range(0, k, BLOCK_K):
         if EVEN_K:
             a_tile = tl.load(a_at, mask=m_inside, other=0.0)
-            w_tile = tl.load(w_at, mask=n_inside, other=0.0)
+            w_tile = tl.load(w_at, mask=n_inside, other=ZERO)
         elif WEIGHTS_FIRST:
             a_tile = tl.load(a_at, mask=m_inside & (ks < k - k0)[:, None], other=0.0)
-            w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[None, :], other=0.0)
+            w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[None, :], other=ZERO)
         else:
             a_tile = tl.load(a_at, mask=m_inside & (ks < k - k0)[None, :], other=0.0)
-            w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[:, None], other=0.0)
+            w_tile = tl.load(w_at, mask=n_inside & (ks < k - k0)[:, None], other=ZERO)
         if ROUND_TO_BF16:
             a_tile = a_tile.to(tl.bfloat16)
+        if words:
+            w_tile = (w_tile << (24 - n % 256 // 64 * 8)[None, :]) >> 24
         if in_two:
             high = w_tile.to(tl.float32).to(tl.bfloat16)
             rest = (w_tile.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
@@ -203,6 +312,7 @@ def product(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
+    EXACT_HALVES: tl.constexpr,
     PREFETCH: tl.constexpr,  # 128-byte lines of each row of a program's first weights that L2 is asked for, or 0
     OVERLAP: tl.constexpr,  # programmatic dependent launch: begin before the kernel before this one has ended
     HOIST: tl.constexpr,  # hoist the pointers of all matrices out of the walk (costs registers)
@@ -215,7 +325,11 @@ def product(
             index = tl.program_id(0) - tiles
             if index >= 0 and index < own:
                 _, _, n = _tile(index, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
-                _prefetch(ws[i * PARTS], n, columns[i], ks[i * PARTS], BLOCK_N, PREFETCH)
+                if ws[i * PARTS].dtype.element_ty == tl.int32:
+                    row = tl.cdiv(ks[i * PARTS], 256) * 64
+                else:
+                    row = ks[i * PARTS]
+                _prefetch(ws[i * PARTS], n, columns[i], row, PREFETCH)
         tiles += own
     if OVERLAP and not INTERPRETED:  # nothing but weights is read before the wait, and nothing written
         gdc_launch_dependents()
@@ -229,23 +343,41 @@ def product(
                 acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHTS_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
                 first_k = 0
                 for p in tl.static_range(i * PARTS, (i + 1) * PARTS):
-                    acc = _multiply(
-                        acc,
-                        a[i] + first_k,
-                        lda,
-                        m,
-                        rows,
-                        ws[p],
-                        n,
-                        columns[i],
-                        ks[p],
-                        ROUND_TO_BF16,
-                        PRECISION,
-                        TRANSPOSED,
-                        WEIGHTS_FIRST,
-                        EVEN_K,
-                        BLOCK_K,
-                    )
+                    if ws[p].dtype.element_ty == tl.int32 and not TRANSPOSED:
+                        acc = _multiply_words(
+                            acc,
+                            a[i] + first_k,
+                            lda,
+                            m,
+                            rows,
+                            ws[p],
+                            n,
+                            columns[i],
+                            ks[p],
+                            ROUND_TO_BF16,
+                            PRECISION,
+                            WEIGHTS_FIRST,
+                            EVEN_K,
+                        )
+                    else:
+                        acc = _multiply(
+                            acc,
+                            a[i] + first_k,
+                            lda,
+                            m,
+                            rows,
+                            ws[p],
+                            n,
+                            columns[i],
+                            ks[p],
+                            ROUND_TO_BF16,
+                            PRECISION,
+                            TRANSPOSED,
+                            WEIGHTS_FIRST,
+                            EXACT_HALVES,
+                            EVEN_K,
+                            BLOCK_K,
+                        )
                     first_k += ks[p]
                 if WEIGHTS_FIRST:
                     acc = tl.trans(acc)
@@ -278,7 +410,7 @@ def product(
 def pull(
     g,  # [rows, k]
     ldg,
-    w,  # U [k, columns], contiguous
+    w,  # U [k, columns], contiguous; int8 as int32 words
     scales,  # [slot_count, columns] float32
     ld_scales,
     slots,
@@ -306,6 +438,7 @@ def pull(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
+    EXACT_HALVES: tl.constexpr,
     HOIST: tl.constexpr,
 ):
     """d = (g U) * scales[slot] * column_scale; sums of t * (g U) * column_scale over the rows of each slot entry."""
@@ -313,7 +446,24 @@ def pull(
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, disable_licm=not HOIST):
         tile_m, m, n = _tile(index, rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
         h = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        h = _multiply(h, g, ldg, m, rows, w, n, columns, k, ROUND_TO_BF16, PRECISION, True, False, EVEN_K, BLOCK_K)
+        h = _multiply(
+            h,
+            g,
+            ldg,
+            m,
+            rows,
+            w,
+            n,
+            columns,
+            k,
+            ROUND_TO_BF16,
+            PRECISION,
+            True,
+            False,
+            EXACT_HALVES,
+            EVEN_K,
+            BLOCK_K,
+        )
         inside = (m < rows)[:, None] & (n < columns)[None, :]
         if NEED_D:
             scaled = h * _scale_of(

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from t2kernels.packing import EIGHT_BITS
+from t2kernels.packing import BLOCK, EIGHT_BITS
 from t2kernels.triton import kernels
 from t2kernels.triton.tuning import Launch, Tile, multiprocessors, tile_for
 
@@ -33,7 +33,8 @@ class _Product:
         step: "project", "expand" or "pull" (see `kernels`).
         lefts: for each matrix [rows, k], all of one row stride.
         x_dtype: of the operator's activations.
-        matrices: each in parts along k: [columns, k], with `transposed` [k, columns].
+        matrices: each in parts along k: [columns, k], with `transposed` [k, columns]; int8 in words (`packing`).
+        columns: of each matrix, needed for transposed ones in words.
         bf16_products: that of the operator.
     """
 
@@ -44,30 +45,48 @@ class _Product:
         x_dtype: torch.dtype,
         matrices: Sequence[Sequence[Tensor]],
         transposed: bool = False,
+        columns: Sequence[int] = (),
         bf16_products: bool = False,
     ) -> None:
         self.step, self.lefts, self.transposed = step, tuple(lefts), transposed
         self.rows, self.device = lefts[0].shape[0], lefts[0].device
         self.parts = len(matrices[0])
-        self.weights = tuple(part for parts in matrices for part in parts)
-        self.columns = tuple(parts[0].shape[1 if transposed else 0] for parts in matrices)
-        self.k = tuple(part.shape[0 if transposed else 1] for part in self.weights)
-        dtypes = {part.dtype for part in self.weights}
+        parts = [part for matrix in matrices for part in matrix]
+        self.dtypes = tuple(part.dtype for part in parts)
+        self.weights = tuple(_words(part) for part in parts)
+        if transposed:
+            self.columns = tuple(columns) or tuple(matrix[0].shape[1] for matrix in matrices)
+            self.k = tuple(part.shape[0] for part in parts)
+        else:
+            self.columns = tuple(matrix[0].shape[0] for matrix in matrices)
+            self.k = tuple(
+                k for left, matrix in zip(lefts, matrices, strict=True) for k in _lengths(matrix, left.shape[1])
+            )
+        dtypes = set(self.dtypes)
         self.round_to_bf16 = bf16_products and dtypes == {torch.bfloat16}
         self.precision = "ieee" if x_dtype == torch.float32 or torch.float32 in dtypes else "tf32"
+
+    @property
+    def exact_halves(self) -> bool:
+        """Whether float16 meets bfloat16 as two bfloat16 terms; beside 8-bit parts it is rounded to one."""
+        return torch.float16 not in self.dtypes or not any(dtype in EIGHT_BITS for dtype in self.dtypes)
 
     @property
     def terms(self) -> str:
         """What is multiplied: "half" (16 bits each), "split" (float16 as two bfloat16 terms) or "wide" (32 bits)."""
         term = torch.bfloat16 if self.round_to_bf16 else self.lefts[0].dtype
-        others = {weight.dtype for weight in self.weights} - {term, *EIGHT_BITS}
-        if term in HALVES and not others:
+        others = set(self.dtypes) - {term, *EIGHT_BITS}
+        if term in HALVES and (not others or not self.exact_halves):
             return "half"
         return "split" if term == torch.bfloat16 and others == {torch.float16} else "wide"
 
     def tile(self) -> Tile:
-        dtypes = tuple(dict.fromkeys((self.lefts[0].dtype, *(weight.dtype for weight in self.weights))))
+        dtypes = tuple(dict.fromkeys((self.lefts[0].dtype, *self.dtypes)))
         return tile_for(Launch(self.step, self.rows, self.columns, self.k, self.terms, dtypes), self.device)
+
+    def _step(self, dtype: torch.dtype, tile: Tile) -> int:
+        """Terms of one step along k."""
+        return BLOCK if dtype == torch.int8 and not self.transposed else tile.block_k
 
     def launch(self, kernel: Any, tile: Tile, arguments: Sequence[Any], **constants: Any) -> None:
         """Runs a kernel of `kernels` on tiles of this product."""
@@ -78,7 +97,8 @@ class _Product:
             **constants,
             ROUND_TO_BF16=self.round_to_bf16,
             PRECISION=self.precision,
-            EVEN_K=all(k % tile.block_k == 0 for k in self.k),
+            EVEN_K=all(k % self._step(dtype, tile) == 0 for k, dtype in zip(self.k, self.dtypes, strict=True)),
+            EXACT_HALVES=self.exact_halves,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
@@ -140,6 +160,17 @@ class _Product:
             OVERLAP=tile.overlap,
             **({"launch_pdl": True} if tile.overlap else {}),
         )
+
+
+def _words(part: Tensor) -> Tensor:
+    """A stored matrix as the kernels take it: int8 in int32 words of four."""
+    return part.view(torch.int32).flatten(1) if part.dtype == torch.int8 else part
+
+
+def _lengths(parts: Sequence[Tensor], k: int) -> list[int]:
+    """How many of the k terms belong to each part: the last takes the rest, since words are padded."""
+    first = [part.shape[1] for part in parts[:-1]]
+    return [*first, k - sum(first)]
 
 
 def _scaled_dtype(x: torch.dtype, weights: Sequence[Tensor], bf16_products: bool) -> torch.dtype:
@@ -259,7 +290,7 @@ def factored_linear_backward(
         d = g.new_empty(rows, rank, dtype=_scaled_dtype(g.dtype, u, False)) if need_dx else None
         _pull(g, t, u, component_scale, scales, slots, d, dscales if need_dscales else None)
         if d is not None:
-            _Product("expand", [d], g.dtype, [vh], transposed=True).into([dx])
+            _Product("expand", [d], g.dtype, [vh], transposed=True, columns=[in_features]).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features) if need_dx else dx, dscales
 
 
@@ -275,7 +306,10 @@ def _pull(
 ) -> None:
     """d = (g U) * scale * component_scale, and dscales from t * (g U); a launch for each part of U, and `gather`."""
     rows, rank, rows_per_slot = g.shape[0], scales.shape[1], g.shape[0] // slots.shape[0]
-    products = [_Product("pull", [g], g.dtype, [[part]], transposed=True) for part in u]
+    products = [
+        _Product("pull", [g], g.dtype, [[part]], transposed=True, columns=[columns])
+        for part, columns in zip(u, _lengths(u, rank), strict=True)
+    ]
     tile = max(products, key=lambda product: product.columns[0]).tile()
     sums, span = t, 0
     if dscales is not None:
@@ -346,5 +380,5 @@ def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | No
     dx = g.new_empty(g.shape[0], in_features)
     if g.shape[0]:
         scaled = g if row_scale is None else g.float() * row_scale
-        _Product("expand", [scaled], g.dtype, [_contiguous([weight])], transposed=True).into([dx])
+        _Product("expand", [scaled], g.dtype, [_contiguous([weight])], transposed=True, columns=[in_features]).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2kernels import reference
-from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, quantize
+from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, interleave, matrix_of, quantize
 from tests.t2kernels.problems import ACTIVATIONS, problem
 
 triton = pytest.importorskip("triton")
@@ -84,12 +84,19 @@ class Factors:
             self.component[:head] = 1.0
             self.u = [p.u[:, :head].half(), u[:, head:].contiguous()]
             self.vh = [p.vh[:head].half(), vh[head:].contiguous()]
+        self.plain = self.u, self.vh
+        if storage == torch.int8:
+            self.u, self.vh = ([*parts[:-1], interleave(parts[-1])] for parts in self.plain)
 
     @property
     def full(self):
-        return torch.cat([part.float() for part in self.u], 1).double(), torch.cat(
-            [part.float() for part in self.vh], 0
-        ).double()
+        u, vh = self.plain
+        return torch.cat([p.float() for p in u], 1).double(), torch.cat([p.float() for p in vh], 0).double()
+
+    def round_head(self):
+        """As bfloat16 activations meet the leading part of 8-bit storage."""
+        for parts in self.plain:
+            parts[0] = parts[0].bfloat16()
 
 
 def close(actual, expected, dtype):
@@ -145,9 +152,19 @@ def test_two_parts(dtype, storage):
         p = problem(shape, batch, dtype=dtype)
         arguments = (p.x, factors.u, factors.vh, factors.component, p.scales, p.ids, p.bias, 40, False)
         y, t = launch.factored_linear(*arguments)
+        if dtype == torch.bfloat16:
+            factors.plain = [list(parts) for parts in factors.plain]
+            factors.round_head()
         expected, expected_t = expected_forward(p, factors)
         close(y, expected, dtype)
         close(t, expected_t, torch.float32)
+
+
+def test_interleaving_keeps_every_entry():
+    for n, k in ((1, 1), (7, 255), (3, 256), (5, 577)):
+        matrix = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        words = interleave(matrix)
+        assert words.shape == (n, -(-k // 256), 256) and torch.equal(matrix_of(words, n, k), matrix)
 
 
 def test_several_rows_per_slot_strided_scales_and_inputs():
@@ -303,10 +320,10 @@ def test_a_slot_that_is_not_there_is_nan_in_its_row_alone(slot):
 
 
 @pytest.mark.parametrize(
-    ("storage", "terms"), [(torch.int8, "split"), (torch.float16, "split"), (torch.float32, "wide")]
+    ("storage", "terms"), [(torch.int8, "half"), (torch.float16, "split"), (torch.float32, "wide")]
 )
 def test_bfloat16_activations_take_the_tensor_cores_of_16_bits(storage, terms, monkeypatch):
-    """With every format but float32, the float16 head of int8 included."""
+    """With every format but float32."""
     chosen = {}
 
     def tile_for(own, device):
@@ -321,7 +338,7 @@ def test_bfloat16_activations_take_the_tensor_cores_of_16_bits(storage, terms, m
     _, t = launch.factored_linear(p.x, *own, None, shape[0], False)
     launch.factored_linear_backward(p.x[:, :40], t, *own, shape[2], True, True)
     assert chosen["project"].terms == chosen["expand"].terms == terms
-    assert chosen["pull"].terms == ("half" if storage == torch.int8 else terms)  # of its larger part
+    assert chosen["pull"].terms == terms
 
 
 def test_float16_factors_lose_nothing_beside_bfloat16_activations():
