@@ -164,15 +164,18 @@ def cases(layers: Layers, smoke: bool) -> Iterator[tuple[str, Callable[[], list[
 
 
 def ceilings(device: torch.device, clock: Clock, smoke: bool) -> dict[str, Any]:
-    """Bytes a second of a copy (read and written) and bfloat16 FLOP/s of a large product."""
-    size, side = (1 << 16, 64) if smoke else (1 << 30, 8192)
-    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    """Bytes a second of a copy (read and written) and of a sum (read), and bfloat16 FLOP/s of a large product."""
+    size, side = (1 << 14, 64) if smoke else (1 << 29, 8192)
+    source = torch.randn(size, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    copying = clock([lambda: target.copy_(source)])["seconds"]
-    reading = clock([lambda: source.view(torch.int32).sum(dtype=torch.int32)])["seconds"]
+    copies = [
+        clock([call], graph=False)["seconds"]
+        for call in (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    ]
+    reading = clock([lambda: source.sum()], graph=False)["seconds"]
     product = clock([lambda: a @ b])["seconds"]
-    return {"copy": 2 * size / copying, "sum": size / reading, "bfloat16": 2 * side**3 / product}
+    return {"copy": 8 * size / min(copies), "sum": 4 * size / reading, "bfloat16": 2 * side**3 / product}
 
 
 def measure(results: Results, device: torch.device, smoke: bool) -> None:

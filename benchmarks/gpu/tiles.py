@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu.common import GROUPS, Call, Clock, Layers, Results, name_of
 from t2kernels.packing import interleave
-from t2kernels.triton import launch
-from t2kernels.triton.tuning import Tile
+from t2kernels.triton import launch, tuning
+from t2kernels.triton.tuning import Launch, Tile
 from t2kernels.weights import int8_head
 
 FP8 = torch.float8_e4m3fn
@@ -30,32 +31,41 @@ FP8 = torch.float8_e4m3fn
 
 def decode_tiles(rows: int, storage: torch.dtype) -> list[Tile]:
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    deep = 2 if storage.itemsize == 1 else 1
-    options: dict[str, Any] = {"prefetch": 2, "overlap": True}
-    first = {"weights_first": True, **options}
-    return [
-        Tile(64, 32, 128, 4, 8),
-        Tile(64, 32, 128, 4, 6, **options),
-        Tile(m, 32, 128 * deep, 4, 6, **first),
-        Tile(m, 64, 128, 4, 4, **first),
-        Tile(m, 64, 128, 4, 6, **first),
-        Tile(m, 64, 256, 4, 4, **first),
-        Tile(m, 128, 128, 8, 4, **first),
-        Tile(m, 128, 64 * deep, 4, 6, **first),
-    ]
+    first: dict[str, Any] = {"weights_first": True, "prefetch": 2, "overlap": True}
+    if storage == torch.int8:
+        tiles = [
+            Tile(m, 64, 128, 4, 4, **first),
+            Tile(m, 64, 128, 4, 6, **first),
+            Tile(m, 64, 256, 4, 4, **first),
+            Tile(m, 32, 128, 4, 4, **first),
+            Tile(m, 32, 128, 4, 8, **first),
+            Tile(m, 32, 256, 4, 4, **first),
+            Tile(m, 128, 128, 8, 4, **first),
+        ]
+    else:
+        tiles = [
+            Tile(m, 64, 128, 4, 4, **first),
+            Tile(m, 64, 128, 4, 6, **first),
+            Tile(m, 64, 256, 4, 4, **first),
+            Tile(m, 128, 128, 8, 4, **first),
+        ]
+    return tiles if m < 64 else [tile for tile in tiles if tile.stages * (m + tile.block_n) * tile.block_k <= 100_000]
 
 
 def prefill_tiles(step: str, storage: torch.dtype) -> list[Tile]:
     first: dict[str, Any] = {"weights_first": True}
-    tiles = [
-        Tile(128, 128, 64, 8, 3),
+    if storage == torch.int8:
+        return [
+            Tile(128, 128, 128, 8, 3, **first),
+            Tile(128, 128, 128, 8, 3, persistent=True, **first),
+            Tile(256, 128, 128, 8, 2, **first),
+            Tile(256, 128, 128, 8, 2, persistent=True, **first),
+        ]
+    return [
         Tile(128, 256, 64, 8, 3, persistent=True),
-        Tile(128, 128, 64, 8, 4, **first),
         Tile(256, 128, 64, 8, 3, persistent=True, **first),
-        Tile(128, 128, 64, 4, 4, **first),
-        Tile(256, 128, 64, 8, 3, **first),
+        Tile(256, 128, 64, 8, 4, persistent=True, **first),
     ]
-    return tiles
 
 
 def calls(layers: Layers, weights: Sequence[Sequence[Any]], step: str, rows: int) -> tuple[list[Call], list[Tensor]]:
@@ -113,27 +123,34 @@ def _fingerprint(outputs: Sequence[Tensor]) -> int:
 
 
 @contextmanager
-def using(tile: Tile) -> Iterator[None]:
-    before = launch.tile_for
-    launch.tile_for = lambda *_: tile  # type: ignore[assignment]
+def using(tile: Tile) -> Iterator[list[Launch]]:
+    """Every launch inside takes this tile; the launches are collected."""
+    before, seen = launch.tile_for, []
+
+    def take(own: Launch, device: torch.device) -> Tile:
+        seen.append(own)
+        return tile
+
+    launch.tile_for = take
     try:
-        yield
+        yield seen
     finally:
         launch.tile_for = before
 
 
-ROWS = {"decode": (8, 32), "prefill": (2048,)}
 STORAGES = (torch.bfloat16, torch.int8)
 
 
 def cases(groups: Sequence[str]) -> Iterator[tuple[str, str, torch.dtype, int, Tile]]:
     """(group, step, storage, rows, tile)"""
-    for group, storage, rows, step in itertools.product(groups, STORAGES, (8, 32), ("project", "expand")):
-        for tile in decode_tiles(rows, storage):
-            yield group, step, storage, rows, tile
-    for group, storage, step in itertools.product(("o",), STORAGES, ("project", "expand")):
-        for tile in prefill_tiles(step, storage):
-            yield group, step, storage, 2048, tile
+    for group, storage in itertools.product(groups, STORAGES):
+        for rows, step in itertools.product((8, 32, 64), ("project", "expand")):
+            if rows < 64 or storage == torch.bfloat16:
+                for tile in decode_tiles(rows, storage):
+                    yield group, step, storage, rows, tile
+        for step in ("project", "expand"):
+            for tile in prefill_tiles(step, storage):
+                yield group, step, storage, 2048, tile
 
 
 def label(tile: Tile) -> str:
@@ -153,20 +170,35 @@ def measure(results: Results, device: torch.device, smoke: bool, groups: Sequenc
         del layers
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    keep_fastest(results, device)
 
 
 def _timed(layers: Layers, storage: torch.dtype, step: str, rows: int, tile: Tile) -> dict[str, Any]:
     packed = layers.packed(storage)
-    with using(tile):
+    with using(tile) as launches:
         made, outputs = calls(layers, packed, step, rows)
         made[0]()
         bits = _fingerprint(outputs)
         found = layers.clock(made)
-    return {
-        **found,
-        "bits": bits,
-        "bytes": sum(p.nbytes for w in packed[0] for p in (w.vh if step == "project" else w.u)),
-    }
+    read = sum(p.nbytes for w in packed[0] for p in (w.vh if step == "project" else w.u))
+    return {**found, "bits": bits, "bytes": read, "tile": asdict(tile), "launch": launches[0].key}
+
+
+def keep_fastest(results: Results, device: torch.device) -> None:
+    """Writes the fastest tile of each launch to the device's tuning file, also for the fewer rows it stands for."""
+    best: dict[str, dict[str, Any]] = {}
+    for name, found in results.data.items():
+        if name.startswith("tile | ") and "seconds" in found:
+            kept = best.get(found["launch"])
+            if kept is None or found["seconds"] < kept["seconds"]:
+                best[found["launch"]] = found
+    fewer = {8: (1, 2, 4, 8, 16), 2048: (512, 1024, 2048, 4096)}
+    measured = {}
+    for key, found in best.items():
+        rows = int(key.split("rows<=")[1].split(" ")[0])
+        for bucket in fewer.get(rows, (rows,)):
+            measured[key.replace(f"rows<={rows} ", f"rows<={bucket} ")] = Tile(**found["tile"])
+    print(f"{len(measured)} tiles in {tuning.save(measured, device)}", flush=True)
 
 
 # Ahead of time, without a GPU
@@ -202,7 +234,7 @@ def compile_case(case: tuple[str, str, torch.dtype, int, Tile]) -> str:
         with compiling() as made, using(tile):
             for call in calls(layers, [[_Shape(out, inputs, storage) for out in outs]], step, rows)[0]:
                 call()
-    except Exception as error:
+    except Exception as error:  # one of many; named in the report
         return f"{case}: {type(error).__name__}: {error}"
     return "" if made else f"{case}: nothing was compiled"
 

@@ -30,7 +30,7 @@ class _Product:
     """One launch that multiplies: what its tile and its arithmetic are chosen by.
 
     Args:
-        step: "project", "expand" or "pull" (see `kernels`).
+        step: "project", "expand", "pull", or "back" for dx (see `kernels`).
         lefts: for each matrix [rows, k], all of one row stride.
         x_dtype: of the operator's activations.
         matrices: each in parts along k: [columns, k], with `transposed` [k, columns]; int8 in words (`packing`).
@@ -73,11 +73,12 @@ class _Product:
 
     @property
     def terms(self) -> str:
-        """What is multiplied: "half" (16 bits each), "split" (float16 as two bfloat16 terms) or "wide" (32 bits)."""
+        """What is multiplied: 16 bits each ("half", from int8 "words"), float16 as two bfloat16 terms ("split"), or 32
+        bits ("wide")."""
         term = torch.bfloat16 if self.round_to_bf16 else self.lefts[0].dtype
         others = set(self.dtypes) - {term, *EIGHT_BITS}
         if term in HALVES and (not others or not self.exact_halves):
-            return "half"
+            return "words" if torch.int8 in self.dtypes else "half"
         return "split" if term == torch.bfloat16 and others == {torch.float16} else "wide"
 
     def tile(self) -> Tile:
@@ -86,7 +87,7 @@ class _Product:
 
     def _step(self, dtype: torch.dtype, tile: Tile) -> int:
         """Terms of one step along k."""
-        return BLOCK if dtype == torch.int8 and not self.transposed else tile.block_k
+        return max(BLOCK, tile.block_k) if dtype == torch.int8 and not self.transposed else tile.block_k
 
     def launch(self, kernel: Any, tile: Tile, arguments: Sequence[Any], **constants: Any) -> None:
         """Runs a kernel of `kernels` on tiles of this product."""
@@ -290,7 +291,7 @@ def factored_linear_backward(
         d = g.new_empty(rows, rank, dtype=_scaled_dtype(g.dtype, u, False)) if need_dx else None
         _pull(g, t, u, component_scale, scales, slots, d, dscales if need_dscales else None)
         if d is not None:
-            _Product("expand", [d], g.dtype, [vh], transposed=True, columns=[in_features]).into([dx])
+            _Product("back", [d], g.dtype, [vh], transposed=True, columns=[in_features]).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features) if need_dx else dx, dscales
 
 
@@ -380,5 +381,7 @@ def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | No
     dx = g.new_empty(g.shape[0], in_features)
     if g.shape[0]:
         scaled = g if row_scale is None else g.float() * row_scale
-        _Product("expand", [scaled], g.dtype, [_contiguous([weight])], transposed=True, columns=[in_features]).into([dx])
+        _Product("expand", [scaled], g.dtype, [_contiguous([weight])], transposed=True, columns=[in_features]).into(
+            [dx]
+        )
     return dx.reshape(*grad_y.shape[:-1], in_features)

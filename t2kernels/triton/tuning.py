@@ -32,7 +32,10 @@ class Tile:
     """How one launch cuts its work: rows x columns of a program's tile, the step along k, warps, buffers in flight.
 
     `group_m` row tiles take turns before the next columns. A persistent launch has as many programs as the chip has
-    multiprocessors, each walking over tiles.
+    SMs, each walking over tiles. `weights_first`: weights are the left operand of the tensor core, whose tile has at
+    least 64 rows on Hopper, so that few rows of x need no padding and 8-bit weights come from registers. `prefetch`
+    lines of 128 bytes of each weight row are asked for before anything else; with `overlap` a launch begins while the
+    one before it still runs (programmatic dependent launch, Hopper and later).
     """
 
     block_m: int
@@ -59,19 +62,31 @@ class Table:
     pull: Entries
     split: Entries  # project and expand with float16 weights, or a head of them, as two bfloat16 ones: sums take twice
     wide: Entries  # products of float32 and tf32 terms
+    words: Entries  # project and expand with int8 weights
 
     def entries(self, step: str, terms: str) -> Entries:
-        """step: project, expand or pull; terms: half, split or wide."""
+        """step: project, expand, pull or back (dx); terms: half, words, split or wide."""
         if terms == "wide":
             return self.wide
-        if terms == "split" and step != "pull":
-            return self.split
-        return {"project": self.project, "expand": self.expand, "pull": self.pull}[step]
+        if step in ("project", "expand") and terms in ("split", "words"):
+            return self.split if terms == "split" else self.words
+        return {"project": self.project, "expand": self.expand, "pull": self.pull, "back": self.expand}[step]
 
 
 _MMA_WIDE = ((16, Tile(16, 32, 64, 4, 3)), (math.inf, Tile(64, 32, 32, 4, 3)))
 _MFMA = ((16, Tile(16, 32, 128, 4, 2)), (64, Tile(64, 64, 64, 4, 2)), (math.inf, Tile(128, 128, 64, 8, 2)))
 _WIDE = ((math.inf, Tile(64, 32, 32, 4, 3)),)
+
+
+def _hopper_decode(stages: int) -> Entries:
+    """Up to 64 rows: reading weights is all there is to do."""
+
+    def tile(rows: int, stages: int) -> Tile:
+        return Tile(rows, 64, 128, 4, stages, weights_first=True, prefetch=2, overlap=True)
+
+    return (16, tile(16, stages)), (32, tile(32, stages)), (64, tile(64, min(stages, 5)))
+
+
 TABLES = {
     "sm_80": Table(
         project=(
@@ -91,17 +106,22 @@ TABLES = {
             (math.inf, Tile(128, 128, 32, 8, 4)),
         ),
         wide=_MMA_WIDE,
+        words=(
+            (16, Tile(16, 32, 128, 4, 4, weights_first=True)),
+            (64, Tile(64, 64, 128, 4, 3, weights_first=True)),
+            (math.inf, Tile(128, 128, 128, 8, 2, weights_first=True)),
+        ),
     ),
     "sm_90": Table(
         project=(
-            (64, Tile(64, 32, 128, 4, 8)),
-            (256, Tile(64, 128, 64, 8, 4)),
-            (math.inf, Tile(128, 128, 64, 8, 3)),
+            *_hopper_decode(6),
+            (256, Tile(128, 64, 64, 4, 5, weights_first=True)),
+            (math.inf, Tile(256, 128, 64, 8, 3, persistent=True, weights_first=True)),
         ),
         pull=((256, Tile(64, 128, 64, 8, 4)), (math.inf, Tile(128, 64, 64, 8, 4))),
         expand=(
-            (64, Tile(64, 32, 128, 4, 8)),
-            (256, Tile(64, 128, 64, 4, 4)),
+            *_hopper_decode(6),
+            (256, Tile(128, 64, 64, 4, 5, weights_first=True)),
             (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
         ),
         split=(
@@ -110,6 +130,10 @@ TABLES = {
             (math.inf, Tile(128, 128, 64, 8, 3)),
         ),
         wide=_WIDE,
+        words=(
+            *_hopper_decode(4),
+            (math.inf, Tile(128, 128, 128, 8, 3, weights_first=True)),
+        ),
     ),
     "sm_100": Table(
         project=(
@@ -129,6 +153,10 @@ TABLES = {
             (math.inf, Tile(128, 128, 64, 8, 3)),
         ),
         wide=_WIDE,
+        words=(
+            (64, Tile(64, 64, 128, 4, 4)),
+            (math.inf, Tile(128, 128, 128, 8, 2)),
+        ),
     ),
     "gfx942": Table(
         project=_MFMA,
@@ -136,6 +164,7 @@ TABLES = {
         pull=_MFMA,
         split=_MFMA,
         wide=_MMA_WIDE,
+        words=((16, Tile(16, 32, 128, 4, 2)), (math.inf, Tile(64, 64, 128, 4, 2))),
     ),
 }
 
@@ -161,11 +190,11 @@ def multiprocessors(device: torch.device) -> int:
 class Launch:
     """What a tile is chosen by."""
 
-    step: str  # project, expand or pull
+    step: str  # project, expand, pull or back
     rows: int
     columns: tuple[int, ...]
     k: tuple[int, ...]
-    terms: str  # half, split or wide: see Table
+    terms: str  # half, words, split or wide: see Table
     dtypes: tuple[torch.dtype, ...]  # of the left side and the weights
 
     @property
