@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,14 @@ from tqdm import tqdm
 from t2.attention import ATTENTION, growing_cache, set_attention
 from t2.experts import Expert, ExpertBank, check_z
 from t2.layers import PackedLinear, RoutedLinear, SharedInput
-from t2.layout import layout_of
+from t2.layout import fingerprint, layout_of
 from t2.planning import Delta, Merged, ServingPlan, cost_model
 from t2.routing import Route, Router, SlotTable, TrainedRoute
+from t2.storage import raw_bytes
 from t2.svd import FactorCache, decompose_weights, weight_key
 from t2.targets import Linear, groups_of_one_input, other_linears, select_targets, weight_matrix
 from t2kernels import DenseWeight, FactoredWeight, Factors, decompose
-from t2kernels.packing import STORAGE_DTYPES
+from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, STORAGE_DTYPES
 from t2kernels.planner import CostModel, DeltaWeight, Phase, Plan, delta_components, plan_layer
 
 if TYPE_CHECKING:  # strategies are made of this module's models
@@ -35,6 +37,9 @@ if TYPE_CHECKING:  # strategies are made of this module's models
 ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
 """What one request uses: a name, a mix of names with weights, an expert, a vector z [R], or None for the base."""
 
+FactorSource = Callable[[str, Tensor], Factors] | Mapping[str, Callable[[], Factors]]
+"""Where the factors of a target come from, if not from `decompose`: (name, weight [out, in]) -> factors, or by name."""
+
 
 @dataclass(frozen=True)
 class SVFConfig:
@@ -43,15 +48,18 @@ class SVFConfig:
     target_modules: "all-linear" (all but the output embedding), "attention" or "mlp" (layers below a module so
         named), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"]. Of a
         model that reads images, only layers of its language model are meant.
-    dtype: storage of the factors: float32, bfloat16, float16 or int8; None keeps each weight's own.
+    dtype: storage of the factors: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn; None keeps each
+        weight's own.
     bf16_products: lets activations be rounded to bfloat16 before they meet bfloat16 factors, where the processor has
         that dot product: twice the arithmetic, for a drift that `benchmarks/fidelity.py` measures.
     pack_others: whether linear layers beside the targets, the output embedding first of all, run on the same kernels
-        too, stored as `dtype` (as float16 where that is int8: logits come straight out of them). What comes before the
-        language model of one that reads images is left as it is.
+        too, stored as `dtype`. Where that has 8 bits they stay as they are, float32 ones as float16: logits come
+        straight out of them. What comes before the language model of one that reads images is left as it is.
     cache: True keeps factors (and the base weights, which `merge` and `detach` need) in `cache_dir` instead of
         computing them at every start; False holds the base weights in memory beside the factors.
     cache_dir: folder of the cache; None is `t2kernels.files.cache_root() / "factors"`.
+    slots: rows of the slot table, 4 R bytes each: the base, every expert, and the mixes of running batches have one.
+        None is 64 on a GPU (185 MB for Llama-3-8B) and 8 elsewhere. A full table doubles (`SVFModel.table_generation`).
     progress: whether the decomposition shows a progress bar.
     """
 
@@ -61,6 +69,7 @@ class SVFConfig:
     pack_others: bool = True
     cache: bool = True
     cache_dir: Path | str | None = None
+    slots: int | None = None
     progress: bool = True
 
 
@@ -86,6 +95,9 @@ class SVFModel(nn.Module):
         config: how; default `SVFConfig()`.
         weights: functions that read the target weights [out, in], by module name, for a model that has these on the
             meta device and all else in memory: `t2.load_factored` makes both from a checkpoint. Needs a cache.
+        factors: factors made elsewhere, in place of a decomposition: a function (name, weight [out, in]) -> Factors,
+            or functions without arguments by module name. Needs `cache=False`. Experts belong to these factors, not to
+            the weights: the layout's fingerprint is theirs.
     """
 
     def __init__(
@@ -94,37 +106,48 @@ class SVFModel(nn.Module):
         config: SVFConfig | None = None,
         *,
         weights: Mapping[str, Callable[[], Tensor]] | None = None,
+        factors: FactorSource | None = None,
     ) -> None:
         super().__init__()
         config = config or SVFConfig()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if config.dtype not in (None, *STORAGE_DTYPES):
+        if config.dtype not in (None, *GPU_STORAGE_DTYPES):
             raise TypeError(f"dtype: expected None, float32, bfloat16, float16 or int8, got {config.dtype}")
+        if config.slots is not None and (not isinstance(config.slots, int) or config.slots < 1):
+            raise ValueError(f"slots: expected None or an integer >= 1, got {config.slots!r}")
         if any(isinstance(module, RoutedLinear) for module in model.modules()):
             raise ValueError("model: expected a plain model, got one that is wrapped already; detach() it first")
         if weights is not None and not config.cache:
             raise ValueError("cache: expected True where weights are read one by one, got False")
+        if factors is not None and config.cache:
+            raise ValueError("cache: expected False where factors are given, got True")
         targets = select_targets(model, config.target_modules, on_meta=weights is not None)
         if weights is not None and (unknown := targets.keys() - weights.keys()):
             raise ValueError(f"weights: expected one for each target layer, got none for {sorted(unknown)[:3]}")
         matrices = {name: weight_matrix(layer) for name, layer in targets.items()}
+        if factors is not None:
+            _check_source(factors, matrices)
+        device = next(iter(matrices.values())).device
+        if device.type == "meta":
+            device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        if device.type == "cpu" and config.dtype not in (None, *STORAGE_DTYPES):
+            raise TypeError(f"dtype: expected one of {STORAGE_DTYPES} on a CPU, got {config.dtype}, which needs a GPU")
         self.svf_config = config
         self._cache = FactorCache(config.cache_dir) if config.cache else None
         if self._cache is not None:
             sources = matrices if weights is None else {name: weights[name] for name in targets}
             done = decompose_weights(sources, self._cache, progress=config.progress)
             keys = {name: entry.key for name, entry in done.items()}
-        else:
+        elif factors is None:
             keys = {name: weight_key(weight) for name, weight in matrices.items()}
+        else:
+            keys = dict.fromkeys(matrices, "")  # until they are there
         self.layout = layout_of(model, matrices, keys)
-        device = next(iter(matrices.values())).device
-        if device.type == "meta":
-            device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         del matrices  # views that would keep every dense weight alive while the factors are loaded
-        self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device))
+        slots = (64 if device.type == "cuda" else 8) if config.slots is None else config.slots
+        self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device), slots)
         self.router = Router(self._table)
-        self.bank = ExpertBank(self.layout)
         self._slots: dict[str, int] = {}
         self.z: nn.Parameter | None = None
         self._strategies: dict[str, Strategy] = {}
@@ -137,23 +160,34 @@ class SVFModel(nn.Module):
         try:
             bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not config.progress)
             for index, (name, layer) in enumerate(bar):
-                self._replace(index, name, layer, keys[name])
+                self._replace(index, name, layer, keys[name], factors)
             self._share_inputs()
             if config.pack_others:
                 self._pack_others()
-            set_attention(model, ATTENTION, instead_of="sdpa")
+            if device.type == "cpu":
+                set_attention(model, ATTENTION, instead_of="sdpa")
         except BaseException:
             if weights is None:
                 self._restore()
             raise
+        if factors is not None:
+            made = fingerprint({name: target.key for name, target in self._targets.items()})
+            self.layout = self._table.layout = replace(self.layout, fingerprint=made)
+        self.bank = ExpertBank(self.layout)
         self._table.table[:] = self._table.sigma
+        self._table.bind([target.layer for target in self._targets.values()])
 
-    def _replace(self, index: int, name: str, layer: Linear, key: str) -> None:
+    def _replace(self, index: int, name: str, layer: Linear, key: str, source: FactorSource | None) -> None:
         weight, device = weight_matrix(layer), self._table.sigma.device
-        factors = self._cache.load(key) if self._cache else decompose(weight)
+        if source is not None:
+            factors = _check_factors(name, source(name, weight) if callable(source) else source[name](), weight)
+            key = _factors_key(factors)
+        else:
+            factors = self._cache.load(key) if self._cache else decompose(weight)
         dtype = self.svf_config.dtype or weight.dtype
-        packed = FactoredWeight.pack(*factors, dtype=dtype, bf16_products=self.svf_config.bf16_products)
-        packed = packed.to(device)
+        on_device = [factor.to(device) for factor in factors]  # packed there, in the layout of its kernels
+        packed = FactoredWeight.pack(*on_device, dtype=dtype, bf16_products=self.svf_config.bf16_products)
+        del factors, on_device
         self._table.sigma[self.layout.window(name)] = packed.s
         routed = RoutedLinear(index, packed, layer.bias, self.router).train(layer.training)
         self._targets[name] = _Target(routed, layer, key, None if self._cache else weight.clone())
@@ -167,18 +201,17 @@ class SVFModel(nn.Module):
         for names in groups_of_one_input(self._targets):
             members = [self._targets[name].layer for name in names]
             if len({(m.in_features, m.weight.dtype, m.weight.parts) for m in members}) == 1:
-                shared = SharedInput(members)
-                for member in members:
-                    member.shared_input = shared
+                SharedInput(members)
 
     def _pack_others(self) -> None:
         """The original modules stay in memory, for `merge` and `detach`; a tied output embedding is no extra copy."""
         for name, layer in other_linears(self.model).items():
             weight = weight_matrix(layer)
             dtype = self.svf_config.dtype or weight.dtype
-            dtype = torch.float16 if dtype == torch.int8 else dtype
+            if dtype in EIGHT_BITS:
+                dtype = torch.float16 if weight.dtype == torch.float32 else weight.dtype
             packed = DenseWeight.pack(weight, dtype=dtype, bf16_products=self.svf_config.bf16_products)
-            routed = PackedLinear(packed.to(weight.device), layer).train(layer.training)
+            routed = PackedLinear(packed, layer).train(layer.training)
             self._packed[name] = routed, layer
             self.model.set_submodule(name, routed)
 
@@ -186,18 +219,29 @@ class SVFModel(nn.Module):
         super()._apply(fn, recurse)
         if self._targets:
             targets = list(self._targets.values())
-            self._table.to(targets[0].layer.weight.s.device)
-            self.router = Router(self._table)
+            device = targets[0].layer.weight.s.device
+            if device != self._table.sigma.device:
+                self._table.to(device)
+                self.router = Router(self._table)
+                for target in targets:
+                    target.layer.router = self.router
             if self.z is not None:
                 self.router.default = TrainedRoute(self.z, self.sigma, self.layout)
-            for target in targets:
-                target.layer.router = self.router
         return self
 
     @property
     def sigma(self) -> Tensor:
         """The singular values [R] float32 of all decomposed matrices, in the order of the layout."""
         return self._table.sigma
+
+    @property
+    def table_generation(self) -> int:
+        """How often the slot table has moved, because it was full or the model went to another device.
+
+        CUDA graphs that were captured at another generation read a table that is no longer there: capture them again.
+        `SVFConfig.slots` makes room beforehand. Compiled models follow by themselves, and are compiled once more.
+        """
+        return self._table.generation
 
     @property
     def weight_keys(self) -> dict[str, str]:
@@ -255,6 +299,10 @@ class SVFModel(nn.Module):
         else backward is called inside the block. Routes belong to the thread or task that entered them, and may be
         nested.
 
+        Batches of one size that run one after the other have their slots at the same address, and all experts are rows
+        of one table. So a model that was compiled, and a CUDA graph that was captured inside of a route, run with the
+        experts of the route around them, until `table_generation` changes. Enter the route before the capture.
+
         With a `plan` (inference only) layers run in the form it chose; a ValueError says if it was made for others.
         """
         self._check_attached()
@@ -263,8 +311,8 @@ class SVFModel(nn.Module):
             route = self._resolve(choices, held)
             if plan is not None:
                 self._check_plan(plan, choices)
-                forms = {index: form.bind(route.table) for index, form in self._built(plan).items()}
-                route = Route(route.table, route.slots, self.layout, forms)
+                forms = {index: form.bind(self._table.table) for index, form in self._built(plan).items()}
+                route = Route(route.slots, forms=forms)
             held.enter_context(self.router.within(route))
             yield
 
@@ -272,7 +320,9 @@ class SVFModel(nn.Module):
         device = self._table.sigma.device
         if any(isinstance(choice, Tensor) and choice.requires_grad for choice in choices):
             scales = torch.stack([self._table.sigma * self.z_of(choice).to(device) for choice in choices])
-            return Route(scales, torch.arange(len(choices), device=device), self.layout)
+            return Route(torch.arange(len(choices), device=device), scales, self.layout)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("route: expected to be entered before the capture of a CUDA graph, got one inside of it")
         slots: dict[object, int] = {None: SlotTable.BASE}
         with self._lock:
             for choice in choices:
@@ -286,8 +336,10 @@ class SVFModel(nn.Module):
                 else:
                     slots[key] = self._table.allocate(self.z_of(choice))
                 held.callback(self._table.release, slots[key])
-            ids = torch.tensor([slots[self._key(choice)] for choice in choices], dtype=torch.int64, device=device)
-            return Route(self._table.table, ids, self.layout)
+        self._table.wait_for_writes()
+        buffer = self.router.buffers.take([slots[self._key(choice)] for choice in choices])
+        held.callback(self.router.buffers.give_back, buffer)
+        return Route(buffer.slots)
 
     @staticmethod
     def _key(choice: ExpertChoice) -> object:
@@ -466,7 +518,7 @@ class SVFModel(nn.Module):
         plan.forms = None
         forms = {index: form.bind(self._table.sigma.unsqueeze(0) * z) for index, form in self._built(plan).items()}
         zeros = torch.zeros(1, dtype=torch.int64, device=self._table.sigma.device)
-        route = Route((self._table.sigma * z).unsqueeze(0), zeros, self.layout, forms)
+        route = Route(zeros, (self._table.sigma * z).unsqueeze(0), self.layout, forms)
         for rows, count in plan.plan.phase.passes.items():
             sweeps = [self._seconds_by_form(plan, route, rows) for _ in range(3)]
             for form in plan.plan.forms():
@@ -694,3 +746,35 @@ def _plain(module: Linear, weight: Tensor) -> nn.Module:
         requires_grad=module.weight.requires_grad,
     )
     return plain
+
+
+def _check_source(source: FactorSource, targets: Mapping[str, Tensor]) -> None:
+    if callable(source):
+        return
+    if not isinstance(source, Mapping):
+        raise TypeError(f"factors: expected a function or a mapping of names to functions, got {type(source).__name__}")
+    if missing := targets.keys() - source.keys():
+        raise ValueError(f"factors: expected one for each target layer, got none for {sorted(missing)[:3]}")
+    if wrong := [name for name in targets if not callable(source[name])]:
+        raise TypeError(f"factors[{wrong[0]!r}]: expected a function, got {type(source[wrong[0]]).__name__}")
+
+
+def _check_factors(name: str, factors: object, weight: Tensor) -> Factors:
+    if not isinstance(factors, tuple) or len(factors) != 3 or not all(isinstance(part, Tensor) for part in factors):
+        raise TypeError(f"factors[{name!r}]: expected a tuple of tensors (u, s, vh), got {type(factors).__name__}")
+    (out_features, in_features), rank = weight.shape, min(weight.shape)
+    for part, factor, expected in zip(
+        Factors._fields, factors, ((out_features, rank), (rank,), (rank, in_features)), strict=True
+    ):
+        if tuple(factor.shape) != expected:
+            raise ValueError(f"factors[{name!r}].{part}: expected shape {list(expected)}, got {list(factor.shape)}")
+    return Factors(*factors)
+
+
+def _factors_key(factors: Factors) -> str:
+    """An identity for factors made elsewhere, from s, the first row of U and the first column of Vh."""
+    parts = (factors.s, factors.u[0], factors.vh[:, 0])
+    digest = hashlib.sha256(str([tuple(part.shape) for part in factors]).encode())
+    for part in parts:
+        digest.update(raw_bytes(part.float()))
+    return digest.hexdigest()

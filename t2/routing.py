@@ -1,11 +1,19 @@
-"""The slot table and the route: which row of scales each request of the running batch uses."""
+"""The slot table and the route: which row of scales each request of the running batch uses.
+
+Both lie at addresses that last. Experts come and go by writes into one table, and a batch finds its slots in a buffer
+that the next batch of its size uses again. So compiled code and captured CUDA graphs run with other experts as they
+are.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,68 +25,207 @@ LayerForm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Route:
-    """The scales in use and one slot per request. Layer i sees its own column window of the table.
+    """One slot per request, and the scales these are rows of.
 
-    `forms` are the products of the layers that a plan gave another form than factored, by index.
+    Args:
+        slots: [requests] int64.
+        scales: [slots, R] instead of the slot table, for an expert that a gradient has to reach, or the base.
+        layout: of the scales.
+        forms: the products of the layers that a plan gave another form than factored, by index.
     """
 
     def __init__(
-        self, table: Tensor, slots: Tensor, layout: Layout, forms: Mapping[int, LayerForm] | None = None
+        self,
+        slots: Tensor,
+        scales: Tensor | None = None,
+        layout: Layout | None = None,
+        forms: Mapping[int, LayerForm] | None = None,
     ) -> None:
-        self.forms = forms or {}
-        self.table = table
         self.slots = slots
-        self.requires_grad = table.requires_grad
-        self.windows = table.split(list(layout.ranks), dim=1)
+        self.requests = slots.shape[0]
+        self.forms = forms or {}
+        self.requires_grad = scales is not None and scales.requires_grad
+        self.windows: Sequence[Tensor] | None = None  # of layer i; None: what the layer has of the slot table
+        if scales is not None:
+            assert layout is not None
+            self.windows = scales.split(list(layout.ranks), dim=1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether slots of the table are all there is to it."""
+        return self.windows is None and not self.forms
 
     def check(self, rows: int) -> None:
         """ValueError unless the rows are the requests, each repeated the same number of times."""
-        requests = self.slots.shape[0]
-        if rows % requests if requests else rows:
-            raise ValueError(f"experts: expected one entry per request, got {requests} entries for {rows} rows")
+        if rows % self.requests if self.requests else rows:
+            raise ValueError(f"experts: expected one entry per request, got {self.requests} entries for {rows} rows")
+
+    @cached_property
+    def kept_slots(self) -> Tensor:
+        """A copy of the slots for the backward pass, which may come when another batch has their buffer."""
+        with torch.inference_mode(False):
+            return self.slots.clone()
+
+
+class _Streams:
+    """The streams that have used one piece of GPU memory, for others to wait for; nothing on another device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._users: list[Any] = []
+
+    def used(self) -> None:
+        """Notes that the current stream has used it."""
+        if self._device is not None:
+            current = torch.cuda.current_stream(self._device)
+            if current not in self._users:
+                self._users.append(current)
+
+    def wait(self) -> None:
+        """Lets the current stream go on after all that its users were given to do so far."""
+        for stream in self._users:
+            current = torch.cuda.current_stream(self._device)
+            if stream != current:
+                current.wait_stream(stream)
+
+    def take_over(self) -> None:
+        """`wait`, before the current stream writes: it is then the only user to wait for."""
+        self.wait()
+        self._users.clear()
+        self.used()
+
+
+class _SlotBuffer:
+    def __init__(self, length: int, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            self.slots = torch.zeros(length, dtype=torch.int64, device=device)
+        self.holds = (0,) * length
+        self.busy = False
+        self.streams = _Streams(device)
+
+
+class SlotBuffers:
+    """Buffers for the slots of running batches, [requests] int64 each.
+
+    A batch takes the first free one of its length, so batches that run one after the other share an address, while
+    nested ones and those of other threads have their own. Filling one does not make the host wait for a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[int, list[_SlotBuffer]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, ids: Sequence[int]) -> _SlotBuffer:
+        """A buffer that holds these ids, until it is given back."""
+        with self._lock:
+            known = self._buffers.setdefault(len(ids), [])
+            buffer = next((buffer for buffer in known if not buffer.busy), None)
+            if buffer is None:
+                buffer = _SlotBuffer(len(ids), self._device)
+                known.append(buffer)
+            buffer.busy = True
+        buffer.streams.take_over()
+        if buffer.holds != tuple(ids):
+            with torch.inference_mode(False):
+                new = torch.tensor(ids, dtype=torch.int64)
+                if self._device.type == "cuda":
+                    buffer.slots.copy_(new.pin_memory(), non_blocking=True)
+                else:
+                    buffer.slots.copy_(new)
+            buffer.holds = tuple(ids)
+        return buffer
+
+    def give_back(self, buffer: _SlotBuffer) -> None:
+        """Lets the next batch have it."""
+        buffer.streams.used()
+        buffer.busy = False
+
+
+class ScaledLayer(Protocol):
+    """A layer that reads its columns of the slot table."""
+
+    def set_scales(self, scales: Tensor) -> None:
+        """Takes a view [slots, r] of the table."""
 
 
 class SlotTable:
     """`table` [slots, R] float32 of rows sigma * z. Slot 0 is the base model (z = 1) and stays.
 
     Slots are counted references: an expert holds its slot, and so does every route that uses it. A slot that is
-    written is always a free one, so replacing or removing an expert never changes a batch that is running. The table
-    doubles when it is full; routes made before keep the tensor they were made from.
+    written is always a free one, so replacing or removing an expert never changes a batch that is running.
+
+    The table doubles when it is full. It is then another tensor, and `generation` one higher: layers get new views of
+    it, compiled code is compiled once more, and CUDA graphs that were captured before must be captured again. On a GPU
+    the host waits until the device has read the old one.
     """
 
     BASE = 0
 
-    def __init__(self, layout: Layout, sigma: Tensor) -> None:
+    def __init__(self, layout: Layout, sigma: Tensor, slots: int = 8) -> None:
         self.layout = layout
         self.sigma = sigma
-        self.table = sigma.unsqueeze(0).repeat(8, 1)
-        self._references = [1] + [0] * 7
+        self.generation = 0
+        with torch.inference_mode(False):  # a table made in inference mode could not be trained through later
+            self.table = sigma.unsqueeze(0).repeat(slots, 1)
+        self._references = [1] + [0] * (slots - 1)
+        self._layers: list[ScaledLayer] = []
         self._lock = threading.Lock()
+        self._set_streams()
+
+    def _set_streams(self) -> None:
+        self._written = _Streams(self.sigma.device)
+        self._released = [_Streams(self.sigma.device) for _ in self._references]
 
     @property
     def in_use(self) -> int:
         """Slots that hold something, the base's included."""
         return sum(count > 0 for count in self._references)
 
-    def to(self, device: torch.device) -> None:
+    def bind(self, layers: Sequence[ScaledLayer]) -> None:
+        """Gives layers, in the order of the layout, their views of the table, now and whenever it moves."""
         with self._lock:
+            self._layers = list(layers)
+            self._give_views()
+
+    def _give_views(self) -> None:
+        with torch.inference_mode(False):
+            for layer, columns in zip(self._layers, self.table.split(list(self.layout.ranks), dim=1), strict=True):
+                layer.set_scales(columns)
+
+    def to(self, device: torch.device) -> None:
+        with self._lock, torch.inference_mode(False):
             self.sigma, self.table = self.sigma.to(device), self.table.to(device)
+            self._set_streams()
+            self.generation += 1
+            self._give_views()
 
     def allocate(self, z: Tensor) -> int:
         """Writes sigma * z to a free slot and returns it with one reference."""
-        with torch.inference_mode(False):  # a table made in inference mode could not be trained through later
-            return self._allocate(z)
-
-    def _allocate(self, z: Tensor) -> int:
-        row = self.sigma * z.detach().to(self.sigma)
-        with self._lock:
-            if 0 not in self._references:
-                self.table = torch.cat([self.table, torch.empty_like(self.table)])
-                self._references += [0] * len(self._references)
-            slot = self._references.index(0)
-            self._references[slot] = 1
-            self.table[slot] = row
+        with torch.inference_mode(False):
+            row = self.sigma * z.detach().to(self.sigma)
+            with self._lock:
+                if 0 not in self._references:
+                    self._double()
+                slot = self._references.index(0)
+                self._references[slot] = 1
+                self._released[slot].take_over()
+                self._written.take_over()
+                self.table[slot] = row
         return slot
+
+    def _double(self) -> None:
+        if self.table.is_cuda:
+            torch.cuda.synchronize(self.table.device)
+        self.table = torch.cat([self.table, torch.empty_like(self.table)])
+        self._references += [0] * len(self._references)
+        self._released += [_Streams(self.sigma.device) for _ in self._released]
+        self.generation += 1
+        self._give_views()
+
+    def wait_for_writes(self) -> None:
+        """Lets the current stream of a GPU read what was written on another one."""
+        self._written.wait()
 
     def retain(self, slot: int) -> None:
         with self._lock:
@@ -86,6 +233,7 @@ class SlotTable:
 
     def release(self, slot: int) -> None:
         with self._lock:
+            self._released[slot].used()
             self._references[slot] -= 1
 
 
@@ -103,7 +251,7 @@ class TrainedRoute:
         self._route: Route | None = None
 
     def anew(self) -> Route:
-        return Route((self._sigma * self._z).unsqueeze(0), self._slots, self._layout)
+        return Route(self._slots, (self._sigma * self._z).unsqueeze(0), self._layout)
 
     def of_layer(self, index: int) -> Route:
         learning = torch.is_grad_enabled()
@@ -116,33 +264,109 @@ class TrainedRoute:
 class Router:
     """What the layers ask: the route of the current context (thread or task), or the default for every row.
 
-    `default` is an expert in training; None is the base.
+    Compiled code cannot read a context variable. `traced_slots` gives it the slots from plain attributes instead,
+    which every call reads again: those of the thread's innermost route, or the base's while no thread has one. Where
+    these could be another's, or slots are not enough (gradients, plans, an expert in training), it gives None, and the
+    layer leaves the graph to ask the context. That is always right, and slow; with fullgraph=True it is an error.
+
+    One thing plain attributes cannot tell: tasks of one thread. A task that calls a compiled model without a route
+    while another one awaits something inside its own gets that one's; `route(None)` around the call says base.
     """
 
     def __init__(self, table: SlotTable) -> None:
+        device = table.sigma.device
         self.table = table
-        self.default: TrainedRoute | None = None
-        base = torch.zeros(1, dtype=torch.int64, device=table.sigma.device)
-        self._base = Route(table.sigma.unsqueeze(0), base, table.layout)
+        self.buffers = SlotBuffers(device)
+        self.outputs_left = OutputsLeft()
+        with torch.inference_mode(False):
+            base = torch.zeros(1, dtype=torch.int64, device=device)
+        self._base = Route(base, table.sigma.unsqueeze(0), table.layout)
+        self._default: TrainedRoute | None = None
         self._active: ContextVar[Route | None] = ContextVar("t2_route", default=None)
+        self._lock = threading.Lock()
+        self._entered = 0
+        self._here = threading.local()
+        self._unrouted: Tensor | None = base
+
+    @property
+    def default(self) -> TrainedRoute | None:
+        """An expert in training; None is the base."""
+        return self._default
+
+    @default.setter
+    def default(self, trained: TrainedRoute | None) -> None:
+        with self._lock:
+            self._default = trained
+            self._set_unrouted()
 
     @property
     def lasting(self) -> Route:
         """A route for a part of the model that is to run twice with the same one."""
-        return self._active.get() or (self._base if self.default is None else self.default.anew())
+        return self._active.get() or (self._base if self._default is None else self._default.anew())
 
     def of_layer(self, index: int) -> Route:
         """The route that the layer with this index runs with."""
         active = self._active.get()
         if active is not None:
             return active
-        return self._base if self.default is None else self.default.of_layer(index)
+        return self._base if self._default is None else self._default.of_layer(index)
+
+    def traced_slots(self) -> Tensor | None:
+        """The slots that compiled code runs with, as rows of the slot table; None if only the context can say."""
+        if hasattr(self._here, "slots"):
+            slots: Tensor | None = self._here.slots
+            return slots
+        return self._unrouted
 
     @contextmanager
     def within(self, route: Route) -> Iterator[None]:
         """Within the block, in this thread or task, layers run with the route."""
         token = self._active.set(route)
+        here, entry = self._here.__dict__, (_task(), route)  # of this thread, also where another one ends the block
+        with self._lock:
+            here.setdefault("entries", []).append(entry)
+            self._entered += 1
+            self._set_slots(here)
         try:
             yield
         finally:
+            with self._lock:
+                here["entries"].remove(entry)
+                self._entered -= 1
+                self._set_slots(here)
             self._active.reset(token)
+
+    def _set_slots(self, here: dict[str, Any]) -> None:
+        entries: list[tuple[object, Route]] = here["entries"]
+        if entries:
+            task, route = entries[-1]
+            alone = all(other is task for other, _ in entries)
+            plain = route.is_plain or route is self._base
+            here["slots"] = route.slots if alone and plain else None
+        else:
+            here.pop("slots", None)
+        self._set_unrouted()
+
+    def _set_unrouted(self) -> None:
+        self._unrouted = self._base.slots if not self._entered and self._default is None else None
+
+
+class OutputsLeft:
+    """Where compiled code has the outputs that the first layer of a `SharedInput` computed for the others.
+
+    One for the whole model, and empty again when the last of the others has taken its output: so a graph ends with
+    nothing in it, and no layer differs from another by it.
+    """
+
+    def __init__(self) -> None:
+        self.group: Any = None
+        self.x: Tensor | None = None
+        self.outputs: list[Tensor] | None = None
+
+
+def _task() -> object:
+    """The asyncio task that runs, if one does."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None

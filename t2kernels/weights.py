@@ -8,7 +8,7 @@ another dtype leaves them as they are: their storage format was chosen when they
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from operator import is_not
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -143,12 +143,20 @@ class FactoredWeight(_FrozenWeight):
         return shapes
 
     def _operands(self) -> _Operands:
-        """Kept between calls: looking buffers up by name takes a microsecond."""
+        """Kept between calls: looking buffers up by name takes a microsecond.
+
+        torch.compile is shown the buffers themselves: what is no buffer it would copy before each replay of a graph.
+        """
+        if torch.compiler.is_compiling():
+            return self._buffer_operands()
         if self._kept_operands is None:
-            u, vh = ([getattr(self, f"{name}{part}") for part in range(self.parts)] for name in ("u", "vh"))
-            components = [] if self.component_scale is None else [self.component_scale]
-            self._kept_operands = _Operands(u, vh, components, [self.out_features])
+            self._kept_operands = self._buffer_operands()
         return self._kept_operands
+
+    def _buffer_operands(self) -> _Operands:
+        u = [getattr(self, f"u{part}") for part in range(self.parts)]
+        vh = [getattr(self, f"vh{part}") for part in range(self.parts)]
+        return _Operands(u, vh, [] if self.component_scale is None else [self.component_scale], [self.out_features])
 
     @property
     def u(self) -> list[Tensor]:
@@ -257,7 +265,7 @@ class FactoredWeight(_FrozenWeight):
 
     def linear_unchecked(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
         """`linear` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if not torch.is_grad_enabled():
             return _run_group(self._operands(), x, (scales,), slots, (bias,), self.bf16_products)[0]
         operands = self._operands()
         return ops.factored_linear(
@@ -325,10 +333,22 @@ class FactoredGroup:
     ) -> list[Tensor]:
         """The same as `linear_group`, arguments unchecked; slots may be any divisor of x's rows."""
         operands = [weight._operands() for weight in self.weights]
-        if not self._made_of or any(a is not b for a, b in zip(operands, self._made_of, strict=True)):
-            self._joined = _Operands(*(list(chain(*lists)) for lists in zip(*operands, strict=True)))
+        if torch.compiler.is_compiling():
+            return _run_group(_joined(operands), x, scales, slots, biases, self.weights[0].bf16_products)
+        if not self._made_of or any(map(is_not, operands, self._made_of)):
+            self._joined = _joined(operands)
             self._made_of = operands
         return _run_group(self._joined, x, scales, slots, biases, self.weights[0].bf16_products)
+
+
+def _joined(operands: Sequence[_Operands]) -> _Operands:
+    """The operands of several layers one after the other."""
+    return _Operands(
+        [part for each in operands for part in each.u],
+        [part for each in operands for part in each.vh],
+        [scale for each in operands for scale in each.component_scales],
+        [features for each in operands for features in each.out_features],
+    )
 
 
 def _run_group(
