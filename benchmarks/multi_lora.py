@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 SPLITS = 8  # programs that share a row's reduction, as Punica's and vLLM's shrink kernels do
 
 

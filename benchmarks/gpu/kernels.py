@@ -124,7 +124,7 @@ def torch_backward(layers: Layers, rows: int) -> list[Call]:
 def cases(layers: Layers, smoke: bool) -> Iterator[tuple[str, Callable[[], list[Call]]]]:
     """Every timing of one group of layers: its name, and what makes the calls to time."""
     device, gpu = layers.device, layers.device.type == "cuda"
-    storages = [torch.bfloat16, torch.int8] + ([torch.float8_e4m3fn] if gpu else [])
+    storages = [torch.bfloat16, torch.int8]
     decode, prefill, experts = ((1, 3), 40, (1, 3)) if smoke else (DECODE, PREFILL, EXPERTS)
     most = max(decode)
     read = torch.arange(prefill, device=device) * min(prefill // 8, 32) // prefill

@@ -50,7 +50,7 @@ STAGES = {
     "correct": Stage("correct", 60),
     "tests": Stage("suite", 130),
     "kernels": Stage("kernels", 120),
-    "end_to_end": Stage("end_to_end", 150),
+    "end_to_end": Stage("end_to_end", 220),
     "peft": Stage("peft_mixed", 90),
     "rl_step": Stage("rl_step", 120),
     "tiles": Stage("tiles", 200, default=False),
