@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
+WHOLE = ("end to end", "peft", "rl step")  # of whole models
+
+
 def report(data: dict[str, Any]) -> str:
     """All figures of `results.json` as Markdown: microseconds, and shares of the measured copy bandwidth."""
     machine = data.get("environment", {})
@@ -25,7 +28,7 @@ def report(data: dict[str, Any]) -> str:
     if "tests" in data:
         lines += ["", f"tests: {data['tests']}"]
     lines += _kernels(data, limits) + _tiles(data, limits)
-    others = {n: f for n, f in data.items() if n.startswith(("end_to_end", "peft", "rl_step"))}
+    others = {n: f for n, f in data.items() if n.startswith(WHOLE)}
     if others:
         lines += ["", "## End to end", ""]
         lines += [f"- {name}: {_short(found)}" for name, found in others.items()]
@@ -45,7 +48,7 @@ def _short(found: Any) -> str:
 def _kernels(data: dict[str, Any], limits: dict[str, Any]) -> list[str]:
     groups: dict[str, dict[str, dict[str, str]]] = {}
     for name, found in data.items():
-        if name.count(" | ") == 2 and not name.startswith(("tile", "end_to_end")) and isinstance(found, dict):
+        if name.count(" | ") == 2 and not name.startswith(("tile", *WHOLE)) and isinstance(found, dict):
             group, case, path = name.split(" | ")
             cell = f"{found['seconds'] * 1e6:.1f}" if "seconds" in found else "failed"
             size = data.get(f"bytes | {group}", {})
