@@ -5,9 +5,9 @@ sequential stream. float32 and float16 panels are [ceil(n / 16), k, 16]; bfloat1
 [ceil(n / 16), ceil(k / 2), 16, 2], two terms of a column side by side, as dot-product instructions take them. Columns
 past n and a term past k hold zeros.
 
-GPUs read the row-major matrix, but for int8, which they read in words of four terms: [n, ceil(k / 128), 128] where the
-four bytes of word j of a block hold its terms j, 32 + j, 64 + j and 96 + j (zeros past k). So a tensor core's operand
-of 32 consecutive terms is one byte of 32 words: unpacking moves nothing between threads.
+GPUs read the row-major matrix, but for int8, which they read in words of four terms: [n, ceil(k / 256), 256] where the
+four bytes of word j of a block hold its terms j, 64 + j, 128 + j and 192 + j (zeros past k). So a tensor core's operand
+of 64 consecutive terms is one byte of 64 words: unpacking moves nothing between threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GPU_STORAGE_DTYPES = (*STORAGE_DTYPES, torch.float8_e4m3fn)
 EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Formats with a scale per line, and their largest value."""
 
-BLOCK = 128  # terms of a row whose bytes are interleaved on a GPU
+BLOCK = 256  # terms of a row whose bytes are interleaved on a GPU
 PLANES = 4  # terms in a word
 _PAIRED = (torch.bfloat16, torch.int8)
 
@@ -60,7 +60,7 @@ def _is_panels(stored: Tensor) -> bool:
 
 
 def interleave(matrix: Tensor) -> Tensor:
-    """int8 matrix [n, k] -> [n, ceil(k / 128), 128], the words of a GPU."""
+    """int8 matrix [n, k] -> [n, ceil(k / 256), 256], the words of a GPU."""
     n, k = matrix.shape
     blocks = F.pad(matrix, (0, -k % BLOCK)).view(n, -1, PLANES, BLOCK // PLANES)
     return blocks.transpose(2, 3).reshape(n, -1, BLOCK)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 WHOLE = ("end to end", "peft", "rl step")  # of whole models
 
 

@@ -30,42 +30,25 @@ FP8 = torch.float8_e4m3fn
 
 
 def decode_tiles(rows: int, storage: torch.dtype) -> list[Tile]:
+    """Deep ones for launches of few tiles, shallow ones where several programs share an SM."""
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     first: dict[str, Any] = {"weights_first": True, "prefetch": 2, "overlap": True}
     if storage == torch.int8:
-        tiles = [
-            Tile(m, 64, 128, 4, 4, **first),
-            Tile(m, 64, 128, 4, 6, **first),
-            Tile(m, 64, 256, 4, 4, **first),
-            Tile(m, 32, 128, 4, 4, **first),
-            Tile(m, 32, 128, 4, 8, **first),
-            Tile(m, 32, 256, 4, 4, **first),
-            Tile(m, 128, 128, 8, 4, **first),
+        deep = 2 if m == 64 else 4
+        return [
+            Tile(m, 64, 256, 4, 3, **first),
+            Tile(m, 64, 256, 4, deep, **first),
+            Tile(m, 32, 256, 4, deep, **first),
+            Tile(m, 128, 256, 8, 2 if m == 64 else 3, **first),
         ]
-    else:
-        tiles = [
-            Tile(m, 64, 128, 4, 4, **first),
-            Tile(m, 64, 128, 4, 6, **first),
-            Tile(m, 64, 256, 4, 4, **first),
-            Tile(m, 128, 128, 8, 4, **first),
-        ]
-    return tiles if m < 64 else [tile for tile in tiles if tile.stages * (m + tile.block_n) * tile.block_k <= 100_000]
+    return [Tile(m, 64, 128, 4, 4, **first), Tile(m, 64, 128, 4, 5 if m == 64 else 6, **first)]
 
 
 def prefill_tiles(step: str, storage: torch.dtype) -> list[Tile]:
     first: dict[str, Any] = {"weights_first": True}
     if storage == torch.int8:
-        return [
-            Tile(128, 128, 128, 8, 3, **first),
-            Tile(128, 128, 128, 8, 3, persistent=True, **first),
-            Tile(256, 128, 128, 8, 2, **first),
-            Tile(256, 128, 128, 8, 2, persistent=True, **first),
-        ]
-    return [
-        Tile(128, 256, 64, 8, 3, persistent=True),
-        Tile(256, 128, 64, 8, 3, persistent=True, **first),
-        Tile(256, 128, 64, 8, 4, persistent=True, **first),
-    ]
+        return [Tile(128, 128, 256, 8, 2, **first), Tile(128, 64, 256, 4, 2, **first)]
+    return [Tile(256, 128, 64, 8, 3, persistent=True, **first), Tile(256, 128, 64, 8, 4, persistent=True, **first)]
 
 
 def calls(layers: Layers, weights: Sequence[Sequence[Any]], step: str, rows: int) -> tuple[list[Call], list[Tensor]]:
@@ -145,9 +128,8 @@ def cases(groups: Sequence[str]) -> Iterator[tuple[str, str, torch.dtype, int, T
     """(group, step, storage, rows, tile)"""
     for group, storage in itertools.product(groups, STORAGES):
         for rows, step in itertools.product((8, 32, 64), ("project", "expand")):
-            if rows < 64 or storage == torch.bfloat16:
-                for tile in decode_tiles(rows, storage):
-                    yield group, step, storage, rows, tile
+            for tile in decode_tiles(rows, storage):
+                yield group, step, storage, rows, tile
         for step in ("project", "expand"):
             for tile in prefill_tiles(step, storage):
                 yield group, step, storage, 2048, tile

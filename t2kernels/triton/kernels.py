@@ -79,7 +79,7 @@ def _prefetch(w, n, columns, row, LINES: tl.constexpr):
 def _unpack(words, term: tl.constexpr):
     """The four int8 of each word as four tensors of `term`.
 
-    As bfloat16, of two words at a time: a byte v below the byte of 128.0's exponent is 128 + (v's low 7 bits), or, where
+    As bfloat16, two words at a time: a byte v below the byte of 128.0's exponent is 128 + (v's low 7 bits), or, where
     the sign bit has raised the exponent, twice that base; less the base (the upper bits alone) it is v, exactly.
     """
     if term == tl.bfloat16 and not INTERPRETED and is_cuda():
@@ -133,7 +133,7 @@ def _multiply_words(
     lda,
     m,
     rows,
-    w,  # int32 [columns, ceil(k / 128) * 32]: see t2kernels.packing
+    w,  # int32 [columns, ceil(k / 256) * 64]: see t2kernels.packing
     n,
     columns,
     k,
@@ -141,12 +141,12 @@ def _multiply_words(
     PRECISION: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr,
     EVEN_K: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # a multiple of 128
+    BLOCK_K: tl.constexpr,  # a multiple of 256
 ):
-    """`_multiply` for int8 in words: the terms of a block of 128 in four runs of 32."""
+    """`_multiply` for int8 in words: the terms of a block of 256 in four runs of 64."""
     term: tl.constexpr = tl.bfloat16 if ROUND_TO_BF16 else a.dtype.element_ty
-    row = tl.cdiv(k, 128) * 32
-    js = tl.arange(0, 32)
+    row = tl.cdiv(k, 256) * 64
+    js = tl.arange(0, 64)
     if WEIGHTS_FIRST:
         a_at = a + m[None, :] * lda + js[:, None]
         w_at = w + n.to(tl.int64)[:, None] * row + js[None, :]
@@ -156,21 +156,21 @@ def _multiply_words(
         w_at = w + n.to(tl.int64)[None, :] * row + js[:, None]
         m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
     for k0 in range(0, k, BLOCK_K):
-        for block in tl.static_range(BLOCK_K // 128):
-            left = k - k0 - block * 128
+        for block in tl.static_range(BLOCK_K // 256):
+            left = k - k0 - block * 256
             if EVEN_K or block == 0:
-                words = tl.load(w_at + block * 32, mask=n_inside, other=0)
+                words = tl.load(w_at + block * 64, mask=n_inside, other=0)
             else:
-                words = tl.load(w_at + block * 32, mask=n_inside & (left > 0), other=0)
+                words = tl.load(w_at + block * 64, mask=n_inside & (left > 0), other=0)
             planes = _unpack(words, term)
             for i in tl.static_range(4):
                 if EVEN_K:
                     inside = m_inside
                 elif WEIGHTS_FIRST:
-                    inside = m_inside & (js < left - i * 32)[:, None]
+                    inside = m_inside & (js < left - i * 64)[:, None]
                 else:
-                    inside = m_inside & (js < left - i * 32)[None, :]
-                a_tile = tl.load(a_at + (block * 128 + i * 32), mask=inside, other=0.0)
+                    inside = m_inside & (js < left - i * 64)[None, :]
+                a_tile = tl.load(a_at + (block * 256 + i * 64), mask=inside, other=0.0)
                 if ROUND_TO_BF16:
                     a_tile = a_tile.to(tl.bfloat16)
                 acc = _dot(a_tile, planes[i], acc, term, PRECISION, WEIGHTS_FIRST)
@@ -223,14 +223,14 @@ def _multiply(
     else:
         a_at = a + m[:, None] * lda + ks[None, :]
         if words:
-            w_at = w + ks.to(tl.int64)[:, None] * (tl.cdiv(columns, 128) * 32) + (n // 128 * 32 + n % 32)[None, :]
+            w_at = w + ks.to(tl.int64)[:, None] * (tl.cdiv(columns, 256) * 64) + (n // 256 * 64 + n % 64)[None, :]
         elif TRANSPOSED:
             w_at = w + ks.to(tl.int64)[:, None] * columns + n[None, :]
         else:
             w_at = w + n.to(tl.int64)[None, :] * k + ks[:, None]
         m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
     if words:
-        w_step = BLOCK_K * (tl.cdiv(columns, 128) * 32)
+        w_step = BLOCK_K * (tl.cdiv(columns, 256) * 64)
     else:
         w_step = BLOCK_K * columns if TRANSPOSED else BLOCK_K
     for k0 in range(0, k, BLOCK_K):
@@ -246,7 +246,7 @@ def _multiply(
         if ROUND_TO_BF16:
             a_tile = a_tile.to(tl.bfloat16)
         if words:
-            w_tile = (w_tile << (24 - n % 128 // 32 * 8)[None, :]) >> 24
+            w_tile = (w_tile << (24 - n % 256 // 64 * 8)[None, :]) >> 24
         if in_two:
             high = w_tile.to(tl.float32).to(tl.bfloat16)
             rest = (w_tile.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
@@ -333,7 +333,7 @@ def product(
             if index >= 0 and index < own:
                 _, _, n = _tile(index, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
                 if ws[i * PARTS].dtype.element_ty == tl.int32:
-                    row = tl.cdiv(ks[i * PARTS], 128) * 32
+                    row = tl.cdiv(ks[i * PARTS], 256) * 64
                 else:
                     row = ks[i * PARTS]
                 _prefetch(ws[i * PARTS], n, columns[i], row, PREFETCH)
@@ -349,7 +349,7 @@ def product(
                 _, m, n = _tile(index - first, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
                 acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHTS_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
                 first_k = 0
-                STEP: tl.constexpr = BLOCK_K if BLOCK_K > 128 else 128
+                STEP: tl.constexpr = BLOCK_K if BLOCK_K > 256 else 256
                 for p in tl.static_range(i * PARTS, (i + 1) * PARTS):
                     if ws[p].dtype.element_ty == tl.int32 and not TRANSPOSED:
                         acc = _multiply_words(

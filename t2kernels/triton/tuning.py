@@ -78,13 +78,13 @@ _MFMA = ((16, Tile(16, 32, 128, 4, 2)), (64, Tile(64, 64, 64, 4, 2)), (math.inf,
 _WIDE = ((math.inf, Tile(64, 32, 32, 4, 3)),)
 
 
-def _hopper_decode(stages: int) -> Entries:
+def _hopper_decode(block_k: int, stages: int, stages_of_64: int) -> Entries:
     """Up to 64 rows: reading weights is all there is to do."""
 
     def tile(rows: int, stages: int) -> Tile:
-        return Tile(rows, 64, 128, 4, stages, weights_first=True, prefetch=2, overlap=True)
+        return Tile(rows, 64, block_k, 4, stages, weights_first=True, prefetch=2, overlap=True)
 
-    return (16, tile(16, stages)), (32, tile(32, stages)), (64, tile(64, min(stages, 5)))
+    return (16, tile(16, stages)), (32, tile(32, stages)), (64, tile(64, stages_of_64))
 
 
 TABLES = {
@@ -107,20 +107,20 @@ TABLES = {
         ),
         wide=_MMA_WIDE,
         words=(
-            (16, Tile(16, 32, 128, 4, 4, weights_first=True)),
-            (64, Tile(64, 64, 128, 4, 3, weights_first=True)),
-            (math.inf, Tile(128, 128, 128, 8, 2, weights_first=True)),
+            (16, Tile(16, 32, 256, 4, 3, weights_first=True)),
+            (64, Tile(64, 64, 256, 4, 2, weights_first=True)),
+            (math.inf, Tile(64, 128, 256, 8, 2, weights_first=True)),
         ),
     ),
     "sm_90": Table(
         project=(
-            *_hopper_decode(6),
+            *_hopper_decode(128, 6, 5),
             (256, Tile(128, 64, 64, 4, 5, weights_first=True)),
             (math.inf, Tile(256, 128, 64, 8, 3, persistent=True, weights_first=True)),
         ),
         pull=((256, Tile(64, 128, 64, 8, 4)), (math.inf, Tile(128, 64, 64, 8, 4))),
         expand=(
-            *_hopper_decode(6),
+            *_hopper_decode(128, 6, 5),
             (256, Tile(128, 64, 64, 4, 5, weights_first=True)),
             (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
         ),
@@ -131,8 +131,8 @@ TABLES = {
         ),
         wide=_WIDE,
         words=(
-            *_hopper_decode(4),
-            (math.inf, Tile(128, 128, 128, 8, 3, weights_first=True)),
+            *_hopper_decode(256, 4, 3),
+            (math.inf, Tile(128, 128, 256, 8, 2, weights_first=True)),
         ),
     ),
     "sm_100": Table(
@@ -154,8 +154,8 @@ TABLES = {
         ),
         wide=_WIDE,
         words=(
-            (64, Tile(64, 64, 128, 4, 4)),
-            (math.inf, Tile(128, 128, 128, 8, 2)),
+            (64, Tile(64, 64, 256, 4, 3)),
+            (math.inf, Tile(128, 128, 256, 8, 2)),
         ),
     ),
     "gfx942": Table(
@@ -164,7 +164,7 @@ TABLES = {
         pull=_MFMA,
         split=_MFMA,
         wide=_MMA_WIDE,
-        words=((16, Tile(16, 32, 128, 4, 2)), (math.inf, Tile(64, 64, 128, 4, 2))),
+        words=((16, Tile(16, 32, 256, 4, 2)), (math.inf, Tile(64, 64, 256, 4, 2))),
     ),
 }
 
