@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
 import dataclasses
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +28,9 @@ class Graphs:
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         self.made.append(graph)
         return graph.forward
+
+    def __deepcopy__(self, memo: Any) -> Graphs:
+        return self  # transformers copies its options
 
     def count(self, operator: Any, which: int = -1) -> int:
         return sum(node.target is operator for node in self.made[which].graph.nodes)
@@ -58,7 +62,7 @@ def make(tmp_path):
             max_position_embeddings=128,
             pad_token_id=0,
             bos_token_id=1,
-            eos_token_id=2,
+            eos_token_id=None,
         )
         model = LlamaForCausalLM(config).eval()
         for parameter in model.parameters():
@@ -172,64 +176,141 @@ def test_a_table_that_grows_compiles_once_more(make, graphs):
     assert len(graphs.made) == 2
 
 
-@torch.no_grad()
-def test_threads_with_routes_of_their_own(make, graphs):
-    svf = make()
-    ids = tokens(2)
-    routes = {"one": ["e0", "e1"], "two": ["e2", None], "base": None}
-    expected = {name: svf(input_ids=ids, experts=route, use_cache=False).logits for name, route in routes.items()}
-    compiled = torch.compile(svf.model, backend=graphs)
-    compiled(input_ids=ids, use_cache=False)
-    with svf.route(routes["one"]):
-        compiled(input_ids=ids, use_cache=False)
-    inside, wrong = threading.Barrier(3), []
+def in_threads(*functions):
+    """Runs them side by side, and gives what they return or raise."""
 
-    @torch.no_grad()
-    def serve(name):
-        with svf.route(routes[name]) if routes[name] else contextlib.nullcontext():
-            inside.wait()
-            for _ in range(5):
-                if not torch.equal(compiled(input_ids=ids, use_cache=False).logits, expected[name]):
-                    wrong.append(name)
-            inside.wait()
+    def run(i):
+        try:
+            found[i] = functions[i]()
+        except Exception as error:
+            found[i] = error
 
-    threads = [threading.Thread(target=serve, args=(name,)) for name in routes]
+    found: dict[int, Any] = {}
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(functions))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    return [found[i] for i in range(len(functions))]
+
+
+def test_threads_run_a_compiled_model_with_routes_of_their_own(make, graphs):
+    svf = make()
+    ids = tokens(2)
+    routes = [["e0", "e1"], ["e2", None], [None, None]]
+    with torch.no_grad():
+        expected = [svf(input_ids=ids, experts=route, use_cache=False).logits for route in routes]
+        base = svf(input_ids=ids, use_cache=False).logits
+    compiled = torch.compile(svf.model, backend=graphs)
+    inside = threading.Barrier(3)
+
+    @torch.no_grad()
+    def serve(i):
+        with svf.route(routes[i]):
+            inside.wait(30)
+            logits = [compiled(input_ids=ids, use_cache=False).logits for _ in range(4)]
+            inside.wait(30)
+            return all(torch.equal(each, expected[i]) for each in logits)
+
+    assert in_threads(*(functools.partial(serve, i) for i in range(3))) == [True] * 3
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, base)
+    with torch.no_grad(), no_more_compiling():
+        assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, base)
+        assert in_threads(*(functools.partial(serve, i) for i in range(3))) == [True] * 3
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_model_does_not_take_another_threads_route(make, graphs, fullgraph):
+    svf = make()
+    ids = tokens(2)
+    compiled = torch.compile(svf.model, backend=graphs, fullgraph=fullgraph)
+
+    @torch.no_grad()
+    def call():
+        return compiled(input_ids=ids, use_cache=False).logits
+
+    base = call()
+    with svf.route(["e0", "e1"]):
+        routed = call()
+        (found,) = in_threads(call)
+        if fullgraph:
+            assert "enter a route in the thread that calls it" in str(found)
+        else:
+            assert torch.equal(found, base)
+
+        def call_with_a_route():
+            with svf.route(None):
+                return call()
+
+        (logits,) = in_threads(call_with_a_route)
+        assert torch.equal(logits, base)
+        assert torch.equal(call(), routed)
     with no_more_compiling():
-        assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, expected["base"])
+        assert torch.equal(call(), base)  # nothing of the error stays
 
 
 @torch.no_grad()
-def test_tasks_of_one_thread_and_threads_that_work_for_a_task(make, graphs):
+def test_calls_of_the_wrapper_enter_the_route_that_is_in_force(make, graphs):
     svf = make()
     ids = tokens(2)
-    routes = [["e0", "e1"], ["e2", None], ["e3", "e3"]]
-    expected = [svf(input_ids=ids, experts=route, use_cache=False).logits for route in routes]
-    compiled = torch.compile(svf.model, backend=graphs)
+    base = svf(input_ids=ids, use_cache=False).logits
+    svf.model.compile(backend=graphs, fullgraph=True)
+    call = torch.no_grad()(lambda: svf(input_ids=ids, use_cache=False).logits)
+    with svf.route(["e0", "e1"]):
+        routed = call()
+        context = contextvars.copy_context()
+        of_thread, of_context = in_threads(call, lambda: context.run(call))
+    assert torch.equal(of_thread, base) and torch.equal(of_context, routed) and not torch.equal(routed, base)
 
-    def run():
-        with torch.no_grad():
-            return compiled(input_ids=ids, use_cache=False).logits
 
-    async def serve(i, spread):
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_compiled_model_serves_tasks_one_after_the_other(make, graphs, fullgraph):
+    svf = make()
+    ids = tokens(2)
+    routes = [["e0", "e1"], ["e2", None]]
+    with torch.no_grad():
+        expected = [svf(input_ids=ids, experts=route, use_cache=False).logits for route in routes]
+    compiled = torch.compile(svf.model, backend=graphs, fullgraph=fullgraph)
+
+    @torch.no_grad()
+    def call():
+        return compiled(input_ids=ids, use_cache=False).logits
+
+    async def serve(i, pause):
         with svf.route(routes[i]):
-            await asyncio.sleep(0)
-            if i == 0 and spread:  # a task that inherits this one's route
-                assert torch.equal(*await asyncio.gather(serve(1, False), asyncio.sleep(0, expected[1])))
-            logits = run()
-            await asyncio.sleep(0)
-            assert torch.equal(await asyncio.to_thread(run), logits)
-            return logits
+            if pause:
+                await asyncio.sleep(0)
+            return call()
 
-    async def together():
-        return await asyncio.gather(*(serve(i, True) for i in range(3)))
+    async def inherit():
+        with svf.route(routes[0]):
+            child = asyncio.create_task(serve(1, True))
+            await asyncio.sleep(0)
+            try:
+                return [call(), await child]
+            finally:
+                child.cancel()
 
-    for logits, right in zip(asyncio.run(together()), expected, strict=True):
-        assert torch.equal(logits, right)
+    async def hand_over():
+        with svf.route(routes[0]):
+            return [await asyncio.to_thread(call), expected[1]]
+
+    async def gather(pause):
+        return await asyncio.gather(serve(0, pause), serve(1, pause))
+
+    def check(found):
+        assert all(torch.equal(mine, right) for mine, right in zip(found, expected, strict=True))
+
+    check(asyncio.run(gather(False)))
+    for awaiting in (lambda: gather(True), inherit, hand_over):
+        if fullgraph:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="inside routes of their own"):
+                asyncio.run(awaiting())
+        else:
+            check(asyncio.run(awaiting()))
+    with no_more_compiling():
+        check(asyncio.run(gather(False)))  # nothing of that stays
 
 
 def test_training_and_gradients_leave_the_graph(make, graphs):
@@ -237,14 +318,16 @@ def test_training_and_gradients_leave_the_graph(make, graphs):
     ids = tokens(2)
     compiled = torch.compile(svf.model, backend=graphs)
 
-    def loss(model, *experts):
+    def loss(model):
         return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     z = [svf.bank[name].z.clone().requires_grad_() for name in ("e0", "e1")]
-    with svf.route(z):
-        expected = torch.autograd.grad(loss(svf), z)
-        for mine, right in zip(torch.autograd.grad(loss(compiled), z), expected, strict=True):
-            torch.testing.assert_close(mine, right)
+    gradients = []
+    for model in (svf, compiled):
+        with svf.route(z):
+            gradients.append(torch.autograd.grad(loss(model), z))
+    for right, mine in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, right)
     parameter = svf.start_training("e2")
     (expected,) = torch.autograd.grad(loss(svf), [parameter])
     (mine,) = torch.autograd.grad(loss(compiled), [parameter])
@@ -262,7 +345,7 @@ def test_training_and_gradients_leave_the_graph(make, graphs):
         (expected,) = torch.autograd.grad(svf.model(inputs_embeds=x, use_cache=False).logits.sum(), [x])
         run = torch.compile(lambda x: svf.model(inputs_embeds=x, use_cache=False).logits, backend="aot_eager")
         (mine,) = torch.autograd.grad(run(x).sum(), [x])
-        torch.testing.assert_close(mine, expected)
+        torch.testing.assert_close(mine, expected, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -276,6 +359,7 @@ def test_a_plan_leaves_the_graph(make, graphs):
     with svf.route("e0", plan):
         expected = svf.model(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)
+    torch._dynamo.reset()
     with svf.route("e0", plan), pytest.raises(torch._dynamo.exc.Unsupported, match="this call's route has"):
         torch.compile(svf.model, backend=graphs, fullgraph=True)(input_ids=ids, use_cache=False)
 
