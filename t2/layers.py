@@ -74,7 +74,7 @@ class RoutedLinear(nn.Module):
         return self.alone(x, route)
 
     _outside_graph = torch.compiler.disable(
-        _eager, reason="t2: this call's route has gradients, a plan or an expert in training, or is not this thread's"
+        _eager, reason="t2: this call's route has gradients, a plan, or an expert in training"
     )
 
     def alone(self, x: Tensor, route: Route) -> Tensor:
@@ -145,11 +145,11 @@ class SharedInput:
                 return None
             y = left.outputs[member.place]
             if member.place == len(self.members) - 1:
-                left.group = left.x = left.outputs = None
+                left.clear()
             return y
         if left.group is not None:
             left.group._useful = False
-            left.group = left.x = left.outputs = None
+            left.clear()
         if not self._useful:
             return None
         members = self.members

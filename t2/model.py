@@ -544,7 +544,10 @@ class SVFModel(nn.Module):
         """
         if experts is None:
             self._check_attached()
-            return self.model(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return self.model(*args, **kwargs)
+            with self.router.held():
+                return self.model(*args, **kwargs)
         self._check_count(experts, args, kwargs)
         with self.route(experts):
             return self.model(*args, **kwargs)
@@ -611,6 +614,8 @@ class SVFModel(nn.Module):
             if experts is not None or plan is not None:
                 self._check_count(experts, args, kwargs)
                 held.enter_context(self.route(experts, plan))
+            else:
+                held.enter_context(self.router.held())
             if not self._returns_more_than_tokens(kwargs):
                 kwargs = self._with_growing_cache(kwargs)
                 held.enter_context(torch.inference_mode())

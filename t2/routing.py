@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, Protocol
@@ -264,13 +264,17 @@ class TrainedRoute:
 class Router:
     """What the layers ask: the route of the current context (thread or task), or the default for every row.
 
-    Compiled code cannot read a context variable. `traced_slots` gives it the slots from plain attributes instead,
-    which every call reads again: those of the thread's innermost route, or the base's while no thread has one. Where
-    these could be another's, or slots are not enough (gradients, plans, an expert in training), it gives None, and the
-    layer leaves the graph to ask the context. That is always right, and slow; with fullgraph=True it is an error.
+    Compiled code cannot read a context variable. `traced_slots` gives it the slots from plain attributes instead, which
+    every call reads again: those of the thread's innermost route, or the base's while no thread has one. So threads may
+    run one compiled model side by side.
 
-    One thing plain attributes cannot tell: tasks of one thread. A task that calls a compiled model without a route
-    while another one awaits something inside its own gets that one's; `route(None)` around the call says base.
+    Where these slots could be another's, the call is not compiled: it runs eagerly, right but slowly, and with
+    fullgraph=True it is an error. That is in a thread without a route while others have one (a task may have handed its
+    work to the thread), and while tasks of one thread are inside routes of their own. `SVFModel.forward` and `generate`
+    enter a route in any case; around other calls `route(None)` says base.
+
+    One thing goes unnoticed: a task that calls a compiled model outside of any route while another task of the thread
+    awaits something inside its own.
     """
 
     def __init__(self, table: SlotTable) -> None:
@@ -287,6 +291,7 @@ class Router:
         self._entered = 0
         self._here = threading.local()
         self._unrouted: Tensor | None = base
+        self._others_routed = False
 
     @property
     def default(self) -> TrainedRoute | None:
@@ -312,11 +317,20 @@ class Router:
         return self._base if self._default is None else self._default.of_layer(index)
 
     def traced_slots(self) -> Tensor | None:
-        """The slots that compiled code runs with, as rows of the slot table; None if only the context can say."""
+        """The slots of a compiled call, as rows of the slot table; None where slots are not all there is to its route.
+
+        An error, which ends the compilation, if plain attributes cannot say which route is the call's.
+        """
         if hasattr(self._here, "slots"):
-            slots: Tensor | None = self._here.slots
-            return slots
-        return self._unrouted
+            slots, unclear = self._here.slots, self._here.unclear
+        else:
+            slots, unclear = self._unrouted, self._others_routed
+        if unclear:
+            raise RuntimeError(
+                "route: a compiled model was called where other threads or tasks are inside routes of their own; enter "
+                "a route in the thread that calls it (None is the base), and let tasks of one thread take turns"
+            )
+        return slots
 
     @contextmanager
     def within(self, route: Route) -> Iterator[None]:
@@ -326,29 +340,36 @@ class Router:
         with self._lock:
             here.setdefault("entries", []).append(entry)
             self._entered += 1
-            self._set_slots(here)
+            self._publish(here)
         try:
             yield
         finally:
             with self._lock:
                 here["entries"].remove(entry)
                 self._entered -= 1
-                self._set_slots(here)
+                self._publish(here)
             self._active.reset(token)
 
-    def _set_slots(self, here: dict[str, Any]) -> None:
+    def held(self) -> AbstractContextManager[None]:
+        """Enters the route that is in force anyway, so that compiled code finds it; not for an expert in training."""
+        route = self._active.get() or (self._base if self._default is None else None)
+        return nullcontext() if route is None else self.within(route)
+
+    def _publish(self, here: dict[str, Any]) -> None:
+        """Sets the attributes that compiled code of this thread reads, and those without a route of their own."""
         entries: list[tuple[object, Route]] = here["entries"]
         if entries:
             task, route = entries[-1]
-            alone = all(other is task for other, _ in entries)
-            plain = route.is_plain or route is self._base
-            here["slots"] = route.slots if alone and plain else None
+            here["slots"] = route.slots if route.is_plain or route is self._base else None
+            here["unclear"] = any(other is not task for other, _ in entries)
         else:
             here.pop("slots", None)
+        self.outputs_left.clear()
         self._set_unrouted()
 
     def _set_unrouted(self) -> None:
-        self._unrouted = self._base.slots if not self._entered and self._default is None else None
+        self._unrouted = self._base.slots if self._default is None else None
+        self._others_routed = self._entered > 0
 
 
 class OutputsLeft:
@@ -359,6 +380,9 @@ class OutputsLeft:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.group: Any = None
         self.x: Tensor | None = None
         self.outputs: list[Tensor] | None = None
