@@ -229,10 +229,7 @@ def _multiply(
         else:
             w_at = w + n.to(tl.int64)[None, :] * k + ks[:, None]
         m_inside, n_inside = (m < rows)[:, None], (n < columns)[None, :]
-    if words:
-        w_step = BLOCK_K * (tl.cdiv(columns, 256) * 64)
-    else:
-        w_step = BLOCK_K * columns if TRANSPOSED else BLOCK_K
+    w_step = BLOCK_K * (tl.cdiv(columns, 256) * 64) if words else BLOCK_K * columns if TRANSPOSED else BLOCK_K
     for k0 in range(0, k, BLOCK_K):
         if EVEN_K:
             a_tile = tl.load(a_at, mask=m_inside, other=0.0)
@@ -332,10 +329,7 @@ def product(
             index = tl.program_id(0) - tiles
             if index >= 0 and index < own:
                 _, _, n = _tile(index, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
-                if ws[i * PARTS].dtype.element_ty == tl.int32:
-                    row = tl.cdiv(ks[i * PARTS], 256) * 64
-                else:
-                    row = ks[i * PARTS]
+                row = tl.cdiv(ks[i * PARTS], 256) * 64 if ws[i * PARTS].dtype.element_ty == tl.int32 else ks[i * PARTS]
                 _prefetch(ws[i * PARTS], n, columns[i], row, PREFETCH)
         tiles += own
     if OVERLAP and not INTERPRETED:  # nothing but weights is read before the wait, and nothing written
