@@ -312,125 +312,114 @@ def memory() -> str:
     )
 
 
-def triton_compile() -> str:
-    """One row for each tile of the tables: the worst of its launches."""
-    results = read("triton-compile.json")
-    tiles: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for each in results["launches"]:
-        tiles.setdefault((each["chip"], each["tile"], each["factors"]), []).append(each)
-    rows = [
-        [
-            chip,
-            tile,
-            factors,
-            str(len(found)),
-            str(max(each["registers"] for each in found)),
-            str(sum(each["spilled_bytes"] for each in found)),
-            f"{max(each['shared_bytes'] for each in found) / 1024:.0f}",
-            ", ".join(sorted({word for each in found for word in each["tensor_core"].split()})),
-        ]
-        for (chip, tile, factors), found in tiles.items()
-    ]
-    head = ["chip", "rows x columns x k", "factors", "launches", "registers", "spilled bytes", "shared KB", "products"]
+GPU = "gpu-h200.json"
+GPU_GROUPS = ("q, k, v", "o", "gate, up", "down")
+
+
+def gpu_timing(group: str, case: str, path: str) -> float | None:
+    """Seconds of one call, if it was measured."""
+    found = read(GPU).get(f"{group} | {case} | {path}", {})
+    return found.get("seconds")
+
+
+def microseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def gpu_machine() -> str:
+    data = read(GPU)
+    machine, limits, tests = data["environment"], data["ceilings"], data["tests"]
+    checks = [found for name, found in data.items() if name.startswith("correct | ")]
+    right = sum(found["right"] for found in checks)
     return (
-        f"Triton {results['triton']} (`python benchmarks/triton_compile.py`), the most that any launch of a "
-        "tile takes:\n\n" + table(head, rows)
+        f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}: a copy moves "
+        f"{limits['copy'] / 1e12:.2f} TB/s (read and written), a sum reads {limits['sum'] / 1e12:.2f} TB/s, a "
+        f"bfloat16 product of side 8192 runs at {limits['bfloat16'] / 1e12:.0f} TFLOP/s. {right} of {len(checks)} checks "
+        f"against float64 right; `pytest -m gpu`: {' '.join(tests['summary']).strip('= ')}; compute-sanitizer on a "
+        f"group and a backward pass: {'no error' if data['sanitizer'].get('status') == 0 else data['sanitizer']}."
     )
 
 
-def nvcc_compile() -> str:
-    results = read("nvcc-compile.json")
-    rows = [
-        [
-            each["target"],
-            each["rows"],
-            str(each["registers"]),
-            str(each["stack"] + each["spill_stores"] + each["spill_loads"]),
-            f"{each['shared'] / 1024:.0f}",
-            str(each["wide_loads"]),
-            str(each["tensor_core"]),
-        ]
-        for each in results["kernels"]
-    ]
-    head = [
-        "target",
-        "rows of x",
-        "registers",
-        "stack and spilled bytes",
-        "shared KB",
-        "128-bit loads of weights",
-        "HMMA.16816.F32.BF16",
-    ]
-    return f"nvcc {results['nvcc']} (`python benchmarks/nvcc_compile.py`):\n\n" + table(head, rows)
+def gpu_decode() -> str:
+    """Both launches of a group; shares are of the copy bandwidth, by the bytes of the factors (or of W)."""
+    data = read(GPU)
+    rows = []
+    for group in GPU_GROUPS:
+        size = data[f"bytes | {group}"]
+        for count in (1, 8, 16, 32, 64):
+            cells = []
+            for path, bytes_read in (
+                ("ours bfloat16", size["bfloat16"]),
+                ("ours int8", size["bfloat16"] * 33 / 64),
+                ("dense cuBLAS", size["dense"]),
+            ):
+                seconds = gpu_timing(group, f"decode {count}", path)
+                share = "" if seconds is None else f" ({bytes_read / seconds / data['ceilings']['copy']:.0%})"
+                cells.append(microseconds(seconds) + share)
+            others = (gpu_timing(group, f"decode {count}", path) for path in ("torch factored", "multi-LoRA gathered"))
+            rows.append([group, str(count), *cells, *map(microseconds, others)])
+    head = ["layers", "rows", "ours bfloat16", "ours int8", "dense cuBLAS", "torch factored", "gathered LoRA r=16"]
+    return "Microseconds, as many experts as rows (share of the copy bandwidth):\n\n" + table(head, rows)
 
 
-def one_launch() -> str:
-    results = read("roofline.json")
-    model, chip = "Llama-3-8B", "H200"
-    found = results["decode_ms_by_launches_of_a_group"][model][chip]
-    times = {name: by_rows["1"] for name, by_rows in found.items()}
-    saved = " and ".join(
-        f"{(ms['two'] - ms['one']) * 1e3:.0f} µs of {ms['two']:.2f} ms ({ms['two'] / ms['one'] - 1:.0%}) with {name}"
-        for name, ms in times.items()
-    )
-    return (
-        f"By [roofline.md](roofline.md) it saves, of a decode step of {model} on an {chip} with one row, {saved}: "
-        "predictions by assumed costs of launches and barriers, which a GPU has yet to confirm. It goes if it does not "
-        "win."
-    )
-
-
-def fill() -> str:
-    """Where each launch stands on two chips, and where split-K would pay on any."""
-    results = read("fill.json")
-    assumed, chips = results["assumptions"], ("H100", "H200")
-    launches: dict[tuple[str, str], dict[str, Any]] = {}
-    for each in results["launches"]:
-        launches.setdefault((each["layers"], each["step"]), {})[each["chip"]] = each
-
-    def both(found: Mapping[str, Any], cell: Callable[[Mapping[str, Any]], str]) -> str:
-        return ", ".join(dict.fromkeys(cell(found[chip]) for chip in chips))
-
-    rows = [
-        [
-            f"{layers}: {step}",
-            both(found, lambda each: str(each["tiles"])),
-            both(found, lambda each: f"{each['busy']:.0%}"),
-            both(found, lambda each: f"{each['under_way_kb'] / 1e3:.1f}"),
-            both(found, lambda each: f"{each['us']:.1f}"),
-            both(found, lambda each: f"{each['at_bandwidth_us']:.1f}"),
-            both(found, lambda each: f"{each['split_saves_us']:.1f}"),
-        ]
-        for (layers, step), found in launches.items()
-        if "70B" not in layers
-    ]
-    head = [
-        f"{assumed['rows']} rows or fewer; {', '.join(chips)}",
-        "tiles",
-        "multiprocessors busy",
-        "MB under way",
-        "µs",
-        "µs at the bandwidth",
-        "split-K saves at best, µs",
-    ]
-    wanted = both(next(iter(launches.values())), lambda each: f"{each['wanted_kb'] / 1e3:.1f}")
-    pays = [each for each in results["launches"] if each["split_saves_us"] > assumed["launch_us"]]
-    groups = [each for each in pays if "alone" not in each["layers"]]
-
-    def listed(found: Sequence[Mapping[str, Any]]) -> str:
-        return "; ".join(
-            f"{each['layers']}, {each['step']}, {each['chip']}: {each['split_saves_us']:.1f} of {each['us']:.1f} µs"
-            for each in found
+def gpu_prefill() -> str:
+    rows = []
+    for group in GPU_GROUPS:
+        ours, products = (gpu_timing(group, "prefill 2048", path) for path in ("ours bfloat16", "two cuBLAS products"))
+        back, back_cublas = (gpu_timing(group, "backward 2048", path) for path in ("ours bfloat16", "cuBLAS"))
+        assert ours and products and back and back_cublas
+        others = (gpu_timing(group, "prefill 2048", path) for path in ("ours int8", "torch factored", "dense cuBLAS"))
+        rows.append(
+            [
+                group,
+                microseconds(ours),
+                f"{products / ours:.2f}",
+                *map(microseconds, others),
+                microseconds(back),
+                f"{back_cublas / back:.2f}",
+            ]
         )
+    head = [
+        "layers",
+        "ours bfloat16",
+        "two cuBLAS products / ours",
+        "ours int8",
+        "torch factored",
+        "dense cuBLAS",
+        "backward, ours bfloat16",
+        "cuBLAS / ours",
+    ]
+    return "2,048 rows, microseconds:\n\n" + table(head, rows)
 
+
+def gpu_experts() -> str:
+    rows = []
+    for group in GPU_GROUPS:
+        one, many = (gpu_timing(group, f"popularity 64 {kind}", "ours bfloat16") for kind in ("identical", "distinct"))
+        small, large = (gpu_timing(group, f"table of {count}", "ours bfloat16") for count in (1, 1024))
+        assert one and many and small and large
+        rows.append([group, microseconds(one), f"{many / one:.3f}", f"{large / small:.3f}"])
+    head = ["layers", "64 rows, one expert", "64 distinct / one", "a table of 1,024 / of 1"]
+    return "Microseconds, bfloat16 factors:\n\n" + table(head, rows)
+
+
+def gpu_end_to_end() -> str:
+    data, rows = read(GPU), []
+    paths = ("dense bf16", "ours bf16", "ours int8", "ours fp8", "gathered LoRA")
+    cases = {
+        "decode 1": "1 row",
+        "decode 8": "8 rows",
+        "decode 32": "32 rows",
+        "eager 32": "32 rows, eager",
+        "prefill 2048": "prefill of 2,048 tokens",
+    }
+    for case, meaning in cases.items():
+        found = [data.get(f"end to end | {case} | {path}", {}).get("seconds") for path in paths]
+        rows.append([meaning, *("" if seconds is None else f"{seconds * 1e3:.2f}" for seconds in found)])
     return (
-        f"{assumed['bandwidth_share']:.0%} of the bandwidth wants {wanted} MB under way, by a latency of "
-        f"{assumed['latency_us']:.1f} µs (`python benchmarks/fill.py`; predictions, without launches):\n\n"
-        + table(head, rows)
-        + f"\n\nThe launch that adds the slices' sums costs {assumed['launch_us']:.1f} µs. Over A100, H100, H200 and "
-        "B200 and all groups of SmolLM2, Llama-3-8B and 70B, split-K would save more than that in: "
-        f"{listed(groups) or 'none'}. Of layers that run alone: "
-        f"{listed([each for each in pays if each not in groups]) or 'none'}."
+        "Llama-3-8B's shapes, 32 layers with random weights, a static cache of 512 positions; a CUDA graph of the "
+        "step but where it says eager. Every row has an expert, or an adapter, of its own. Milliseconds:\n\n"
+        + table(["", *paths], rows)
     )
 
 
@@ -753,10 +742,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "plans": plans,
     },
     "docs/gpu.md": {
-        "fill": fill,
-        "one-launch": one_launch,
-        "nvcc-compile": nvcc_compile,
-        "triton-compile": triton_compile,
+        "gpu-machine": gpu_machine,
+        "gpu-decode": gpu_decode,
+        "gpu-prefill": gpu_prefill,
+        "gpu-experts": gpu_experts,
+        "gpu-end-to-end": gpu_end_to_end,
     },
     "docs/training.md": {
         "experts-trained": experts_trained,

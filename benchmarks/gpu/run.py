@@ -52,9 +52,11 @@ STAGES = {
     "kernels": Stage("kernels", 120),
     "end_to_end": Stage("end_to_end", 220),
     "peft": Stage("peft_mixed", 90),
-    "rl_step": Stage("rl_step", 120),
+    "rl_step": Stage("rl_step", 75),
+    "generate": Stage("generate", 60),
+    "compile": Stage("ahead_of_time", 90, default=False),
     "tiles": Stage("tiles", 200, default=False),
-    "sanitizer": Stage("sanitizer", 120, default=False),
+    "sanitizer": Stage("sanitizer", 60, default=False),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-WHOLE = ("end to end", "peft", "rl step")  # of whole models
+WHOLE = ("end to end", "peft", "rl step", "generate")  # of whole models
 
 
 def report(data: dict[str, Any]) -> str:

@@ -221,18 +221,20 @@ def compile_case(case: tuple[str, str, torch.dtype, int, Tile]) -> str:
     return "" if made else f"{case}: nothing was compiled"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--jobs", type=int, default=2)
-    options = parser.parse_args()
-    if not options.compile:
-        parser.error("expected --compile; run.py times them")
+def compile_all(jobs: int) -> None:
+    """Fills Triton's cache with every launch that `measure` times; prints what does not compile."""
     wanted = list(cases(tuple(GROUPS)))
-    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
         for i, problem in enumerate(pool.imap_unordered(compile_case, wanted)):
             if problem or i % 20 == 0:
                 print(f"{i + 1}/{len(wanted)} {problem}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compile", action="store_true", required=True, help="run.py times them")
+    parser.add_argument("--jobs", type=int, default=2)
+    compile_all(parser.parse_args().jobs)
 
 
 if __name__ == "__main__":
