@@ -49,7 +49,7 @@ class RoutedLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # is_compiling() is also true here while another thread compiles
             slots = self.router.traced_slots()
             return self._outside_graph(x) if slots is None else self._traced(x, slots)
         return self._eager(x)

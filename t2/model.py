@@ -544,7 +544,7 @@ class SVFModel(nn.Module):
         """
         if experts is None:
             self._check_attached()
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 return self.model(*args, **kwargs)
             with self.router.held():
                 return self.model(*args, **kwargs)

@@ -372,11 +372,11 @@ class Router:
         self._others_routed = self._entered > 0
 
 
-class OutputsLeft:
+class OutputsLeft(threading.local):
     """Where compiled code has the outputs that the first layer of a `SharedInput` computed for the others.
 
-    One for the whole model, and empty again when the last of the others has taken its output: so a graph ends with
-    nothing in it, and no layer differs from another by it.
+    One for the whole model in each thread, and empty again when the last of the others has taken its output: so a graph
+    ends with nothing in it, and no layer differs from another by it.
     """
 
     def __init__(self) -> None:
