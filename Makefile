@@ -11,7 +11,7 @@ help:
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch setuptools wheel ninja pybind11
 	$(INSTALL) --no-build-isolation --editable '.[t2,tasks,adapt,train,vision,demo,bench,dev]'

@@ -470,5 +470,4 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("arithmetic"), pybind11::arg("threads"), pybind11::arg("steps"));
   m.def("read_bytes", &read_bytes, pybind11::arg("address"), pybind11::arg("bytes"), pybind11::arg("threads"));
-  m.def("has_cuda", [] { return false; });
 }

@@ -185,9 +185,9 @@ class SVFModel(nn.Module):
         else:
             factors = self._cache.load(key) if self._cache else decompose(weight)
         dtype = self.svf_config.dtype or weight.dtype
-        on_device = [factor.to(device) for factor in factors]  # packed there, in the layout of its kernels
-        packed = FactoredWeight.pack(*on_device, dtype=dtype, bf16_products=self.svf_config.bf16_products)
-        del factors, on_device
+        u, s, vh = (factor.to(device) for factor in factors)  # packed there, in the layout of its kernels
+        packed = FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=self.svf_config.bf16_products)
+        del factors, u, s, vh
         self._table.sigma[self.layout.window(name)] = packed.s
         routed = RoutedLinear(index, packed, layer.bias, self.router).train(layer.training)
         self._targets[name] = _Target(routed, layer, key, None if self._cache else weight.clone())

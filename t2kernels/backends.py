@@ -52,34 +52,11 @@ def warn_reference(device: str) -> None:
 def backends() -> dict[str, str]:
     """Every backend of the operators with "available" (and what it runs on) or why it is not.
 
-    Keys: "cpu" (C++ kernels), "triton", "cuda", "reference" (plain torch, every device).
+    Keys: "cpu" (C++ kernels), "triton" (NVIDIA and AMD GPUs), "reference" (plain torch, every device).
     """
     cpu = f"available ({extension.chosen_isa()})" if extension else f"extension not built: {_why_not}"
     _, triton = _load_triton()
-    cuda = "no CUDA device" if not torch.cuda.is_available() else _load_cuda()
-    return {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": "available"}
-
-
-@functools.cache
-def decode_kernel() -> bool:
-    """Whether T2KERNELS_DECODE=cuda asks for the CUDA decode kernel; RuntimeError if it is not built."""
-    wanted = os.environ.get("T2KERNELS_DECODE")
-    if wanted not in (None, "", "triton", "cuda"):
-        raise RuntimeError(f"T2KERNELS_DECODE: expected 'triton' or 'cuda', got {wanted!r}")
-    if wanted != "cuda":
-        return False
-    if not (found := _load_cuda()).startswith("available"):
-        raise RuntimeError(f"T2KERNELS_DECODE=cuda: the decode kernel is not there: {found}")
-    return True
-
-
-@functools.cache
-def _load_cuda() -> str:
-    try:
-        importlib.import_module("t2kernels._cuda")
-    except ImportError as error:
-        return f"extension not built: {error}"
-    return "available (decode, with T2KERNELS_DECODE=cuda)"
+    return {"cpu": cpu, "triton": triton, "reference": "available"}
 
 
 def triton_kernels() -> ModuleType | None:
@@ -100,7 +77,7 @@ def _load_triton() -> tuple[ModuleType | None, str]:
 
 
 def build_info() -> dict[str, object]:
-    """What the C++ extension was built with: compiler, instruction sets (compiled, supported here, chosen), CUDA."""
+    """What the C++ extension was built with: compiler, instruction sets (compiled, supported here, chosen)."""
     if extension is None:
         return {"extension": False, "reason": _why_not}
     return {
@@ -109,7 +86,6 @@ def build_info() -> dict[str, object]:
         "instruction_sets": extension.compiled_isas(),
         "supported": [isa for isa in extension.compiled_isas() if extension.supported(isa)],
         "chosen": extension.chosen_isa(),
-        "cuda": extension.has_cuda(),
     }
 
 

@@ -32,10 +32,7 @@ A slot that is not a row of scales is an error on the CPU. GPU kernels make its 
 without reading anything for it, and leave it out of dscales: an error would make the host wait.
 
 On NVIDIA and AMD GPUs the operators run on the Triton kernels (`t2kernels.triton.launch` says what those round), but
-for `decode_attention`, which torch has kernels for there. With T2KERNELS_DECODE=cuda groups of at most 16 bfloat16 rows
-take `decode_linear_group` (csrc/cuda), one launch instead of two: it rounds float16 factors to bfloat16 and adds in an
-order of its own, so that a row's bits then depend on whether its batch has more than 16 rows. It returns nothing for
-what it does not do (other dtypes, sizes that are no multiples of 16), which Triton then does.
+for `decode_attention`, which torch has kernels for there.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ import torch
 from torch import Tensor
 
 from t2kernels import reference
-from t2kernels.backends import decode_kernel, extension, triton_kernels, warn_reference
+from t2kernels.backends import extension, triton_kernels, warn_reference
 
 _library = torch.library.Library("t2kernels", "DEF")
 _library.define(
@@ -55,10 +52,6 @@ _library.define(
 )
 _library.define(
     "factored_linear_group(Tensor x, Tensor[] u, Tensor[] vh, Tensor[] component_scales, Tensor[] scales, "
-    "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products) -> Tensor[]"
-)
-_library.define(
-    "decode_linear_group(Tensor x, Tensor[] u, Tensor[] vh, Tensor[] component_scales, Tensor[] scales, "
     "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products) -> Tensor[]"
 )
 _library.define(
@@ -79,10 +72,6 @@ def _register(name: str) -> None:
         return getattr(reference, name)(*args)
 
     def on_gpu(*args: Any) -> Any:
-        if name == "factored_linear_group" and decode_kernel():
-            ys = torch.ops.t2kernels.decode_linear_group.default(*args)
-            if ys:
-                return ys
         run = getattr(triton_kernels(), name, None)
         return on_reference(*args) if run is None else run(*args)
 

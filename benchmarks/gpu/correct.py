@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.common import Results, name_of
-from t2kernels import DenseWeight, FactoredWeight, backends, linear_group
+from t2kernels import DenseWeight, FactoredWeight, linear_group
 from t2kernels.packing import GPU_STORAGE_DTYPES, STORAGE_DTYPES
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -100,9 +100,6 @@ def measure(results: Results, device: torch.device, smoke: bool) -> None:
         with torch.no_grad():
             return linear_group(ws, ps[0].x, [p.scales for p in ps], ps[0].ids, [p.bias for p in ps])
 
-    def decoded(ws: list[FactoredWeight], ps: list[Problem]) -> list[Tensor]:
-        return cuda_decode(ws, ps[0].x, [p.scales for p in ps], ps[0].ids, [p.bias for p in ps])
-
     def replayed(ws: list[FactoredWeight], ps: list[Problem]) -> list[Tensor]:
         grouped(ws, ps)
         torch.cuda.synchronize()
@@ -120,10 +117,6 @@ def measure(results: Results, device: torch.device, smoke: bool) -> None:
         right &= check(results, f"group {name}", torch.bfloat16, lambda s=storage: group(s, sizes[1], grouped))
         if device.type == "cuda":
             right &= check(results, f"graph {name}", torch.bfloat16, lambda s=storage: group(s, sizes[1], replayed))
-            if backends()["cuda"].startswith("available"):
-                for rows in (1, 8, 16):
-                    title = f"CUDA decode kernel {name} {rows}"
-                    right &= check(results, title, torch.bfloat16, lambda s=storage, r=rows: group(s, r, decoded))
 
     def dense() -> list[float]:
         x = torch.randn(sizes[-1], shape[1], device=device).bfloat16()
@@ -133,28 +126,3 @@ def measure(results: Results, device: torch.device, smoke: bool) -> None:
     right &= check(results, "dense bfloat16", torch.bfloat16, dense)
     if not right:
         raise SystemExit(1)
-
-
-def cuda_decode(
-    ws: Sequence[FactoredWeight],
-    x: Tensor,
-    scales: Sequence[Tensor],
-    ids: Tensor,
-    biases: Sequence[Tensor] = (),
-) -> list[Tensor]:
-    """The group on the CUDA decode kernel; RuntimeError where it does not take these arguments."""
-    components = [w.component_scale for w in ws if w.component_scale is not None]
-    ys: list[Tensor] = torch.ops.t2kernels.decode_linear_group.default(
-        x,
-        [part for w in ws for part in w.u],
-        [part for w in ws for part in w.vh],
-        components,
-        list(scales),
-        ids,
-        list(biases),
-        [w.out_features for w in ws],
-        False,
-    )
-    if not ys:
-        raise RuntimeError("decode_linear_group: expected a group that the CUDA kernel takes")
-    return ys

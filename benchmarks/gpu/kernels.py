@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.common import GROUPS, SMOKE_GROUPS, Call, Clock, Layers, Results, name_of, pack, popular
-from benchmarks.gpu.correct import cuda_decode
-from t2kernels import backends, ops
+from t2kernels import ops
 from t2kernels.weights import FactoredGroup
 
 DECODE = (1, 8, 16, 32, 64)
@@ -24,11 +23,6 @@ def ours(layers: Layers, storage: torch.dtype, rows: int, ids: Tensor, table: in
     nothing = [None] * len(layers.outs)
     groups = [FactoredGroup(weights) for weights in layers.packed(storage)]
     return [lambda g=group: g.linear_unchecked(x, scales, ids, nothing) for group in groups]
-
-
-def decode_kernel(layers: Layers, storage: torch.dtype, rows: int, ids: Tensor) -> list[Call]:
-    scales, x = layers.scales(int(ids.max()) + 1), layers.x(rows)
-    return [lambda w=weights: cuda_decode(w, x, scales, ids) for weights in layers.packed(storage)]
 
 
 def dense(layers: Layers, rows: int) -> list[Call]:
@@ -133,11 +127,6 @@ def cases(layers: Layers, smoke: bool) -> Iterator[tuple[str, Callable[[], list[
             ids = torch.arange(rows, device=device)
             name = name_of(storage)
             yield f"decode {rows} | ours {name}", lambda s=storage, r=rows, i=ids: ours(layers, s, r, i)
-            if gpu and rows <= 16 and storage in (torch.bfloat16, torch.int8) and backends()["cuda"].startswith("av"):
-                yield (
-                    f"decode {rows} | CUDA kernel {name}",
-                    lambda s=storage, r=rows, i=ids: decode_kernel(layers, s, r, i),
-                )
         yield f"prefill {prefill} | ours {name_of(storage)}", lambda s=storage: ours(layers, s, prefill, read)
         if storage == torch.bfloat16:
             for kind in ("identical", "uniform", "zipf", "distinct"):

@@ -430,8 +430,6 @@ def test_generate_with_a_static_cache_compiles_once(make, graphs):
     options = {"input_ids": ids, "max_new_tokens": 8, "do_sample": False}
     for route in (["e0", "e1", "e2"], ["e4", None, "e0"], [None] * 3):
         expected = svf.generate(**options, experts=route)
-        answer = svf.generate(
-            **options, experts=route, cache_implementation="static", compile_config=compiling
-        )
+        answer = svf.generate(**options, experts=route, cache_implementation="static", compile_config=compiling)
         assert torch.equal(answer, expected)
     assert len(graphs.made) == 1

@@ -202,29 +202,3 @@ def test_svf_linear_on_plain_and_strided_factors():
     expected = ((p.x.double() @ p.vh.double().T) * p.scales.double()[p.ids]) @ p.u.double().T
     u, vh = p.u.T.contiguous().T, p.vh.T.contiguous().T
     close(svf_linear(p.x, u, p.s, vh, p.z, expert_ids=p.ids), expected, torch.float32)
-
-
-@pytest.mark.parametrize("batch", [1, 7, 8, 9, 16])
-def test_decode_kernel(batch):
-    if not t2kernels.backends()["cuda"].startswith("available"):
-        pytest.skip(t2kernels.backends()["cuda"])
-    decode = torch.ops.t2kernels.decode_linear_group.default
-    for storage in (torch.bfloat16, torch.float16, torch.int8):
-        ps = [on_gpu((out, 1024, 4096), batch, torch.bfloat16, seed=i) for i, out in enumerate((4096, 1024, 1024))]
-        ws = [FactoredWeight.pack(p.u.float(), p.s, p.vh.float(), dtype=storage) for p in ps]
-        components = [w.component_scale for w in ws] if storage == torch.int8 else []
-        ys = decode(
-            ps[0].x,
-            [part for w in ws for part in w.u],
-            [part for w in ws for part in w.vh],
-            components,
-            [p.scales for p in ps],
-            ps[0].ids,
-            [],
-            [w.out_features for w in ws],
-            False,
-        )
-        assert len(ys) == 3
-        for y, p, w in zip(ys, ps, ws, strict=True):
-            p.x, p.ids = ps[0].x, ps[0].ids
-            close(y, svf64(p, w) - p.bias.double(), torch.bfloat16)
