@@ -335,8 +335,8 @@ def gpu_machine() -> str:
         f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}: a copy moves "
         f"{limits['copy'] / 1e12:.2f} TB/s (read and written), a sum reads {limits['sum'] / 1e12:.2f} TB/s, a "
         f"bfloat16 product of side 8192 runs at {limits['bfloat16'] / 1e12:.0f} TFLOP/s. {right} of {len(checks)} "
-        f"checks against float64 right; `pytest -m gpu`: {' '.join(tests['summary']).strip('= ')}; compute-sanitizer on a "
-        f"group and a backward pass: {'no error' if data['sanitizer'].get('status') == 0 else data['sanitizer']}."
+        f"checks against float64 right; `pytest -m gpu`: {' '.join(tests['summary']).strip('= ')}; compute-sanitizer "
+        f"on a group and a backward pass: {'no error' if data['sanitizer'].get('status') == 0 else data['sanitizer']}."
     )
 
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -62,6 +63,11 @@ def backends() -> dict[str, str]:
 def triton_kernels() -> ModuleType | None:
     """The module of operators on Triton kernels, if they run on this machine's GPU."""
     return _load_triton()[0]
+
+
+def device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Within it x's GPU is the current device, which Triton launches on."""
+    return nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 @functools.cache

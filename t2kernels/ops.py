@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from t2kernels import reference
-from t2kernels.backends import extension, triton_kernels, warn_reference
+from t2kernels.backends import device_of, extension, triton_kernels, warn_reference
 
 _library = torch.library.Library("t2kernels", "DEF")
 _library.define(
@@ -73,7 +73,10 @@ def _register(name: str) -> None:
 
     def on_gpu(*args: Any) -> Any:
         run = getattr(triton_kernels(), name, None)
-        return on_reference(*args) if run is None else run(*args)
+        if run is None:
+            return on_reference(*args)
+        with device_of(args[0]):
+            return run(*args)
 
     if extension is None:
         _library.impl(name, on_reference, "CPU")

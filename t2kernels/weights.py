@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from t2kernels import checks, ops
+from t2kernels.backends import device_of, triton_kernels
 from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, PANEL, STORAGE_DTYPES, lay_out, matrix_of, quantize
 
 
@@ -88,6 +90,7 @@ class _Operands(NamedTuple):
     vh: list[Tensor]
     component_scales: list[Tensor]  # one per layer, or none
     out_features: list[int]
+    prepared: dict[Any, Any]  # launches of a GPU that calls of a kind find ready
 
 
 class FactoredWeight(_FrozenWeight):
@@ -156,7 +159,7 @@ class FactoredWeight(_FrozenWeight):
     def _buffer_operands(self) -> _Operands:
         u = [getattr(self, f"u{part}") for part in range(self.parts)]
         vh = [getattr(self, f"vh{part}") for part in range(self.parts)]
-        return _Operands(u, vh, [] if self.component_scale is None else [self.component_scale], [self.out_features])
+        return _Operands(u, vh, [] if self.component_scale is None else [self.component_scale], [self.out_features], {})
 
     @property
     def u(self) -> list[Tensor]:
@@ -326,7 +329,7 @@ class FactoredGroup:
     def __init__(self, weights: Sequence[FactoredWeight]) -> None:
         self.weights = list(weights)
         self._made_of: list[_Operands] = []
-        self._joined = _Operands([], [], [], [])
+        self._joined = _Operands([], [], [], [], {})
 
     def linear_unchecked(
         self, x: Tensor, scales: Sequence[Tensor], slots: Tensor, biases: Sequence[Tensor | None]
@@ -348,6 +351,7 @@ def _joined(operands: Sequence[_Operands]) -> _Operands:
         [part for each in operands for part in each.vh],
         [scale for each in operands for scale in each.component_scales],
         [features for each in operands for features in each.out_features],
+        {},
     )
 
 
@@ -362,6 +366,15 @@ def _run_group(
     given: list[Tensor] = []
     if any(bias is not None for bias in biases):
         given = [x.new_empty(0) if bias is None else bias for bias in biases]
+    if x.is_cuda and not torch.compiler.is_compiling() and type(x) is Tensor and not is_in_torch_dispatch_mode():
+        kernels = triton_kernels()
+        if kernels is not None:
+            u, vh, component_scales, out_features, prepared = operands
+            with device_of(x):
+                ys: list[Tensor] = kernels.run_group(
+                    prepared, x, u, vh, component_scales, scales, slots, given, out_features, bf16_products
+                )
+            return ys
     return ops.factored_linear_group(
         x,
         operands.u,

@@ -1,11 +1,12 @@
 """What a GPU has to say about these kernels, stage by stage, without a network.
 
-    python benchmarks/gpu/run.py --out DIR [--stages environment,correct,tests,kernels] [--seconds 420]
+    python benchmarks/gpu/run.py --out DIR [--stages environment,correct+tests,kernels] [--seconds 420]
     python benchmarks/gpu/run.py --out DIR --smoke       # tiny sizes on the CPU: a test of this program
 
-Each stage is a process with a time limit of its own; one that fails or hangs leaves the others as they are. DIR gets
-results.json (every figure as it comes; figures already there are kept, errors are measured again), tables.md, log.txt
-and tests.txt. Needs torch, Triton and transformers, and for some stages peft, pytest, pytest-xdist and pytest-timeout.
+Each stage is a process with a time limit of its own; one that fails or hangs leaves the others as they are. Stages
+joined by "+", none of which measures time, run side by side. DIR gets results.json (every figure as it comes; figures
+already there are kept, errors are measured again), tables.md, log.txt and tests.txt. Needs torch, Triton and
+transformers, and for some stages peft, pytest, pytest-xdist and pytest-timeout.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import signal
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -56,66 +58,91 @@ STAGES = {
     "generate": Stage("generate", 60),
     "compile": Stage("ahead_of_time", 90, default=False),
     "tiles": Stage("tiles", 200, default=False),
-    "sanitizer": Stage("sanitizer", 60, default=False),
+    "sanitizer": Stage("sanitizer", 90, default=False),
+    "profile": Stage("profile", 60, default=False),
 }
 
 
-def run_stage(name: str, stage: Stage, out: Path, smoke: bool, seconds: float) -> str:
-    """ok, failed or timeout: the stage's `measure` in a fork, its output to out/log.txt and the terminal."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
+class Running:
+    """A stage's `measure` in a fork; its output goes to out/log.txt and the terminal."""
+
+    def __init__(self, name: str, out: Path, results: Path, smoke: bool, seconds: float) -> None:
+        self.deadline, self.log, self.ended = time.monotonic() + seconds, out / "log.txt", ""
+        self._reader, writer = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
             os.setsid()
-            os.close(reader)
             os.dup2(writer, 1)
             os.dup2(writer, 2)
-            measure: Measure = importlib.import_module(f"benchmarks.gpu.{stage.module}").measure
-            measure(Results(out / "results.json"), torch.device("cpu" if smoke else "cuda"), smoke)
-            status = 0
-        except SystemExit as error:
-            status = int(error.code or 0)
-        except BaseException:
-            import traceback
+            _measure(STAGES[name].module, results, smoke)
+        os.close(writer)
+        os.set_blocking(self._reader, False)
+        self._copy(f"== {name}\n".encode())
 
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    os.close(writer)
-    deadline, ended = time.monotonic() + seconds, "timeout"
-    with (out / "log.txt").open("ab") as log:
-        os.set_blocking(reader, False)
-        log.write(f"== {name}\n".encode())
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(child, os.WNOHANG)
-            _copy(reader, log)
-            if done:
-                ended = "ok" if os.waitstatus_to_exitcode(status) == 0 else "failed"
+    def poll(self) -> None:
+        """Sets `ended` to ok, failed or timeout once it has ended; a stage past its time is killed."""
+        done, status = os.waitpid(self._child, os.WNOHANG)
+        if done:
+            self.ended = "ok" if os.waitstatus_to_exitcode(status) == 0 else "failed"
+        elif time.monotonic() > self.deadline:
+            os.killpg(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
+            self.ended = "timeout"
+        while True:
+            try:
+                text = os.read(self._reader, 1 << 16)
+            except BlockingIOError:
                 break
-            time.sleep(0.05)
-        else:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        _copy(reader, log)
-    os.close(reader)
-    return ended
+            if not text:
+                break
+            self._copy(text)
+        if self.ended:
+            os.close(self._reader)
 
-
-def _copy(reader: int, log: Any) -> None:
-    while True:
-        try:
-            text = os.read(reader, 1 << 16)
-        except BlockingIOError:
-            return
-        if not text:
-            return
-        log.write(text)
-        log.flush()
+    def _copy(self, text: bytes) -> None:
+        with self.log.open("ab") as log:
+            log.write(text)
         sys.stdout.buffer.write(text)
         sys.stdout.flush()
+
+
+def _measure(module: str, results: Path, smoke: bool) -> NoReturn:
+    status = 1
+    try:
+        measure: Measure = importlib.import_module(f"benchmarks.gpu.{module}").measure
+        measure(Results(results), torch.device("cpu" if smoke else "cuda"), smoke)
+        status = 0
+    except SystemExit as error:
+        status = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def side_by_side(names: Sequence[str], out: Path, smoke: bool, seconds: float) -> dict[str, str]:
+    """How each of these stages ended. Several write to a file of their own first."""
+    whole = out / "results.json"
+    paths = {name: whole if len(names) == 1 else out / f".{name}.json" for name in names}
+    for path in paths.values():
+        if path != whole:
+            path.write_text(whole.read_text() if whole.exists() else "{}")
+    running = {
+        name: Running(name, out, path, smoke, min(seconds, STAGES[name].seconds)) for name, path in paths.items()
+    }
+    while unfinished := [each for each in running.values() if not each.ended]:
+        for each in unfinished:
+            each.poll()
+        time.sleep(0.05)
+    results = Results(whole)
+    for path in paths.values():
+        if path != whole:
+            results.data |= json.loads(path.read_text())
+            path.unlink()
+    results.put("ended", [*results.data.get("ended", []), *names])
+    return {name: each.ended for name, each in running.items()}
 
 
 def pack_cache(cache: Path, target: Path) -> None:
@@ -135,7 +162,7 @@ def main() -> None:
     parser.add_argument("--pack-cache", action="store_true", help="leave Triton's cache as DIR/triton-cache.tar.xz")
     options = parser.parse_args()
     names = [name for name in options.stages.split(",") if name]
-    if unknown := set(names) - set(STAGES):
+    if unknown := {name for joined in names for name in joined.split("+")} - set(STAGES):
         parser.error(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
     if not options.smoke and torch.version.cuda is None:
         raise SystemExit(f"run.py: expected a torch built with CUDA, got {torch.__version__}")
@@ -148,16 +175,16 @@ def main() -> None:
         except ImportError as error:
             print(f"{module}: {error}", flush=True)
     print(f"imports {time.monotonic() - begin:.1f} s, Python {platform.python_version()}", flush=True)
-    for name in names:
+    for joined in names:
         left = options.seconds - (time.monotonic() - begin)
         if left < 5:
-            print(f"{name}: skipped, {left:.0f} s left", flush=True)
+            print(f"{joined}: skipped, {left:.0f} s left", flush=True)
             continue
         start = time.monotonic()
-        ended = run_stage(name, STAGES[name], options.out, options.smoke, min(left, STAGES[name].seconds))
-        Results(results).put(f"stage | {name}", {"ended": ended, "took": round(time.monotonic() - start, 1)})
-        if ended != "ok":
-            failed.append(name)
+        ended = side_by_side(joined.split("+"), options.out, options.smoke, left)
+        for name, how in ended.items():
+            Results(results).put(f"stage | {name}", {"ended": how, "took": round(time.monotonic() - start, 1)})
+        failed += [name for name, how in ended.items() if how != "ok"]
         (options.out / "tables.md").write_text(tables.report(json.loads(results.read_text())))
     if options.pack_cache and (cache := os.environ.get("TRITON_CACHE_DIR")):
         pack_cache(Path(cache), options.out / "triton-cache.tar.xz")

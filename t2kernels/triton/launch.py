@@ -12,18 +12,36 @@ not a row of `scales`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from t2kernels.packing import BLOCK, EIGHT_BITS
-from t2kernels.triton import kernels
+from t2kernels.triton import kernels, tuning
 from t2kernels.triton.tuning import Launch, Tile, multiprocessors, tile_for
 
 HALVES = (torch.bfloat16, torch.float16)
+
+
+class _Launched(NamedTuple):
+    """A launch that was made, to be made again: `run(*arguments, *constants)`."""
+
+    run: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    constants: tuple[Any, ...]
+
+    def again(self, changed: Mapping[str, Any]) -> None:
+        """The same launch with other tensors of the same shapes, strides, dtypes and alignments, by parameter name."""
+        arguments = list(self.arguments)
+        for name, value in changed.items():
+            arguments[PARAMETERS[name]] = value
+        self.run(*arguments, *self.constants)
+
+
+PARAMETERS = {name: index for index, name in enumerate(kernels.product.arg_names)}
 
 
 class _Product:
@@ -89,27 +107,29 @@ class _Product:
         """Terms of one step along k."""
         return max(BLOCK, tile.block_k) if dtype == torch.int8 and not self.transposed else tile.block_k
 
-    def launch(self, kernel: Any, tile: Tile, arguments: Sequence[Any], **constants: Any) -> None:
+    def launch(self, kernel: Any, tile: Tile, arguments: Sequence[Any], **constants: Any) -> _Launched:
         """Runs a kernel of `kernels` on tiles of this product."""
         tiles = triton.cdiv(self.rows, tile.block_m) * sum(triton.cdiv(n, tile.block_n) for n in self.columns)
         programs = min(tiles, multiprocessors(self.device)) if tile.persistent else tiles
-        kernel[(programs,)](
-            *arguments,
-            **constants,
-            ROUND_TO_BF16=self.round_to_bf16,
-            PRECISION=self.precision,
-            EVEN_K=all(k % self._step(dtype, tile) == 0 for k, dtype in zip(self.k, self.dtypes, strict=True)),
-            EXACT_HALVES=self.exact_halves,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            GROUP_M=tile.group_m,
-            FLATTEN=tile.persistent and len(self.weights) == 1,
-            HOIST=self.terms != "split",
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            enable_fp_fusion=True,
-        )
+        constants |= {
+            "ROUND_TO_BF16": self.round_to_bf16,
+            "PRECISION": self.precision,
+            "EXACT_HALVES": self.exact_halves,
+            "EVEN_K": all(k % self._step(dtype, tile) == 0 for k, dtype in zip(self.k, self.dtypes, strict=True)),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+            "GROUP_M": tile.group_m,
+            "FLATTEN": tile.persistent and len(self.weights) == 1,
+            "HOIST": self.terms != "split",
+        }
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+        if constants.get("OVERLAP"):
+            options["launch_pdl"] = True
+        compiled = kernel[(programs,)](*arguments, **constants, **options)
+        rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        again = (kernel if compiled is None else compiled)[(programs, 1, 1)]  # None: the interpreter
+        return _Launched(again, tuple(arguments), rest)
 
     def into(
         self,
@@ -120,14 +140,14 @@ class _Product:
         column_scales: Sequence[Tensor] | None = None,
         biases: Sequence[Tensor] | None = None,
         t: Sequence[Tensor] | None = None,
-    ) -> None:
+    ) -> _Launched:
         """y[i] = (lefts[i] matrices[i]^T) * scales[i][slots] * column_scales[i] + biases[i]; t[i] is the bare product.
 
         scales, slots, column_scales, biases, t: None is none of them. The rows of y[i] and of t[i] may be windows.
         """
         nothing, zeros = self.lefts, (0,) * len(self.lefts)  # for operands that the kernel does not read
         tile = self.tile()
-        self.launch(
+        return self.launch(
             kernels.product,
             tile,
             (
@@ -159,7 +179,6 @@ class _Product:
             WEIGHTS_FIRST=tile.weights_first and not self.transposed,
             PREFETCH=0 if self.transposed else tile.prefetch,
             OVERLAP=tile.overlap,
-            **({"launch_pdl": True} if tile.overlap else {}),
         )
 
 
@@ -197,7 +216,7 @@ def _contiguous(factors: Sequence[Tensor]) -> list[Tensor]:
     return [factor if factor.is_contiguous() else factor.contiguous() for factor in factors]
 
 
-def _by_layer(factors: Sequence[Tensor], parts: int) -> list[Sequence[Tensor]]:
+def _by_layer(factors: Sequence[Any], parts: int) -> list[Sequence[Any]]:
     return [factors[first : first + parts] for first in range(0, len(factors), parts)]
 
 
@@ -218,26 +237,132 @@ def factored_linear_group(
     bf16_products: bool,
 ) -> list[Tensor]:
     """`torch.ops.t2kernels.factored_linear_group`: two launches for all layers."""
-    rows, u, vh = _rows(x), _contiguous(u), _contiguous(vh)
-    ranks, parts = [scale.shape[1] for scale in scales], len(u) // len(scales)
-    ys = [x.new_empty(rows.shape[0], features) for features in out_features]
-    if rows.shape[0]:
-        s = _windows(rows.new_empty(rows.shape[0], sum(ranks), dtype=_scaled_dtype(x.dtype, u, bf16_products)), ranks)
-        u_of, vh_of = _by_layer(u, parts), _by_layer(vh, parts)
+    return _Group(u, vh, component_scales, out_features, bf16_products).first(x, scales, slots, biases)
 
-        def by_part(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return [part for each, own in zip(tensors, vh_of, strict=True) for part in _by_part(each, own)]
 
-        _Product("project", [rows] * len(vh), x.dtype, [[part] for part in vh], bf16_products=bf16_products).into(
-            by_part(s),
-            scales=by_part(scales),
-            slots=slots,
-            column_scales=by_part(component_scales) if component_scales else None,
-        )
-        if biases and not all(bias.numel() for bias in biases):  # an empty one is none
-            biases = [bias if bias.numel() else bias.new_zeros(y.shape[1]) for bias, y in zip(biases, ys, strict=True)]
-        _Product("expand", s, x.dtype, u_of, bf16_products=bf16_products).into(ys, biases=biases or None)
-    return [y.reshape(*x.shape[:-1], y.shape[1]) for y in ys]
+class _Group:
+    """The two launches of layers that share their input, prepared by their first call.
+
+    What a launch costs on the host is choosing its tile, its constants and its compiled code: 100 us for q, k and v.
+    They depend on shapes, dtypes and alignments alone, so calls of one kind find them ready (`run_group`).
+    """
+
+    def __init__(
+        self,
+        u: Sequence[Tensor],
+        vh: Sequence[Tensor],
+        component_scales: Sequence[Tensor],
+        out_features: Sequence[int],
+        bf16_products: bool,
+    ) -> None:
+        self.u, self.vh, self.bf16_products = _contiguous(u), _contiguous(vh), bf16_products
+        self.component_scales, self.out_features = component_scales, out_features
+        self.parts = len(u) // len(out_features)
+        self.widths = [part.shape[0] for part in vh]  # components of each part
+        self.ranks = [sum(own) for own in _by_layer(self.widths, self.parts)]
+        self.project: _Launched | None = None
+        self.expand: _Launched | None = None
+        self.zeros: dict[int, Tensor] = {}  # for layers without a bias beside others that have one
+
+    def by_part(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of each layer's tensor [..., rank] the windows of its parts."""
+        if self.parts == 1:
+            return list(tensors)
+        widths = _by_layer(self.widths, self.parts)
+        return [part for each, own in zip(tensors, widths, strict=True) for part in each.split(list(own), dim=-1)]
+
+    def empty(self, x: Tensor, rows: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Where the outputs and the scaled projection go."""
+        count = rows.shape[0]
+        s = rows.new_empty(count, sum(self.ranks), dtype=_scaled_dtype(x.dtype, self.u, self.bf16_products))
+        return [x.new_empty(count, features) for features in self.out_features], s
+
+    def given(self, biases: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+        """One bias per layer, or none; an empty one is zeros."""
+        if not any(bias.numel() for bias in biases):
+            return []
+        for i, bias in enumerate(biases):
+            if not bias.numel() and i not in self.zeros:
+                self.zeros[i] = bias.new_zeros(ys[i].shape[1])
+        return [bias if bias.numel() else self.zeros[i] for i, bias in enumerate(biases)]
+
+    def first(self, x: Tensor, scales: Sequence[Tensor], slots: Tensor, biases: Sequence[Tensor]) -> list[Tensor]:
+        rows = _rows(x)
+        ys, s = self.empty(x, rows)
+        if rows.shape[0]:
+            project = _Product(
+                "project",
+                [rows] * len(self.vh),
+                x.dtype,
+                [[part] for part in self.vh],
+                bf16_products=self.bf16_products,
+            )
+            self.project = project.into(
+                list(s.split(self.widths, dim=1)),
+                scales=self.by_part(scales),
+                slots=slots,
+                column_scales=self.by_part(self.component_scales) if self.component_scales else None,
+            )
+            matrices = _by_layer(self.u, self.parts)
+            lefts = list(s.split(self.ranks, dim=1))
+            expand = _Product("expand", lefts, x.dtype, matrices, bf16_products=self.bf16_products)
+            self.expand = expand.into(ys, biases=self.given(biases, ys) or None)
+        return [y.reshape(*x.shape[:-1], y.shape[1]) for y in ys]
+
+    def again(self, x: Tensor, scales: Sequence[Tensor], slots: Tensor, biases: Sequence[Tensor]) -> list[Tensor]:
+        """`first` for another call of the same kind."""
+        assert self.project is not None and self.expand is not None
+        rows = _rows(x)
+        ys, s = self.empty(x, rows)
+        xs, parts = (rows,) * len(self.vh), tuple(s.split(self.widths, dim=1))
+        lefts = parts if self.parts == 1 else tuple(s.split(self.ranks, dim=1))
+        unread = {"biases": xs, "t": xs}
+        if not self.component_scales:
+            unread["column_scales"] = xs
+        self.project.again({"a": xs, "scales": tuple(self.by_part(scales)), "slots": slots, "y": parts, **unread})
+        unread = dict.fromkeys(("scales", "column_scales", "t"), lefts)
+        given = tuple(self.given(biases, ys)) or lefts
+        self.expand.again({"a": lefts, "slots": lefts[0], "biases": given, "y": tuple(ys), **unread})
+        return [y.reshape(*x.shape[:-1], y.shape[1]) for y in ys] if x.dim() != 2 else ys
+
+
+KINDS = 64  # of calls that a group keeps launches for
+
+
+def run_group(
+    prepared: dict[Any, _Group],
+    x: Tensor,
+    u: Sequence[Tensor],
+    vh: Sequence[Tensor],
+    component_scales: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    slots: Tensor,
+    biases: Sequence[Tensor],
+    out_features: Sequence[int],
+    bf16_products: bool,
+) -> list[Tensor]:
+    """`factored_linear_group` for callers that keep `prepared`, empty at first, beside these factors."""
+    kind = (
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.data_ptr() % 16,
+        slots.shape[0],
+        slots.data_ptr() % 16,
+        tuning.generation(),
+        tuple((scale.data_ptr() % 16, scale.stride(0), scale.shape[0]) for scale in scales),
+        tuple((bias.data_ptr() % 16, bias.shape, bias.dtype) for bias in biases),
+    )
+    group = prepared.get(kind)
+    if group is not None:
+        return group.again(x, scales, slots, biases)
+    group = _Group(u, vh, component_scales, out_features, bf16_products)
+    ys = group.first(x, scales, slots, biases)
+    if group.project is not None:
+        if len(prepared) >= KINDS:
+            prepared.clear()
+        prepared[kind] = group
+    return ys
 
 
 def factored_linear(

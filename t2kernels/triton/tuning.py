@@ -13,6 +13,7 @@ against every chip's bandwidth.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -206,6 +207,18 @@ class Launch:
 
 
 _chosen: dict[tuple[Launch, torch.device], Tile] = {}
+_generation = itertools.count()
+_current = next(_generation)
+
+
+def generation() -> int:
+    """Another number whenever tiles have changed: launches that were prepared before are out of date."""
+    return _current
+
+
+def _change() -> None:
+    global _current
+    _current = next(_generation)
 
 
 def tile_for(launch: Launch, device: torch.device) -> Tile:
@@ -229,17 +242,20 @@ def tune(
     seconds: times a call. A tile that does not compile or does not fit this chip is passed over.
     """
     _chosen.clear()
+    _change()
     run()
     best = {}
     for launch in [launch for launch, _ in _chosen]:
         times: dict[Tile, float] = {}
         for tile in candidates(launch, device):
             _chosen[launch, device] = tile
+            _change()
             try:
                 times[tile] = seconds(run)
             except (OutOfResources, CompilationError, PTXASError):
                 continue
         best[launch.key] = _chosen[launch, device] = min(times, key=lambda tile: times[tile])
+        _change()
         save({launch.key: best[launch.key]}, device)
     return best
 
@@ -264,6 +280,7 @@ def save(measured: dict[str, Tile], device: torch.device) -> Path:
     write_text(path, json.dumps({key: asdict(tile) for key, tile in sorted(merged.items())}, indent=1))
     _measured.cache_clear()
     _chosen.clear()
+    _change()
     return path
 
 

@@ -160,6 +160,40 @@ def test_two_parts(dtype, storage):
         close(t, expected_t, torch.float32)
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("biased", ["all", "one", "none"])
+def test_a_prepared_group_follows_other_inputs_scales_slots_and_biases(storage, biased):
+    """The second call of a kind makes the launches of the first again, with every tensor another one."""
+    shapes = [(48, 192, 130), (40, 64, 130)]
+    parts = 2 if storage == torch.int8 else 1
+    layers = [Factors(shape, storage, parts=parts, seed=i) for i, shape in enumerate(shapes)]
+    factors = [[part for layer in layers for part in getattr(layer, name)] for name in ("u", "vh")]
+    components = [layer.component for layer in layers] if storage == torch.int8 else []
+    prepared = {}
+    for seed in range(3):
+        ps = [problem(shape, 9, dtype=torch.bfloat16, seed=seed + 10 * i) for i, shape in enumerate(shapes)]
+        biases = [p.bias if biased == "all" or i == 1 else p.bias[:0] for i, p in enumerate(ps)]
+        own = (ps[0].x, *factors, components, [p.scales for p in ps], ps[0].ids, biases if biased != "none" else [])
+        ys = launch.run_group(prepared, *own, [48, 40], False)
+        expected = launch.factored_linear_group(*own, [48, 40], False)
+        assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
+        close(ys[1], expected_group(ps, layers, 1, biased != "none"), torch.bfloat16)
+    assert len(prepared) == 1
+    wide = torch.zeros(9, 200, dtype=torch.bfloat16)[:, :130]
+    launch.run_group(prepared, wide, *own[1:], [48, 40], False)
+    assert len(prepared) == 2
+    tuning._change()
+    launch.run_group(prepared, *own, [48, 40], False)
+    assert len(prepared) == 3
+
+
+def expected_group(ps, layers, i, biased):
+    p = ps[i]
+    p.x, p.ids = ps[0].x, ps[0].ids
+    y, _ = expected_forward(p, layers[i])
+    return y if biased else y - p.bias.double()
+
+
 def test_interleaving_keeps_every_entry():
     for n, k in ((1, 1), (7, 255), (3, 256), (5, 577)):
         matrix = torch.randint(-128, 128, (n, k), dtype=torch.int8)

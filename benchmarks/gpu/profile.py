@@ -1,0 +1,43 @@
+"""Nsight Compute on the launches of a decode step: what they wait for."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.common import Results
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import torch
+from benchmarks.gpu.common import GROUPS, Clock, Layers
+from benchmarks.gpu.kernels import ours
+device = torch.device("cuda")
+with torch.inference_mode():
+    for group in ("o", "gate, up"):
+        for storage in (torch.int8, torch.bfloat16):
+            layers = Layers(*GROUPS[group], Clock(device))
+            call = ours(layers, storage, 32, torch.arange(32, device=device))[0]
+            call()
+            torch.cuda.synchronize()
+"""
+SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "Occupancy")
+
+
+def measure(results: Results, device: torch.device, smoke: bool) -> None:
+    tool = shutil.which("ncu")
+    if smoke or tool is None:
+        results.put("profile", {"skipped": "no GPU" if smoke else "ncu was not found"})
+        return
+    words = [tool, "--clock-control", "none", "-k", "product"]
+    for section in SECTIONS:
+        words += ["--section", section]
+    done = subprocess.run([*words, sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
+    path = results.path.with_name("profile.txt")
+    path.write_text(done.stdout + done.stderr)
+    results.put("profile", {"status": done.returncode, "launches": done.stdout.count("product")})
+    raise SystemExit(done.returncode)
