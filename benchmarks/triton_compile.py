@@ -1,6 +1,6 @@
 """Every tile of the tuning tables, compiled ahead of time for its chip: no GPU needed.
 
-    python benchmarks/triton_compile.py [--some] [--out benchmarks/results/triton-compile.json]
+    python benchmarks/triton_compile.py [--some] --out FILE
 
 The launches are those that `t2kernels.triton.launch` makes, with a driver in place of the GPU's that says which chip it
 is and stops before anything runs. What ptxas made of them is read from the machine code: registers, spills to local
@@ -10,6 +10,7 @@ factors; int8 is compiled as factors have it, the leading components in float16,
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -23,9 +24,6 @@ from typing import Any
 
 import torch
 import triton
-import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -35,8 +33,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from t2kernels.files import write_text  # noqa: E402
+from t2kernels.packing import interleave  # noqa: E402
 from t2kernels.triton import kernels, launch, tuning  # noqa: E402
-from t2kernels.triton.tuning import Tile  # noqa: E402
+from t2kernels.triton.tuning import TABLES, Tile  # noqa: E402
 from t2kernels.weights import int8_head  # noqa: E402
 
 TARGETS = {
@@ -52,7 +51,7 @@ TENSOR_CORE = {  # instructions of 16-bit products
     "sm_100": "UTCHMMA",
     "gfx942": "v_mfma",
 }
-STEPS = ("project", "expand", "pull")
+STEPS = ("project", "expand", "pull", "back")
 HEAD = "int8, float16 head"
 STORAGE = {
     "bfloat16": torch.bfloat16,
@@ -114,11 +113,12 @@ def compiling_for(chip: str, tile: Tile, only: tuple[str, ...]) -> Iterator[list
 
     class Collect:
         def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+            self.kernel, self.arg_names = kernel, kernel.arg_names
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             def compile_only(*args: Any, **options: Any) -> None:
-                step = "pull" if "NEED_D" in options else "project" if options["HAS_SCALES"] else "expand"
+                step = "back" if options.get("TRANSPOSED") else "project" if options.get("HAS_SCALES") else "expand"
+                step = "pull" if "NEED_D" in options else step
                 if step in only:
                     made.append((step, self.kernel.warmup(*args, grid=grid, **options)))
 
@@ -153,8 +153,8 @@ def launches(factors: str, tile: Tile) -> None:
         """Of U and Vh of rank n."""
         head = int8_head(n) if factors == HEAD else 0
         kinds = [(rank, dtype) for rank, dtype in ((head, torch.float16), (n - head, storage)) if rank]
-        u = [torch.zeros(n, rank, dtype=dtype) for rank, dtype in kinds]
-        return u, [torch.zeros(rank, features, dtype=dtype) for rank, dtype in kinds]
+        u = [zeros(n, rank, dtype) for rank, dtype in kinds]
+        return u, [zeros(rank, features, dtype) for rank, dtype in kinds]
 
     group = [features, 1024, 1024]
     us, vhs = ([part for own in each for part in own] for each in zip(*(parts(n) for n in group), strict=True))
@@ -164,6 +164,12 @@ def launches(factors: str, tile: Tile) -> None:
     component = torch.ones(features) if storage == torch.int8 else None
     _, t = launch.factored_linear(x, u, vh, component, scales, slots, None, features, False)
     launch.factored_linear_backward(x, t, u, vh, component, scales, slots, features, True, True)
+
+
+def zeros(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """A matrix as a GPU holds it."""
+    matrix = torch.zeros(n, k, dtype=dtype)
+    return interleave(matrix) if dtype == torch.int8 else matrix
 
 
 def tool(name: str) -> str:
@@ -197,20 +203,23 @@ def tiles() -> Iterator[tuple[str, Tile, tuple[str, ...], tuple[str, ...]]]:
     """Every tile of the tables: its chip, the steps it is for, and kinds of factors."""
     for chip, table in tuning.TABLES.items():
         for step in STEPS:
+            forward = step in ("project", "expand")
             for _, tile in table.entries(step, "half"):
-                yield chip, tile, (step,), ("bfloat16", "int8")
+                yield chip, tile, (step,), ("bfloat16",) if forward else ("bfloat16", "int8")
             for _, tile in table.entries(step, "split"):
-                yield chip, tile, (step,), (HEAD, "float16")
+                yield chip, tile, (step,), ("float16",)
+            for _, tile in table.words if forward else ():
+                yield chip, tile, (step,), ("int8", HEAD)
         for _, tile in table.wide:
             yield chip, tile, STEPS, ("float32",)
 
 
 def compile_all(some: bool) -> list[Compiled]:
-    """Every tile with its formats; or `some`: each chip's first, with int8 as it is stored."""
+    """Every tile with its formats; or `some`: each chip's first, and its first for int8."""
     wanted = list(tiles())
     if some:
         firsts = (next(entry for entry in wanted if entry[0] == chip) for chip in TARGETS)
-        wanted = [(chip, tile, only, (HEAD,)) for chip, tile, only, _ in firsts]  # in both, the same tile
+        wanted = [*firsts, *((c, TABLES[c].words[0][1], ("expand",), (HEAD,)) for c in TARGETS)]
     found, seen = [], set()
     for chip, tile, only, kinds in tqdm(wanted, desc="tiles"):
         for factors in kinds:
@@ -228,23 +237,21 @@ def compile_all(some: bool) -> list[Compiled]:
     return found
 
 
-def main(some: bool = False, out: Path = ROOT / "benchmarks" / "results" / "triton-compile.json") -> None:
-    """Args:
-    some: one tile for each chip.
-    out: the JSON file.
-    """
-    compiled = compile_all(some)
-    table = Table("chip", "step", "factors", "tile", "registers", "spilled", "shared", "tensor core", "problem")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--some", action="store_true", help="two tiles for each chip")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    options = parser.parse_args()
+    compiled = compile_all(options.some)
     for each in compiled:
-        values = list(asdict(each).values())
-        table.add_row(*(str(value) for value in values), "; ".join(each.problems))
-    Console(width=180).print(table)
+        if each.problems:
+            print(f"{each}: {'; '.join(each.problems)}")
     figures = {"triton": triton.__version__, "launches": [asdict(each) for each in compiled]}
-    write_text(out, json.dumps(figures, indent=1) + "\n")
+    write_text(options.out, json.dumps(figures, indent=1) + "\n")
     problems = sum(bool(each.problems) for each in compiled)
-    print(f"{len(compiled)} launches of Triton {triton.__version__}, {problems} with a problem; wrote {out}")
+    print(f"{len(compiled)} launches of Triton {triton.__version__}, {problems} with a problem; wrote {options.out}")
     raise SystemExit(problems > 0)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -33,7 +33,7 @@ def compiling() -> Iterator[list[Any]]:
 
     class Collect:
         def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+            self.kernel, self.arg_names = kernel, kernel.arg_names
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda *args, **options: made.append(self.kernel.warmup(*args, grid=grid, **options))

@@ -59,7 +59,7 @@ STAGES = {
     "compile": Stage("ahead_of_time", 90, default=False),
     "tiles": Stage("tiles", 200, default=False),
     "sanitizer": Stage("sanitizer", 90, default=False),
-    "profile": Stage("profile", 60, default=False),
+    "counters": Stage("counters", 60, default=False),
 }
 
 

@@ -344,6 +344,8 @@ def product(
                 acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHTS_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
                 first_k = 0
                 STEP: tl.constexpr = BLOCK_K if BLOCK_K > 256 else 256
+                # float16 beside 8 bits is rounded in registers, which long steps would exhaust
+                HEAD_K: tl.constexpr = BLOCK_K if EXACT_HALVES or TRANSPOSED or BLOCK_K < 64 else 64
                 for p in tl.static_range(i * PARTS, (i + 1) * PARTS):
                     if ws[p].dtype.element_ty == tl.int32 and not TRANSPOSED:
                         acc = _multiply_words(
@@ -379,7 +381,7 @@ def product(
                             WEIGHTS_FIRST,
                             EXACT_HALVES,
                             EVEN_K,
-                            BLOCK_K,
+                            HEAD_K if ws[p].dtype.element_ty == tl.float16 else BLOCK_K,
                         )
                     first_k += ks[p]
                 if WEIGHTS_FIRST:

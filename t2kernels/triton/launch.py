@@ -92,12 +92,14 @@ class _Product:
     @property
     def terms(self) -> str:
         """What is multiplied: 16 bits each ("half", from int8 "words"), float16 as two bfloat16 terms ("split"), or 32
-        bits ("wide")."""
+        bits ("wide", from int8 "wide words")."""
         term = torch.bfloat16 if self.round_to_bf16 else self.lefts[0].dtype
         others = set(self.dtypes) - {term, *EIGHT_BITS}
         if term in HALVES and (not others or not self.exact_halves):
             return "words" if torch.int8 in self.dtypes else "half"
-        return "split" if term == torch.bfloat16 and others == {torch.float16} else "wide"
+        if term == torch.bfloat16 and others == {torch.float16}:
+            return "split"
+        return "wide words" if torch.int8 in self.dtypes else "wide"
 
     def tile(self) -> Tile:
         dtypes = tuple(dict.fromkeys((self.lefts[0].dtype, *self.dtypes)))
@@ -105,7 +107,11 @@ class _Product:
 
     def _step(self, dtype: torch.dtype, tile: Tile) -> int:
         """Terms of one step along k."""
-        return max(BLOCK, tile.block_k) if dtype == torch.int8 and not self.transposed else tile.block_k
+        if self.transposed:
+            return tile.block_k
+        if dtype == torch.int8:
+            return max(BLOCK, tile.block_k)
+        return min(64, tile.block_k) if dtype == torch.float16 and not self.exact_halves else tile.block_k
 
     def launch(self, kernel: Any, tile: Tile, arguments: Sequence[Any], **constants: Any) -> _Launched:
         """Runs a kernel of `kernels` on tiles of this product."""

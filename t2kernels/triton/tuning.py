@@ -1,13 +1,14 @@
 """Tile sizes: a table per kind of chip, and what `tune` measured on this one.
 
 A table names tiles by the rows they are for. Along a table one kind of tensor core instruction does the sums (mma on
-sm_80, wgmma on sm_90 and tcgen05 on sm_100 from BLOCK_M 64 on, mfma on gfx942), since a row's bits may not depend on
-how many others are there.
+sm_80, wgmma on sm_90 and tcgen05 on sm_100 from 64 rows of the left operand on, mfma on gfx942), since a row's bits may
+not depend on how many others are there.
 
-For few rows, reading the weights is all there is to do, and what counts are bytes under way: memory that delivers
-4.8 TB/s after 0.8 us wants 30 KB of them on each of 132 multiprocessors. A tile has `stages - 1` steps of its weights
-under way, BLOCK_N x BLOCK_K entries each; of x only rows that exist are read. benchmarks/fill.py holds the tables
-against every chip's bandwidth.
+For few rows, reading the weights is all there is to do, and what counts are bytes in flight: memory that delivers
+4.3 TB/s after 0.8 us wants 26 KB of them on each of 132 SMs. A tile has `stages - 1` steps of its weights in flight,
+block_n x block_k entries each; of x only rows that exist are read. Launches with more tiles than SMs want shallow
+buffers, so that several programs share an SM; the others deep ones. Tables can't tell the two apart: measured tiles do,
+those of `measured/` for the GPUs and shapes they were measured on, and what `tune` adds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ class Tile:
     overlap: bool = False
 
 
+SHIPPED = Path(__file__).parent / "measured"
 Entries = tuple[tuple[float, Tile], ...]
 
 
@@ -64,12 +67,14 @@ class Table:
     split: Entries  # project and expand with float16 weights, or a head of them, as two bfloat16 ones: sums take twice
     wide: Entries  # products of float32 and tf32 terms
     words: Entries  # project and expand with int8 weights
+    wide_words: Entries  # the same with float32 and tf32 terms
 
     def entries(self, step: str, terms: str) -> Entries:
-        """step: project, expand, pull or back (dx); terms: half, words, split or wide."""
-        if terms == "wide":
-            return self.wide
-        if step in ("project", "expand") and terms in ("split", "words"):
+        """step: project, expand, pull or back (dx); terms: half, words, split, wide or wide words."""
+        forward = step in ("project", "expand")
+        if terms in ("wide", "wide words"):
+            return self.wide_words if forward and terms == "wide words" else self.wide
+        if forward and terms in ("split", "words"):
             return self.split if terms == "split" else self.words
         return {"project": self.project, "expand": self.expand, "pull": self.pull, "back": self.expand}[step]
 
@@ -77,6 +82,8 @@ class Table:
 _MMA_WIDE = ((16, Tile(16, 32, 64, 4, 3)), (math.inf, Tile(64, 32, 32, 4, 3)))
 _MFMA = ((16, Tile(16, 32, 128, 4, 2)), (64, Tile(64, 64, 64, 4, 2)), (math.inf, Tile(128, 128, 64, 8, 2)))
 _WIDE = ((math.inf, Tile(64, 32, 32, 4, 3)),)
+_MMA_WIDE_WORDS = ((math.inf, Tile(16, 32, 256, 4, 2)),)
+_WIDE_WORDS = ((math.inf, Tile(64, 32, 256, 4, 2)),)
 
 
 def _hopper_decode(block_k: int, stages: int, stages_of_64: int) -> Entries:
@@ -112,6 +119,7 @@ TABLES = {
             (64, Tile(64, 64, 256, 4, 2, weights_first=True)),
             (math.inf, Tile(64, 128, 256, 8, 2, weights_first=True)),
         ),
+        wide_words=_MMA_WIDE_WORDS,
     ),
     "sm_90": Table(
         project=(
@@ -135,6 +143,7 @@ TABLES = {
             *_hopper_decode(256, 4, 3),
             (math.inf, Tile(128, 128, 256, 8, 2, weights_first=True)),
         ),
+        wide_words=_WIDE_WORDS,
     ),
     "sm_100": Table(
         project=(
@@ -158,6 +167,7 @@ TABLES = {
             (64, Tile(64, 64, 256, 4, 3)),
             (math.inf, Tile(128, 128, 256, 8, 2)),
         ),
+        wide_words=_WIDE_WORDS,
     ),
     "gfx942": Table(
         project=_MFMA,
@@ -166,6 +176,7 @@ TABLES = {
         split=_MFMA,
         wide=_MMA_WIDE,
         words=((16, Tile(16, 32, 256, 4, 2)), (math.inf, Tile(64, 64, 256, 4, 2))),
+        wide_words=_MMA_WIDE_WORDS,
     ),
 }
 
@@ -195,7 +206,7 @@ class Launch:
     rows: int
     columns: tuple[int, ...]
     k: tuple[int, ...]
-    terms: str  # half, words, split or wide: see Table
+    terms: str  # half, words, split, wide or wide words: see Table
     dtypes: tuple[torch.dtype, ...]  # of the left side and the weights
 
     @property
@@ -286,10 +297,12 @@ def save(measured: dict[str, Tile], device: torch.device) -> Path:
 
 @functools.cache
 def _measured(path: Path) -> dict[str, Tile]:
-    try:
-        return {key: Tile(**tile) for key, tile in json.loads(path.read_text()).items()}
-    except FileNotFoundError:
-        return {}
+    """The tiles measured on this machine, and those that ship for its GPU."""
+    found: dict[str, Tile] = {}
+    for each in (SHIPPED / path.name, path):
+        with suppress(FileNotFoundError):
+            found |= {key: Tile(**tile) for key, tile in json.loads(each.read_text()).items()}
+    return found
 
 
 def _path(device: torch.device) -> Path:

@@ -31,13 +31,13 @@ SECTIONS = ("SpeedOfLight", "WarpStateStats", "ComputeWorkloadAnalysis", "Memory
 def measure(results: Results, device: torch.device, smoke: bool) -> None:
     tool = shutil.which("ncu")
     if smoke or tool is None:
-        results.put("profile", {"skipped": "no GPU" if smoke else "ncu was not found"})
+        results.put("counters", {"skipped": "no GPU" if smoke else "ncu was not found"})
         return
     words = [tool, "--clock-control", "none", "-k", "product"]
     for section in SECTIONS:
         words += ["--section", section]
     done = subprocess.run([*words, sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
-    path = results.path.with_name("profile.txt")
+    path = results.path.with_name("counters.txt")
     path.write_text(done.stdout + done.stderr)
-    results.put("profile", {"status": done.returncode, "launches": done.stdout.count("product")})
+    results.put("counters", {"status": done.returncode, "launches": done.stdout.count("product")})
     raise SystemExit(done.returncode)
