@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench rehearse-gpu clean
 
 help:
-	@echo "make setup | demo | test | test-slow | lint | bench | clean"
+	@echo "make setup | demo | test | test-slow | lint | bench | rehearse-gpu | clean"
 
 setup: $(INSTALLED)
 
@@ -52,6 +52,9 @@ bench: $(INSTALLED)
 	$(BIN)/t2 demo --results $(RESULTS)/demo.json
 	$(BIN)/python benchmarks/results_cpu.py
 	$(BIN)/python benchmarks/readme.py
+
+rehearse-gpu:
+	benchmarks/gpu/rehearse.sh
 
 clean:
 	rm -rf $(VENV) build *.egg-info t2kernels/*.so

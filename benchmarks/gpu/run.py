@@ -74,6 +74,7 @@ class Running:
             os.setsid()
             os.dup2(writer, 1)
             os.dup2(writer, 2)
+            sys.stdout, sys.stderr = (os.fdopen(each, "w", buffering=1) for each in (1, 2))
             _measure(STAGES[name].module, results, smoke)
         os.close(writer)
         os.set_blocking(self._reader, False)

@@ -13,12 +13,14 @@ one launch: their tiles are numbered one after the other. Where programs are few
 Consecutive tiles share weights (GROUP_M row tiles before the next columns), so that they meet in L2.
 Data movement. Weights come as they are stored (bfloat16, float16, float32, int8, fp8) through `num_stages` buffers of
 shared memory and are widened on their way to the tensor core: for few rows every weight byte crosses the memory bus
-once. The scale is gathered per row at the end of the first product, so the number of experts changes no traffic but
-its own few kilobytes, and W' never exists.
+once. With WEIGHTS_FIRST they are its left operand, so few rows of x need no padding to the 64 that wgmma wants on the
+left, and int8 goes from registers straight in. The scale is gathered per row at the end of the first product, so the
+number of experts changes no traffic but its own few kilobytes, and W' never exists.
+Overlap. With OVERLAP a launch begins before the one ahead has ended, asks L2 for its first weights, which nobody
+writes, and waits before it reads or writes anything else.
 Order. A row's sum is one chain over k, in order, in float32: neither tile sizes nor the other rows have a part in it,
-as long as one kind of tensor core instruction does all of them (`tuning` sees to that). Splitting k over programs would
-bind every batch size to the same split; what it could gain, bytes in flight where a matrix has few columns, deeper
-buffers give without it (docs/gpu.md has the numbers).
+as long as one kind of tensor core instruction does all of them (`tuning` sees to that; on Hopper mma and wgmma gave the
+same bits).
 Slots. A row whose slot is not one of the table's becomes NaN, and nothing is read for it: ids on a device are not
 checked before, since the host would have to wait for them.
 Limit. Few rows: reading the weights. Many: the tensor core, at the rate of the dtype that x has.

@@ -1,10 +1,10 @@
 """The operators of `t2kernels.ops` on the Triton kernels: the same arguments, factors as row-major matrices.
 
-What is rounded: bfloat16 activations meet bfloat16, int8 and fp8 factors as they are, and float16 ones (the leading
-components of 8-bit storage) as the sum of two bfloat16 values, which is exact; so does the scaled projection, rounded
-to bfloat16. In float16 the projection could pass 65504, so it stays float32 and is multiplied as tf32, which holds
-every float16 and bfloat16 factor exactly; so is float16 with bfloat16. float32 activations or factors are multiplied in
-float32 (ieee). `bf16_products` rounds activations to bfloat16 where the factors are bfloat16.
+What is rounded: bfloat16 activations meet bfloat16, int8 and fp8 factors as they are, and float16 ones as the sum of
+two bfloat16 values, which is exact; the float16 components that lead 8-bit storage are rounded to one. The scaled
+projection is rounded to bfloat16. With float16 activations it could pass 65504, so it stays float32 and is multiplied
+as tf32, which holds every float16 and bfloat16 factor exactly; so is float16 with bfloat16. float32 activations or
+factors are multiplied in float32 (ieee). `bf16_products` rounds activations to bfloat16 where the factors are bfloat16.
 
 Ids in `slots` are not read here, since the host would have to wait for them: the kernels make a row NaN whose slot is
 not a row of `scales`.
