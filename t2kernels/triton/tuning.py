@@ -68,15 +68,19 @@ class Table:
     wide: Entries  # products of float32 and tf32 terms
     words: Entries  # project and expand with int8 weights
     wide_words: Entries  # the same with float32 and tf32 terms
+    back: Entries | None = None  # default: expand's
 
     def entries(self, step: str, terms: str) -> Entries:
         """step: project, expand, pull or back (dx); terms: half, words, split, wide or wide words."""
         forward = step in ("project", "expand")
         if terms in ("wide", "wide words"):
             return self.wide_words if forward and terms == "wide words" else self.wide
-        if forward and terms in ("split", "words"):
-            return self.split if terms == "split" else self.words
-        return {"project": self.project, "expand": self.expand, "pull": self.pull, "back": self.expand}[step]
+        if terms == "split" and step != "pull":
+            return self.split
+        if forward and terms == "words":
+            return self.words
+        back = self.expand if self.back is None else self.back
+        return {"project": self.project, "expand": self.expand, "pull": self.pull, "back": back}[step]
 
 
 _MMA_WIDE = ((16, Tile(16, 32, 64, 4, 3)), (math.inf, Tile(64, 32, 32, 4, 3)))
@@ -144,6 +148,11 @@ TABLES = {
             (math.inf, Tile(128, 128, 256, 8, 2, weights_first=True)),
         ),
         wide_words=_WIDE_WORDS,
+        back=(
+            (64, Tile(64, 32, 128, 4, 6)),
+            (256, Tile(64, 128, 64, 4, 4)),
+            (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
+        ),
     ),
     "sm_100": Table(
         project=(
