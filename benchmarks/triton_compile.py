@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,24 +221,30 @@ def tiles() -> Iterator[tuple[str, Tile, tuple[str, ...], tuple[str, ...]]]:
 
 def compile_all(some: bool) -> list[Compiled]:
     """Every tile with its formats; or `some`: each chip's first, and its first for int8."""
-    wanted = list(tiles())
+    wanted = list(dict.fromkeys(tiles()))
     if some:
         firsts = (next(entry for entry in wanted if entry[0] == chip) for chip in TARGETS)
         wanted = [*firsts, *((c, TABLES[c].words[0][1], ("expand",), (HEAD,)) for c in TARGETS)]
-    found, seen = [], set()
-    for chip, tile, only, kinds in tqdm(wanted, desc="tiles"):
-        for factors in kinds:
-            with compiling_for(chip, tile, only) as made:
-                launches(factors, tile)
-            for step, compiled in made:
-                if compiled.hash in seen:
-                    continue
-                seen.add(compiled.hash)
-                read = read_nvidia if TARGETS[chip].backend == "cuda" else read_amd
+    found: dict[str, Compiled] = {}
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for made in tqdm(pool.map(compile_tile, *zip(*wanted, strict=True)), desc="tiles", total=len(wanted)):
+            found |= {code: each for code, each in made.items() if code not in found}
+    return list(found.values())
+
+
+def compile_tile(chip: str, tile: Tile, only: tuple[str, ...], kinds: tuple[str, ...]) -> dict[str, Compiled]:
+    """What became of a tile's launches, by the hash of their code."""
+    read = read_nvidia if TARGETS[chip].backend == "cuda" else read_amd
+    label = f"{tile.block_m} x {tile.block_n} x {tile.block_k}, {tile.warps} warps, {tile.stages} stages"
+    found = {}
+    for factors in kinds:
+        with compiling_for(chip, tile, only) as made:
+            launches(factors, tile)
+        for step, compiled in made:
+            if compiled.hash not in found:
                 registers, spilled, tensor_core = read(compiled)
-                label = f"{tile.block_m} x {tile.block_n} x {tile.block_k}, {tile.warps} warps, {tile.stages} stages"
                 shared = compiled.metadata.shared
-                found.append(Compiled(chip, step, factors, label, registers, spilled, shared, tensor_core))
+                found[compiled.hash] = Compiled(chip, step, factors, label, registers, spilled, shared, tensor_core)
     return found
 
 

@@ -177,6 +177,11 @@ TABLES = {
             (math.inf, Tile(128, 128, 256, 8, 2)),
         ),
         wide_words=_WIDE_WORDS,
+        back=(
+            (64, Tile(64, 32, 128, 4, 6)),
+            (128, Tile(128, 32, 64, 8, 4)),
+            (math.inf, Tile(128, 256, 64, 8, 3, persistent=True)),
+        ),
     ),
     "gfx942": Table(
         project=_MFMA,
