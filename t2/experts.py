@@ -108,7 +108,7 @@ class ExpertBank:
         if name in self._rows and not replace:
             raise ValueError(f"name: expected one not yet in the bank, got {name!r}; replace=True replaces it")
         self.layout.check_same(expert.layout, f"expert {name!r}", same_base=strict)
-        self._rows[name] = expert.z
+        self._rows[name] = expert.z.clone()
 
     def remove(self, name: str) -> None:
         self._row(name)
@@ -140,7 +140,7 @@ class ExpertBank:
         """Reads a file that `save` wrote; FileFormatError says what is wrong with one that is not."""
         matrix, layout, metadata = _read(path, "bank", "z")
         names = json.loads(metadata.get("experts", "[]"))
-        bank = cls(layout)
+        bank = ExpertBank(layout)
         if tuple(matrix.shape) != (len(names), layout.R):
             raise FileFormatError(f"{path}: expected z of shape [{len(names)}, {layout.R}], got {list(matrix.shape)}")
         for name, z in zip(names, matrix, strict=True):

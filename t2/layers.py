@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from t2.routing import Route, Router
-from t2.targets import Linear, weight_matrix
+from t2.targets import Linear, as_stored, weight_matrix
 from t2kernels import DenseWeight, FactoredWeight
 from t2kernels.weights import FactoredGroup
 
@@ -19,20 +20,44 @@ class RoutedLinear(nn.Module):
     """A decomposed linear layer: each row runs with the scales its route gives it.
 
     `scales` [slots, r] is the layer's view of the slot table: a buffer, so that compiled code takes it for a weight.
+
+    Args:
+        index: of the matrix in the layout.
+        name: of the module.
+        weight: the factors.
+        module: the linear layer that this one stands for. Its weight is emptied; what is left of it has the dtype that
+            the layer would have, casts of the model included.
+        router: of the model.
     """
 
     scales: Tensor
 
-    def __init__(self, index: int, weight: FactoredWeight, bias: Tensor | None, router: Router) -> None:
+    def __init__(self, index: int, name: str, weight: FactoredWeight, module: Linear, router: Router) -> None:
         super().__init__()
         self.index = index
+        self.name = name
         self.weight = weight
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.bias = bias
+        self.bias = module.bias
         self.router = router
         self.shared_input: SharedInput | None = None
         self.place = 0  # among the layers of one shared input
         self.register_buffer("scales", weight.s.unsqueeze(0), persistent=False)
+        self.__dict__["module"] = module  # not a submodule: its parameters are this one's
+        self.train(module.training)
+        share_hooks(module, self)
+        if weight_matrix(module).is_meta:
+            empty = module.weight.new_empty(0, device=weight.s.device)
+            module.weight = nn.Parameter(empty, requires_grad=module.weight.requires_grad)
+        else:
+            module.weight.data = module.weight.new_empty(0)
+
+    def restored(self, weight: Tensor) -> Linear:
+        """The layer this one stands for, with its weight [out, in] again, in the dtype and on the device of now."""
+        module: Linear = self.__dict__["module"]
+        empty = module.weight
+        module.weight.data = as_stored(module, weight).to(empty.device, empty.dtype)
+        return module.train(self.training)
 
     def set_scales(self, scales: Tensor) -> None:
         """Takes another view of the slot table."""
@@ -46,7 +71,16 @@ class RoutedLinear(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._buffers["scales"] = scales
+        module: Linear = self.__dict__["module"]
+        module.weight.data, module.bias = fn(module.weight.data), self.bias
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Always a TypeError: factors and slots are shared with other layers."""
+        raise TypeError(
+            "a wrapped model can be neither copied nor pickled: SVFModel.merge(expert) gives a plain copy, detach() "
+            "the base model back"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling():  # is_compiling() is also true here while another thread compiles
@@ -57,7 +91,11 @@ class RoutedLinear(nn.Module):
     def _traced(self, x: Tensor, slots: Tensor) -> Tensor:
         requests = slots.shape[0]
         if x.shape[0] % requests if requests else x.shape[0]:
-            raise ValueError(f"experts: expected one entry per request, got {requests} entries for {x.shape[0]} rows")
+            raise ValueError(
+                f"experts: expected one entry per request, got {requests} entries for {x.shape[0]} rows in the first "
+                "dimension of a layer's input, which has to be that of the batch"
+            )
+        self.router.outputs_left.was_read = True
         if self.shared_input is not None and not torch.is_grad_enabled():
             y = self.shared_input.traced(self, x, slots)
             if y is not None:
@@ -65,8 +103,9 @@ class RoutedLinear(nn.Module):
         return self.weight.linear_unchecked(x, self.scales, slots, self.bias)
 
     def _eager(self, x: Tensor) -> Tensor:
-        route = self.router.of_layer(self.index)
-        route.check(x.shape[0])
+        route = self.router.current
+        route.was_read = True
+        route.check(x.shape[0], self.name)
         if self.shared_input is not None:
             y = self.shared_input.linear(self, x, route)
             if y is not None:
@@ -86,8 +125,7 @@ class RoutedLinear(nn.Module):
             form = route.forms.get(self.index)
             if form is not None:
                 return form(x, slots, self.bias)
-        scales = self.scales if route.windows is None else route.windows[self.index]
-        return self.weight.linear_unchecked(x, scales, slots, self.bias)
+        return self.weight.linear_unchecked(x, route.scales_of(self), slots, self.bias)
 
 
 class SharedInput:
@@ -131,8 +169,7 @@ class SharedInput:
             self._useful = False
             waiting.clear()
             return None
-        windows = route.windows
-        scales = self._scales if windows is None else [windows[m.index] for m in self.members]
+        scales = self._scales if route.is_plain else [route.scales_of(m) for m in self.members]
         own, *others = self._group.linear_unchecked(x, scales, route.slots, [m.bias for m in self.members])
         waiting.update(x=x, route=route, version=_version(x), outputs=dict(enumerate(others, 1)))
         return own
@@ -145,11 +182,11 @@ class SharedInput:
                 return None
             y = left.outputs[member.place]
             if member.place == len(self.members) - 1:
-                left.clear()
+                left.empty()
             return y
         if left.group is not None:
             left.group._useful = False
-            left.clear()
+            left.empty()
         if not self._useful:
             return None
         members = self.members
@@ -163,22 +200,74 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-class PackedLinear(nn.Module):
-    """A linear layer that is not decomposed, on the same kernels: the output embedding, or one beside the targets.
+class Packed:
+    """A linear layer beside the targets on the same kernels: `pack` turns a layer into one, `unpack` back again.
 
-    `weight` and `bias` are those of the layer it stands for, which others may read.
+    It stays the module it was, with its own weight, which other modules may share, replace or write to; products run
+    on a packed copy of that, which is made anew when the weight has changed. A weight that is trained is used itself.
     """
 
-    def __init__(self, packed: DenseWeight, layer: Linear) -> None:
-        super().__init__()
-        self.packed = packed
-        self.in_features, self.out_features = packed.in_features, packed.out_features
-        self.bias = layer.bias
-        self.__dict__["_layer"] = layer  # not a submodule: its weight is another's, or not in use
+    packed: DenseWeight
+    weight: Any
+    bias: Any
 
-    @property
-    def weight(self) -> Tensor:
-        return weight_matrix(self.__dict__["_layer"])
+    def keep(self, packed: DenseWeight) -> None:
+        """Takes a packed copy of the weight as it is now."""
+        packed._non_persistent_buffers_set.update(packed._buffers)  # the weight itself is saved
+        self.packed, self._state = packed, _state(self.weight)
+
+    def refresh(self) -> None:
+        """Packs the weight again if it has been replaced or written to."""
+        if _state(self.weight) != self._state:
+            weight, old = weight_matrix(cast(Linear, self)), self.packed
+            self.keep(DenseWeight.pack(weight, dtype=old.dtype, bf16_products=old.bf16_products))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.refresh()
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self._state = _state(self.weight)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            y: Tensor = super().forward(x)  # type: ignore[misc]
+            return y
+        if not torch.compiler.is_dynamo_compiling():  # compiled code relies on SVFModel, which refreshes before a call
+            self.refresh()
         return self.packed.linear_unchecked(x, self.bias)
+
+
+class PackedLinear(Packed, nn.Linear):
+    """An nn.Linear on the package's kernels."""
+
+
+class PackedConv1D(Packed, Conv1D):
+    """A Conv1D on the package's kernels."""
+
+
+def pack(layer: Linear, dtype: torch.dtype, bf16_products: bool) -> None:
+    """Lets a layer run on the package's kernels, its weight stored as `dtype`."""
+    kind: Any = PackedLinear if isinstance(layer, nn.Linear) else PackedConv1D
+    packed = DenseWeight.pack(weight_matrix(layer), dtype=dtype, bf16_products=bf16_products)
+    layer.__class__ = kind
+    cast(Packed, layer).keep(packed)
+
+
+def unpack(layer: nn.Module) -> None:
+    """Undoes `pack`; nothing happens to other layers."""
+    if isinstance(layer, Packed):
+        del layer.packed, layer._state
+        layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else Conv1D  # type: ignore[assignment]
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """Changes when a weight is replaced, moved, cast or written to."""
+    version = -1 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.dtype, weight.device, weight.shape
+
+
+def share_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Lets `other` run the hooks that were registered on `module`, now and later."""
+    for name, hooks in module.__dict__.items():
+        if name.startswith(("_forward_", "_backward_")) and "hooks" in name:
+            other.__dict__[name] = hooks

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
+import inspect
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,15 +20,31 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from t2.attention import ATTENTION, growing_cache, set_attention
-from t2.experts import Expert, ExpertBank, check_z
-from t2.layers import PackedLinear, RoutedLinear, SharedInput
+from t2.attention import give_back, growing_cache, take_over
+from t2.experts import Expert, check_z
+from t2.layers import Packed, RoutedLinear, SharedInput, pack, unpack
 from t2.layout import fingerprint, layout_of
 from t2.planning import Delta, Merged, ServingPlan, cost_model
-from t2.routing import Route, Router, SlotTable, TrainedRoute
+from t2.registry import ServedExperts
+from t2.routing import Route, Router, SlotBuffer, SlotTable, TrainedRoute
 from t2.storage import raw_bytes
 from t2.svd import FactorCache, decompose_weights, weight_key
-from t2.targets import Linear, groups_of_one_input, other_linears, select_targets, weight_matrix
+from t2.targets import (
+    PATTERNS,
+    Coverage,
+    Linear,
+    Unsuitable,
+    as_stored,
+    block_weights,
+    groups_of_one_input,
+    is_meant,
+    language_modules,
+    other_linears,
+    select_targets,
+    unsuitable_layers,
+    weight_matrix,
+)
+from t2.verify import ROUNDING, Probe, VerificationError, check
 from t2kernels import DenseWeight, FactoredWeight, Factors, decompose
 from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, STORAGE_DTYPES
 from t2kernels.planner import CostModel, DeltaWeight, Phase, Plan, delta_components, plan_layer
@@ -36,6 +55,9 @@ if TYPE_CHECKING:  # strategies are made of this module's models
 
 ExpertChoice = str | Mapping[str, float] | Expert | Tensor | None
 """What one request uses: a name, a mix of names with weights, an expert, a vector z [R], or None for the base."""
+
+LARGE_SHARE = 0.9
+"""Of the weights that `target_modules` means: a model says so where fewer are decomposed."""
 
 FactorSource = Callable[[str, Tensor], Factors] | Mapping[str, Callable[[], Factors]]
 """Where the factors of a target come from, if not from `decompose`: (name, weight [out, in]) -> factors, or by name."""
@@ -60,6 +82,9 @@ class SVFConfig:
     cache_dir: folder of the cache; None is `t2kernels.files.cache_root() / "factors"`.
     slots: rows of the slot table, 4 R bytes each: the base, every expert, and the mixes of running batches have one.
         None is 64 on a GPU (185 MB for Llama-3-8B) and 8 elsewhere. A full table doubles (`SVFModel.table_generation`).
+    verify: whether a short probe runs through the model before and after (`t2.verify`), a dozen forward passes of 20
+        tokens. Layers that fail it are left out with a warning, and a model whose outputs it changes is refused. Where
+        weights are read one by one there are no outputs to compare with: rows of a mixed batch are looked at alone.
     progress: whether the decomposition shows a progress bar.
     """
 
@@ -70,15 +95,15 @@ class SVFConfig:
     cache: bool = True
     cache_dir: Path | str | None = None
     slots: int | None = None
+    verify: bool = True
     progress: bool = True
 
 
 @dataclass
 class _Target:
-    """A decomposed layer, the module it stands for (emptied), and the key of that one's weight in the cache."""
+    """A decomposed layer, and the key of its weight in the cache."""
 
     layer: RoutedLinear
-    module: Linear
     key: str
     weight: Tensor | None  # [out, in], only without a cache
 
@@ -98,6 +123,12 @@ class SVFModel(nn.Module):
         factors: factors made elsewhere, in place of a decomposition: a function (name, weight [out, in]) -> Factors,
             or functions without arguments by module name. Needs `cache=False`. Experts belong to these factors, not to
             the weights: the layout's fingerprint is theirs.
+        example_inputs: keyword arguments of a forward pass of at least two requests, for `SVFConfig.verify`. Default:
+            made from the model's config, or from its first layers.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, or a model that has no layer to decompose.
+        VerificationError: the model would answer otherwise when wrapped. It is as it was before.
     """
 
     def __init__(
@@ -107,6 +138,7 @@ class SVFModel(nn.Module):
         *,
         weights: Mapping[str, Callable[[], Tensor]] | None = None,
         factors: FactorSource | None = None,
+        example_inputs: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         config = config or SVFConfig()
@@ -125,16 +157,108 @@ class SVFModel(nn.Module):
         targets = select_targets(model, config.target_modules, on_meta=weights is not None)
         if weights is not None and (unknown := targets.keys() - weights.keys()):
             raise ValueError(f"weights: expected one for each target layer, got none for {sorted(unknown)[:3]}")
-        matrices = {name: weight_matrix(layer) for name, layer in targets.items()}
         if factors is not None:
-            _check_source(factors, matrices)
-        device = next(iter(matrices.values())).device
+            _check_source(factors, targets)
+        device = next(iter(targets.values())).weight.device
         if device.type == "meta":
             device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         if device.type == "cpu" and config.dtype not in (None, *STORAGE_DTYPES):
             raise TypeError(f"dtype: expected one of {STORAGE_DTYPES} on a CPU, got {config.dtype}, which needs a GPU")
         self.svf_config = config
+        self._device = device
         self._cache = FactorCache(config.cache_dir) if config.cache else None
+        self._lock = threading.RLock()
+        self._strategies: dict[str, Strategy] = {}
+        self.last_adaptation: Adaptation | None = None
+        """Of the last `generate(adapt=...)`, pass one's seconds and reasons included."""
+        self.z: nn.Parameter | None = None
+        self._targets: dict[str, _Target] = {}
+        self._packed: dict[str, nn.Module] = {}
+        self.left_out = Unsuitable(
+            {name: why for name, why in unsuitable_layers(model).items() if is_meant(name, config.target_modules)}
+        )
+        """Layers that `target_modules` names but that stay dense, and why."""
+        self.model = model
+        self.__class__ = _with_signature(type(self), type(model))
+        blocks = block_weights(model, config.target_modules)
+        self._wrap_verified(targets, weights, factors, example_inputs)
+        self.coverage = Coverage.of(blocks, self._targets)
+        """The share of the blocks' weights that became factors."""
+        if self.left_out:
+            warnings.warn(f"these layers stay dense: {self.left_out}", stacklevel=2)
+        if (
+            isinstance(config.target_modules, str)
+            and config.target_modules in PATTERNS
+            and self.coverage.share < LARGE_SHARE
+        ):
+            warnings.warn(f"target_modules={config.target_modules!r}: {self.coverage}", stacklevel=2)
+
+    def _wrap_verified(
+        self,
+        targets: dict[str, Linear],
+        weights: Mapping[str, Callable[[], Tensor]] | None,
+        factors: FactorSource | None,
+        example_inputs: Mapping[str, Any] | None,
+    ) -> None:
+        """Wraps the targets that pass the probe; the model is as it was if there are none."""
+        model, config, probe = self.model, self.svf_config, None
+        self._verified = not config.verify
+        dtypes = [layer.weight.dtype for layer in targets.values()]
+        rounding = max(ROUNDING[config.dtype or dtype] + ROUNDING[dtype] for dtype in dtypes)
+        if config.bf16_products:
+            rounding += ROUNDING[torch.bfloat16]
+        self._rounding = rounding
+        if config.verify and weights is None:
+            probe = Probe.of(model, example_inputs)
+            if probe is None:
+                warnings.warn(
+                    f"{type(model).__name__} was wrapped without verification: no inputs could be made for it. "
+                    "example_inputs gives some; else its first call with several experts is verified",
+                    stacklevel=4,
+                )
+            else:
+                targets = self._leave_out(targets, probe.look(model, targets, rounding))
+        while True:
+            self._wrap(targets, weights, factors)
+            if config.verify and weights is not None:
+                probe = Probe.of(model, example_inputs)
+                rows = {} if probe is None else probe.look_rows(model, self._layers())
+                if rows:
+                    raise VerificationError(f"model: expected requests in the rows of every layer. {rows}")
+            if probe is None:
+                return
+            trouble = check(self, probe, rounding, base=weights is None and factors is None)
+            if trouble is None:
+                self._verified = True
+                return
+            if weights is not None:
+                raise VerificationError(f"{type(model).__name__} can't be wrapped: {trouble.cause}")
+            self._restore()
+            if not trouble.names:
+                raise VerificationError(
+                    f"{type(model).__name__} can't be wrapped: {trouble.cause}. It is as it was; "
+                    "target_modules can name fewer layers"
+                )
+            targets = self._leave_out(targets, Unsuitable(dict.fromkeys(trouble.names, trouble.cause)))
+
+    def _leave_out(self, targets: dict[str, Linear], reasons: Unsuitable) -> dict[str, Linear]:
+        self.left_out.update(reasons)
+        left = {name: layer for name, layer in targets.items() if name not in reasons}
+        if not left:
+            raise VerificationError(
+                f"{type(self.model).__name__} can't be wrapped: no layer is left to decompose. {self.left_out}"
+            )
+        return left
+
+    def _wrap(
+        self,
+        targets: dict[str, Linear],
+        weights: Mapping[str, Callable[[], Tensor]] | None,
+        factors: FactorSource | None,
+    ) -> None:
+        """Decomposes and replaces these layers."""
+        model, config, device = self.model, self.svf_config, self._device
+        matrices = {name: weight_matrix(layer) for name, layer in targets.items()}
         if self._cache is not None:
             sources = matrices if weights is None else {name: weights[name] for name in targets}
             done = decompose_weights(sources, self._cache, progress=config.progress)
@@ -148,15 +272,6 @@ class SVFModel(nn.Module):
         slots = (64 if device.type == "cuda" else 8) if config.slots is None else config.slots
         self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device), slots)
         self.router = Router(self._table)
-        self._slots: dict[str, int] = {}
-        self.z: nn.Parameter | None = None
-        self._strategies: dict[str, Strategy] = {}
-        self.last_adaptation: Adaptation | None = None
-        """Of the last `generate(adapt=...)`, pass one's seconds and reasons included."""
-        self._lock = threading.RLock()
-        self._targets: dict[str, _Target] = {}
-        self._packed: dict[str, tuple[PackedLinear, Linear]] = {}
-        self.model = model
         try:
             bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not config.progress)
             for index, (name, layer) in enumerate(bar):
@@ -165,7 +280,7 @@ class SVFModel(nn.Module):
             if config.pack_others:
                 self._pack_others()
             if device.type == "cpu":
-                set_attention(model, ATTENTION, instead_of="sdpa")
+                take_over(language_modules(model).values())
         except BaseException:
             if weights is None:
                 self._restore()
@@ -173,9 +288,17 @@ class SVFModel(nn.Module):
         if factors is not None:
             made = fingerprint({name: target.key for name, target in self._targets.items()})
             self.layout = self._table.layout = replace(self.layout, fingerprint=made)
-        self.bank = ExpertBank(self.layout)
+        self._bank = ServedExperts(self.layout, self._table)
         self._table.table[:] = self._table.sigma
-        self._table.bind([target.layer for target in self._targets.values()])
+        self._table.bind(list(self._layers().values()))
+
+    @property
+    def bank(self) -> ServedExperts:
+        """The experts' vectors by name; what is added to it or removed from it is served or is not from then on."""
+        return self._bank
+
+    def _layers(self) -> dict[str, RoutedLinear]:
+        return {name: target.layer for name, target in self._targets.items()}
 
     def _replace(self, index: int, name: str, layer: Linear, key: str, source: FactorSource | None) -> None:
         weight, device = weight_matrix(layer), self._table.sigma.device
@@ -189,12 +312,10 @@ class SVFModel(nn.Module):
         packed = FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=self.svf_config.bf16_products)
         del factors, u, s, vh
         self._table.sigma[self.layout.window(name)] = packed.s
-        routed = RoutedLinear(index, packed, layer.bias, self.router).train(layer.training)
-        self._targets[name] = _Target(routed, layer, key, None if self._cache else weight.clone())
-        if weight.is_meta:
-            layer.weight = nn.Parameter(weight.new_empty(0, device=device), requires_grad=layer.weight.requires_grad)
-        else:
-            layer.weight.data = weight.new_empty(0)
+        dense = None if self._cache else weight.clone()
+        del weight
+        routed = RoutedLinear(index, name, packed, layer, self.router)
+        self._targets[name] = _Target(routed, key, dense)
         self.model.set_submodule(name, routed)
 
     def _share_inputs(self) -> None:
@@ -204,30 +325,48 @@ class SVFModel(nn.Module):
                 SharedInput(members)
 
     def _pack_others(self) -> None:
-        """The original modules stay in memory, for `merge` and `detach`; a tied output embedding is no extra copy."""
+        """Their weights stay in memory beside the packed ones; a tied output embedding is no extra copy."""
         for name, layer in other_linears(self.model).items():
-            weight = weight_matrix(layer)
-            dtype = self.svf_config.dtype or weight.dtype
+            dtype = self.svf_config.dtype or layer.weight.dtype
             if dtype in EIGHT_BITS:
-                dtype = torch.float16 if weight.dtype == torch.float32 else weight.dtype
-            packed = DenseWeight.pack(weight, dtype=dtype, bf16_products=self.svf_config.bf16_products)
-            routed = PackedLinear(packed, layer).train(layer.training)
-            self._packed[name] = routed, layer
-            self.model.set_submodule(name, routed)
+                dtype = torch.float16 if layer.weight.dtype == torch.float32 else layer.weight.dtype
+            pack(layer, dtype, self.svf_config.bf16_products)
+            self._packed[name] = layer
+
+    def _refresh(self) -> None:
+        """Packs weights beside the targets again that were written to; compiled code does not look."""
+        for layer in self._packed.values():
+            if isinstance(layer, Packed):
+                layer.refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> SVFModel:
-        super()._apply(fn, recurse)
+        z = self._parameters.pop("z", None)  # float32 whatever the model is cast to: small steps would be lost
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            if z is not None:
+                self._parameters["z"] = z
         if self._targets:
-            targets = list(self._targets.values())
-            device = targets[0].layer.weight.s.device
+            layers = list(self._layers().values())
+            device = layers[0].weight.s.device
             if device != self._table.sigma.device:
                 self._table.to(device)
                 self.router = Router(self._table)
-                for target in targets:
-                    target.layer.router = self.router
-            if self.z is not None:
-                self.router.default = TrainedRoute(self.z, self.sigma, self.layout)
+                for layer in layers:
+                    layer.router = self.router
+            if z is not None:
+                z.data = z.data.to(device)
+                if z.grad is not None:
+                    z.grad.data = z.grad.data.to(device)
+                self.router.default = TrainedRoute(z, self.sigma, self.layout)
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Always a TypeError: nothing could say which experts a copy shares with this model."""
+        raise TypeError(
+            "an SVFModel can be neither copied nor pickled: merge(expert) gives a plain copy with an expert built in, "
+            "detach() the base, bank.save() writes the experts; wrap another copy of the base for a second one"
+        )
 
     @property
     def sigma(self) -> Tensor:
@@ -257,19 +396,12 @@ class SVFModel(nn.Module):
         `strict=False` accepts an expert that was made for other weights of the same layout.
         """
         self._check_attached()
-        with self._lock:
-            self.bank.add(name, expert, replace=replace, strict=strict)
-            old = self._slots.get(name)
-            self._slots[name] = self._table.allocate(expert.z)
-            if old is not None:
-                self._table.release(old)
+        self.bank.add(name, expert, replace=replace, strict=strict)
 
     def remove_expert(self, name: str) -> None:
         """Takes an expert away from new requests; requests that run with it finish with it."""
         self._check_attached()
-        with self._lock:
-            self.bank.remove(name)
-            self._table.release(self._slots.pop(name))
+        self.bank.remove(name)
 
     def z_of(self, choice: ExpertChoice) -> Tensor:
         """The vector z [R] float32 that a request with this choice runs with; a given tensor keeps its gradient."""
@@ -304,23 +436,35 @@ class SVFModel(nn.Module):
         experts of the route around them, until `table_generation` changes. Enter the route before the capture.
 
         With a `plan` (inference only) layers run in the form it chose; a ValueError says if it was made for others.
+
+        Raises:
+            RuntimeError: the block has ended, and no layer has run with its experts. The model may have run in another
+                thread, where the route is not in force.
         """
         self._check_attached()
         choices = _choices(experts)
         with ExitStack() as held:
-            route = self._resolve(choices, held)
+            route, buffer = self._resolve(choices, held)
             if plan is not None:
                 self._check_plan(plan, choices)
                 forms = {index: form.bind(self._table.table) for index, form in self._built(plan).items()}
                 route = Route(route.slots, forms=forms)
             held.enter_context(self.router.within(route))
             yield
+            self.router.note_compiled()
+            if buffer is not None and route.slots.is_cuda:  # a captured graph reads its buffer unseen
+                route.was_read = buffer.was_read = route.was_read or buffer.was_read
+            if not route.was_read and any(choice is not None for choice in choices):
+                raise RuntimeError(
+                    "route: expected a layer to run with these experts within the block, but none has; the model ran "
+                    "in another thread, or not at all. Enter the route in the thread that calls the model"
+                )
 
-    def _resolve(self, choices: list[ExpertChoice], held: ExitStack) -> Route:
+    def _resolve(self, choices: list[ExpertChoice], held: ExitStack) -> tuple[Route, SlotBuffer | None]:
         device = self._table.sigma.device
         if any(isinstance(choice, Tensor) and choice.requires_grad for choice in choices):
             scales = torch.stack([self._table.sigma * self.z_of(choice).to(device) for choice in choices])
-            return Route(torch.arange(len(choices), device=device), scales, self.layout)
+            return Route(torch.arange(len(choices), device=device), scales, self.layout), None
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("route: expected to be entered before the capture of a CUDA graph, got one inside of it")
         slots: dict[object, int] = {None: SlotTable.BASE}
@@ -330,16 +474,14 @@ class SVFModel(nn.Module):
                 if key in slots:
                     continue
                 if isinstance(choice, str):
-                    self.bank[choice]
-                    slots[key] = self._slots[choice]
-                    self._table.retain(slots[key])
+                    slots[key] = self.bank.retain(choice)
                 else:
                     slots[key] = self._table.allocate(self.z_of(choice))
                 held.callback(self._table.release, slots[key])
         self._table.wait_for_writes()
         buffer = self.router.buffers.take([slots[self._key(choice)] for choice in choices])
         held.callback(self.router.buffers.give_back, buffer)
-        return Route(buffer.slots)
+        return Route(buffer.slots), buffer
 
     @staticmethod
     def _key(choice: ExpertChoice) -> object:
@@ -397,7 +539,7 @@ class SVFModel(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For the forward pass, and for when it is run again, which may be in another thread."""
-        route = self.router.lasting
+        route = self.router.current
         return self.router.within(route), self.router.within(route)
 
     # Plans
@@ -546,11 +688,28 @@ class SVFModel(nn.Module):
             self._check_attached()
             if torch.compiler.is_dynamo_compiling():
                 return self.model(*args, **kwargs)
+            self._refresh()
             with self.router.held():
                 return self.model(*args, **kwargs)
         self._check_count(experts, args, kwargs)
+        self._refresh()
+        if not self._verified and len(_choices(experts)) > 1:
+            self._verify_call(args, kwargs)
         with self.route(experts):
             return self.model(*args, **kwargs)
+
+    def _verify_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Whether the rows of each layer's input are the requests, of a model that no inputs could be made for."""
+        probe = Probe.of_call(self.model, args, kwargs)
+        if probe is None:
+            return
+        self._verified = True  # calls of the probe are calls too
+        faults = str(probe.look_rows(self.model, self._layers()))
+        if not faults and (trouble := check(self, probe, self._rounding, base=False)) is not None:
+            faults = trouble.cause
+        if faults:
+            self._verified = False
+            raise VerificationError(f"experts: expected requests in the rows of every layer. {faults}")
 
     def set_adaptation(self, strategy: Strategy) -> None:
         """Lets `generate(adapt=...)` find a strategy by its name: "prompt", "classifier", "few-shot"."""
@@ -610,6 +769,7 @@ class SVFModel(nn.Module):
             experts = self._adapted(adapt, prompts, args, kwargs)
         elif prompts is not None:
             raise ValueError("prompts: expected a strategy to read them, got none in adapt")
+        self._refresh()
         with ExitStack() as held:
             if experts is not None or plan is not None:
                 self._check_count(experts, args, kwargs)
@@ -676,14 +836,22 @@ class SVFModel(nn.Module):
         """
         self._check_attached()
         z = self.z_of(expert).detach()
-        memo: dict[int, Any] = {}
-        for name, target in self._targets.items():
-            memo[id(target.layer)] = _plain(target.module, self._merged_weight(name, target, z))
-        for packed, module in self._packed.values():
-            memo[id(packed)] = copy.deepcopy(module, memo)
+        memo: dict[int, Any] = {
+            id(target.layer): self._merged_layer(name, target, z) for name, target in self._targets.items()
+        }
         merged = copy.deepcopy(self.model, memo)
-        set_attention(merged, "sdpa", instead_of=ATTENTION)
+        for module in merged.modules():
+            unpack(module)
+        give_back(merged)
         return merged
+
+    def _merged_layer(self, name: str, target: _Target, z: Tensor) -> nn.Module:
+        """A plain copy of the layer that a decomposed one stands for, with the expert built in."""
+        module: Linear = target.layer.__dict__["module"]
+        plain, empty = copy.deepcopy(module), module.weight
+        weight = as_stored(module, self._merged_weight(name, target, z)).to(empty.dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=empty.requires_grad)
+        return plain.train(target.layer.training)
 
     def _merged_weight(self, name: str, target: _Target, z: Tensor) -> Tensor:
         weight, (u, s, vh) = self._dense(target)
@@ -720,14 +888,12 @@ class SVFModel(nn.Module):
         for name, target in self._targets.items():
             weight = target.weight if self._cache is None else self._cache.load_weight(target.key)
             assert weight is not None
-            stored = weight if isinstance(target.module, nn.Linear) else weight.T.contiguous()
-            weights[name] = stored.to(target.layer.weight.s.device)
+            weights[name] = weight
         for name, target in self._targets.items():
-            target.module.weight.data = weights[name]
-            self.model.set_submodule(name, target.module.train(target.layer.training))
-        for name, (packed, module) in self._packed.items():
-            self.model.set_submodule(name, module.to(packed.packed.weight.device).train(packed.training))
-        set_attention(self.model, "sdpa", instead_of=ATTENTION)
+            self.model.set_submodule(name, target.layer.restored(weights[name]))
+        for layer in self._packed.values():
+            unpack(layer)
+        give_back(self.model)
         self._targets, self._packed = {}, {}
 
     def _check_attached(self) -> None:
@@ -735,7 +901,8 @@ class SVFModel(nn.Module):
             raise RuntimeError("this SVFModel has been detached from its model; wrap the model again")
 
     def extra_repr(self) -> str:
-        return f"matrices={len(self.layout.names)}, R={self.layout.R}, experts={len(self.bank)}"
+        text = f"matrices={len(self.layout.names)}, R={self.layout.R}, experts={len(self.bank)}"
+        return f"{text}, {self.coverage}" if self.coverage.share < LARGE_SHARE else text
 
 
 def _choices(experts: ExpertChoice | Sequence[ExpertChoice]) -> list[ExpertChoice]:
@@ -743,17 +910,22 @@ def _choices(experts: ExpertChoice | Sequence[ExpertChoice]) -> list[ExpertChoic
     return [experts] if single else list(experts)  # type: ignore[list-item,arg-type]
 
 
-def _plain(module: Linear, weight: Tensor) -> nn.Module:
-    """A copy of a linear module around a new weight [out, in]."""
-    plain = copy.deepcopy(module)
-    plain.weight = nn.Parameter(
-        weight if isinstance(module, nn.Linear) else weight.T.contiguous(),
-        requires_grad=module.weight.requires_grad,
-    )
-    return plain
+def _with_signature(kind: type[SVFModel], model: type[nn.Module]) -> type[SVFModel]:
+    """A class of wrapped models whose `forward` shows the arguments of the model's, as trainers read them there."""
+
+    @functools.wraps(kind.forward)
+    def of_model(self: SVFModel, *args: Any, experts: Any = None, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, experts=experts, **kwargs)
+
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.name != "experts"]
+    rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    experts = inspect.Parameter("experts", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [*(p for p in parameters if p not in rest), experts, *rest]
+    of_model.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return type(f"SVF{model.__name__}", (kind,), {"forward": of_model, "__module__": kind.__module__})
 
 
-def _check_source(source: FactorSource, targets: Mapping[str, Tensor]) -> None:
+def _check_source(source: FactorSource, targets: Mapping[str, Linear]) -> None:
     if callable(source):
         return
     if not isinstance(source, Mapping):

@@ -44,21 +44,35 @@ class Route:
         self.slots = slots
         self.requests = slots.shape[0]
         self.forms = forms or {}
-        self.requires_grad = scales is not None and scales.requires_grad
-        self.windows: Sequence[Tensor] | None = None  # of layer i; None: what the layer has of the slot table
+        self._scales = scales
+        self.was_read = False
+        """Whether a layer has run with it."""
+        self._windows: Sequence[Tensor] | None = None
         if scales is not None:
             assert layout is not None
-            self.windows = scales.split(list(layout.ranks), dim=1)
+            self._windows = scales.split(list(layout.ranks), dim=1)
 
     @property
     def is_plain(self) -> bool:
         """Whether slots of the table are all there is to it."""
-        return self.windows is None and not self.forms
+        return self._windows is None and not self.forms
 
-    def check(self, rows: int) -> None:
-        """ValueError unless the rows are the requests, each repeated the same number of times."""
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient has to reach the scales."""
+        return self._scales is not None and self._scales.requires_grad
+
+    def scales_of(self, layer: ScaledLayer) -> Tensor:
+        """The scales [slots, r] of one layer."""
+        return layer.scales if self._windows is None else self._windows[layer.index]
+
+    def check(self, rows: int, layer: str) -> None:
+        """ValueError unless the rows of a layer's input are the requests, each repeated the same number of times."""
         if rows % self.requests if self.requests else rows:
-            raise ValueError(f"experts: expected one entry per request, got {self.requests} entries for {rows} rows")
+            raise ValueError(
+                f"experts: expected one entry per request, got {self.requests} entries for {rows} rows in the first "
+                f"dimension of the input of {layer}, which has to be that of the batch"
+            )
 
     @cached_property
     def kept_slots(self) -> Tensor:
@@ -95,12 +109,15 @@ class _Streams:
         self.used()
 
 
-class _SlotBuffer:
+class SlotBuffer:
+    """The slots of one running batch."""
+
     def __init__(self, length: int, device: torch.device) -> None:
         with torch.inference_mode(False):
             self.slots = torch.zeros(length, dtype=torch.int64, device=device)
         self.holds = (0,) * length
         self.busy = False
+        self.was_read = False
         self.streams = _Streams(device)
 
 
@@ -113,16 +130,16 @@ class SlotBuffers:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers: dict[int, list[_SlotBuffer]] = {}
+        self._buffers: dict[int, list[SlotBuffer]] = {}
         self._lock = threading.Lock()
 
-    def take(self, ids: Sequence[int]) -> _SlotBuffer:
+    def take(self, ids: Sequence[int]) -> SlotBuffer:
         """A buffer that holds these ids, until it is given back."""
         with self._lock:
             known = self._buffers.setdefault(len(ids), [])
             buffer = next((buffer for buffer in known if not buffer.busy), None)
             if buffer is None:
-                buffer = _SlotBuffer(len(ids), self._device)
+                buffer = SlotBuffer(len(ids), self._device)
                 known.append(buffer)
             buffer.busy = True
         buffer.streams.take_over()
@@ -136,14 +153,17 @@ class SlotBuffers:
             buffer.holds = tuple(ids)
         return buffer
 
-    def give_back(self, buffer: _SlotBuffer) -> None:
+    def give_back(self, buffer: SlotBuffer) -> None:
         """Lets the next batch have it."""
         buffer.streams.used()
         buffer.busy = False
 
 
 class ScaledLayer(Protocol):
-    """A layer that reads its columns of the slot table."""
+    """A layer that reads its columns of the slot table, `scales` [slots, r]."""
+
+    index: int
+    scales: Tensor
 
     def set_scales(self, scales: Tensor) -> None:
         """Takes a view [slots, r] of the table."""
@@ -237,28 +257,62 @@ class SlotTable:
             self._references[slot] -= 1
 
 
-class TrainedRoute:
-    """The route of an expert in training: sigma * z, through which the gradient reaches z, anew in each forward pass.
+class _Scaled(torch.autograd.Function):
+    """sigma * z as one row. Saves no tensor for its backward pass, so any number of these may run through it."""
 
-    Layers ask for it in the order of their index, so one that is not above the last one's begins another pass.
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, sigma: Tensor) -> Tensor:
+        ctx.sigma = sigma
+        return (sigma * z).unsqueeze(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.squeeze(0) * ctx.sigma, None
+
+
+class _WithGradient(torch.autograd.Function):
+    """`values`, with a gradient that goes to `window`."""
+
+    @staticmethod
+    def forward(ctx: Any, window: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class TrainedRoute(Route):
+    """The route of an expert in training.
+
+    A layer's scales are computed from z whenever it asks, so they are never those of an earlier z. Gradients of all
+    layers and passes meet in one node, which adds them up in one vector [R]: each layer's own slice of z would cost a
+    vector of that length.
     """
 
     def __init__(self, z: Tensor, sigma: Tensor, layout: Layout) -> None:
+        super().__init__(torch.zeros(1, dtype=torch.int64, device=sigma.device))
         self._z, self._sigma, self._layout = z, sigma, layout
-        self._slots = torch.zeros(1, dtype=torch.int64, device=sigma.device)
-        self._last = -1
-        self._learning = False
-        self._route: Route | None = None
+        self._gradients: Sequence[Tensor] | None = None
 
-    def anew(self) -> Route:
-        return Route(self._slots, (self._sigma * self._z).unsqueeze(0), self._layout)
+    @property
+    def is_plain(self) -> bool:
+        return False
 
-    def of_layer(self, index: int) -> Route:
-        learning = torch.is_grad_enabled()
-        if self._route is None or index <= self._last or learning != self._learning:
-            self._route = self.anew()
-        self._last, self._learning = index, learning
-        return self._route
+    @property
+    def requires_grad(self) -> bool:
+        return self._z.requires_grad
+
+    def scales_of(self, layer: ScaledLayer) -> Tensor:
+        start, rank = self._layout.offsets[layer.index], self._layout.ranks[layer.index]
+        window = slice(start, start + rank)
+        values = (self._sigma[window] * self._z.detach()[window]).unsqueeze(0)
+        if not (torch.is_grad_enabled() and self._z.requires_grad):
+            return values
+        if self._gradients is None:
+            self._gradients = _Scaled.apply(self._z, self._sigma).split(list(self._layout.ranks), dim=1)
+        scales: Tensor = _WithGradient.apply(self._gradients[layer.index], values)
+        return scales
 
 
 class Router:
@@ -305,16 +359,9 @@ class Router:
             self._set_unrouted()
 
     @property
-    def lasting(self) -> Route:
-        """A route for a part of the model that is to run twice with the same one."""
-        return self._active.get() or (self._base if self._default is None else self._default.anew())
-
-    def of_layer(self, index: int) -> Route:
-        """The route that the layer with this index runs with."""
-        active = self._active.get()
-        if active is not None:
-            return active
-        return self._base if self._default is None else self._default.of_layer(index)
+    def current(self) -> Route:
+        """The route that a layer runs with."""
+        return self._active.get() or self._default or self._base
 
     def traced_slots(self) -> Tensor | None:
         """The slots of a compiled call, as rows of the slot table; None where slots are not all there is to its route.
@@ -338,6 +385,7 @@ class Router:
         token = self._active.set(route)
         here, entry = self._here.__dict__, (_task(), route)  # of this thread, also where another one ends the block
         with self._lock:
+            self.note_compiled()
             here.setdefault("entries", []).append(entry)
             self._entered += 1
             self._publish(here)
@@ -345,6 +393,7 @@ class Router:
             yield
         finally:
             with self._lock:
+                self.note_compiled()
                 here["entries"].remove(entry)
                 self._entered -= 1
                 self._publish(here)
@@ -354,6 +403,13 @@ class Router:
         """Enters the route that is in force anyway, so that compiled code finds it; not for an expert in training."""
         route = self._active.get() or (self._base if self._default is None else None)
         return nullcontext() if route is None else self.within(route)
+
+    def note_compiled(self) -> None:
+        """Tells the thread's innermost route that compiled code has run with it, if it has."""
+        entries = self._here.__dict__.get("entries")
+        if entries and self.outputs_left.was_read:
+            entries[-1][1].was_read = True
+        self.outputs_left.was_read = False
 
     def _publish(self, here: dict[str, Any]) -> None:
         """Sets the attributes that compiled code of this thread reads, and those without a route of their own."""
@@ -376,13 +432,18 @@ class OutputsLeft(threading.local):
     """Where compiled code has the outputs that the first layer of a `SharedInput` computed for the others.
 
     One for the whole model in each thread, and empty again when the last of the others has taken its output: so a graph
-    ends with nothing in it, and no layer differs from another by it.
+    ends with nothing in it, and no layer differs from another by it. `was_read` is what compiled code says of the route
+    it ran with.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
+        self.empty()
+        self.was_read = False
+
+    def empty(self) -> None:
         self.group: Any = None
         self.x: Tensor | None = None
         self.outputs: list[Tensor] | None = None

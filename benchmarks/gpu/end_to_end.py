@@ -249,7 +249,7 @@ class Factored(Subject):
 
     def _follow(self) -> None:
         """Lets a captured graph follow the route, if routes do not have slots at a fixed address."""
-        route = getattr(self.svf.router, "lasting", None)
+        route = getattr(self.svf.router, "current", None)
         slots, captured = getattr(route, "slots", None), self._captured
         if slots is None or captured is None or slots.shape != captured.slots.shape or slots is captured.slots:
             return
@@ -257,7 +257,7 @@ class Factored(Subject):
 
     def capturing(self) -> None:
         """Keeps the route whose tensors a graph reads."""
-        self._captured = getattr(self.svf.router, "lasting", None)
+        self._captured = getattr(self.svf.router, "current", None)
 
     def released(self) -> None:
         self._captured = None

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaCo
 
 import t2
 from t2 import attention
-from t2.attention import ATTENTION, GrowingLayer, growing_cache
+from t2.attention import GrowingLayer, growing_cache
 
 _SIZES = {
     "vocab_size": 96,
@@ -40,7 +40,7 @@ def make_model(family="llama"):
 
 
 def wrap(model, **options):
-    return t2.SVFModel(model, t2.SVFConfig(cache=False, progress=False, **options))
+    return t2.SVFModel(model, t2.SVFConfig(cache=False, progress=False, verify=False, **options))
 
 
 def padded_prompts():
@@ -104,13 +104,18 @@ def test_a_rows_tokens_do_not_depend_on_its_padding():
     assert torch.equal(together[1, 7:], alone[0, 4:])
 
 
-def test_attention_is_put_back():
+def test_attention_is_put_back(calls):
     model = make_model()
     svf = wrap(model)
-    assert model.config._attn_implementation == ATTENTION
-    assert svf.merge(None).config._attn_implementation == "sdpa"
-    assert model.config._attn_implementation == ATTENTION
-    assert svf.detach().config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "sdpa"  # families read what it says
+    svf.merge(None).generate(**padded_prompts(), max_new_tokens=3, min_new_tokens=3)
+    make_model().generate(**padded_prompts(), max_new_tokens=3, min_new_tokens=3)  # another model of the process
+    assert not calls
+    svf.generate(**padded_prompts(), experts=None, max_new_tokens=3, min_new_tokens=3)
+    assert calls
+    calls.clear()
+    svf.detach().generate(**padded_prompts(), max_new_tokens=3, min_new_tokens=3)
+    assert not calls
 
 
 def test_a_chosen_attention_stays():

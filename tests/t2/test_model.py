@@ -523,7 +523,7 @@ def test_a_wrong_guess_about_shared_inputs_costs_one_call(tiny_model, cache_dir)
         assert not torch.equal(k(x), of_x)  # nor for a tensor that was written to
         assert (
             torch.equal(q(other), q(other.clone()))
-            and q.shared_input.linear(q, x, svf.router.of_layer(q.index)) is None
+            and q.shared_input.linear(q, x, svf.router.current) is None
         )
 
 
