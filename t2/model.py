@@ -237,7 +237,7 @@ class SVFModel(nn.Module):
             if not trouble.names:
                 raise VerificationError(
                     f"{type(model).__name__} can't be wrapped: {trouble.cause}. It is as it was; "
-                    "target_modules can name fewer layers"
+                    "target_modules can name fewer layers, and verify=False wraps it all the same"
                 )
             targets = self._leave_out(targets, Unsuitable(dict.fromkeys(trouble.names, trouble.cause)))
 

@@ -1,15 +1,16 @@
 """A short probe of a model before and after its layers are replaced: does each request still get what it should?
 
-Before: which target layers see the requests in the first dimension of their input (those of a batch that is turned
-around have to be the same rows, turned around), and how far the outputs move when each layer's product is off by what
-the storage of its factors rounds. After: with z = 1 the outputs are the base's but for that, and in a batch of several
-experts each row is what it is when all rows have its expert.
+Before: which target layers see the requests in the first dimension of their input (where the first request is replaced
+by a copy of the last, its rows have to become those of the last, and no others may change), and how far the outputs
+move when each layer's product is off by the rounding of its factors' storage. After: with z = 1 the outputs are the
+base's but for that, and in a batch of several experts each row is the same as when all rows have its expert.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,7 @@ class Probe:
     rows: int
     output: Tensor | None = None
     bound: float = 0.0
-    decoded: Tensor | None = None
+    tokens: Tensor | None = None  # what `generated` gave
     calls: Calls = field(default_factory=list)
 
     @classmethod
@@ -204,29 +205,34 @@ class Probe:
         """Runs the plain model: which targets see no requests in their rows, and how far rounding moves the outputs."""
         with _recording(targets) as self.calls:
             _run(model, self.inputs, self.rows)
-        with _recording(targets) as turned:
-            _run(model, {name: self._turned(value) for name, value in self.inputs.items()}, self.rows)
+        copied = self._calls_with_a_copy(model, targets)
         with _rounding(targets.values(), rounding):
             moved = _run(model, self.inputs, self.rows)
         assert self.output is not None
         self.bound = MARGIN * float(_off(moved, self.output).max()) + 10 * rounding
-        self.decoded = self._decode(model)
-        return Unsuitable({name: why for name in targets if (why := self._why_not(name, turned))})
+        self.tokens = self.generated(model)
+        return Unsuitable({name: why for name in targets if (why := self._why_not(name, copied))})
 
     def look_rows(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Unsuitable:
         """The part of `look` that needs no plain model."""
         with _recording(layers) as self.calls:
             _run(model, self.inputs, self.rows)
-        with _recording(layers) as turned:
-            _run(model, {name: self._turned(value) for name, value in self.inputs.items()}, self.rows)
-        return Unsuitable({name: why for name in layers if (why := self._why_not(name, turned))})
+        copied = self._calls_with_a_copy(model, layers)
+        return Unsuitable({name: why for name in layers if (why := self._why_not(name, copied))})
 
-    def _turned(self, value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows
-        return value.roll(1, 0) if batched else value
+    def _calls_with_a_copy(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Calls:
+        """Of a batch whose first request is the last one."""
 
-    def _why_not(self, name: str, turned: Calls) -> str | None:
-        first, second = ([call for call in calls if call.name == name] for calls in (self.calls, turned))
+        def changed(value: Any) -> Any:
+            batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == self.rows
+            return torch.cat([value[-1:], value[1:]]) if batched else value
+
+        with _recording(layers) as calls:
+            _run(model, {name: changed(value) for name, value in self.inputs.items()}, self.rows)
+        return calls
+
+    def _why_not(self, name: str, copied: Calls) -> str | None:
+        first, second = ([call for call in calls if call.name == name] for calls in (self.calls, copied))
         if not first:
             return "not called in a forward pass; a module around it may read its weight"
         if len(first) != len(second):
@@ -235,35 +241,38 @@ class Probe:
             rows = len(x.rows)
             if not rows or rows % self.rows or x.shape != y.shape:
                 return "the first dimension of its input is not that of the batch"
-            if float(_off(x.rows.roll(rows // self.rows, 0), y.rows).max()) > DIFFERENT:
+            own = rows // self.rows
+            if float(_off(y.rows, torch.cat([x.rows[-own:], x.rows[own:]])).max()) > DIFFERENT:
                 return "its input has no row of its own for each request, or rows depend on the rest of the batch"
         return None
 
-    def _decode(self, model: nn.Module) -> Tensor | None:
-        """The output of the last token after the others are in the cache; None where the model has no such step."""
-        ids, mask = self.inputs.get("input_ids"), self.inputs.get("attention_mask")
-        if not isinstance(model, PreTrainedModel) or not model.can_generate() or ids is None or mask is None:
+    def generated(self, model: nn.Module, rows: Sequence[int] | None = None) -> Tensor | None:
+        """Logits of generated tokens, which are given; None where the model does not generate from the inputs.
+
+        rows: those that get the tokens they always get, while the others get some of their neighbours'.
+        """
+        ids, generate = self.inputs.get("input_ids"), getattr(model, "generate", None)
+        if ids is None or generate is None:
             return None
-        if "past_key_values" not in inspect.signature(model.forward).parameters or len(self.inputs) > 2:
-            return None
+        tokens = ids[:, -1].tolist()
+        if rows is not None:
+            tokens = [tokens[row if row in rows else row - 1] for row in range(self.rows)]
+        inputs = {name: value for name, value in self.inputs.items() if name in ("input_ids", "attention_mask")}
         try:
             with _evaluating(model):
-                past = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-                last = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=past, use_cache=True)
-        except Exception:  # a cache of another kind
+                made = generate(
+                    **inputs,
+                    prefix_allowed_tokens_fn=lambda row, _: [tokens[row]],
+                    max_new_tokens=3,
+                    do_sample=False,
+                    num_beams=1,
+                    pad_token_id=int(ids[0, -1]),
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                )
+            return torch.stack(made.logits, 1).float()
+        except Exception:  # a model that has the method and can't
             return None
-        return _output(last, self.rows)
-
-    def differs(self, got: Tensor, want: Tensor, bound: float, *, exact: bool) -> float | None:
-        """How far outputs are off, if they are: any token's, or unless `exact` those of more than a quarter.
-
-        Rounding lets the routers of a mixture of experts choose others for a token here and there.
-        """
-        if got.shape != want.shape:
-            return float("inf")
-        off = _off(got, want)
-        share = float((off > bound).float().mean())
-        return float(off.max()) if share > (0.0 if exact else 0.25) else None
 
 
 @dataclass
@@ -290,6 +299,10 @@ def check(svf: SVFModel, probe: Probe, rounding: float, *, base: bool = True) ->
         with svf.route(choice):
             return _run(svf.model, probe.inputs, probe.rows)
 
+    def generated(choice: Any, rows: Sequence[int] | None = None) -> Tensor | None:
+        with svf.route(choice):
+            return probe.generated(svf.model, rows)
+
     def calls(choice: Any) -> Calls:
         with _recording(layers) as made:
             run(choice)
@@ -299,27 +312,50 @@ def check(svf: SVFModel, probe: Probe, rounding: float, *, base: bool = True) ->
         plain = run(None)
         if base:
             assert probe.output is not None
-            off = probe.differs(plain, probe.output, probe.bound, exact=exact)
+            off = distance(plain, probe.output, probe.bound, exact=exact)
             if off is not None:
                 where = _first(calls(None), probe.calls)
                 return Trouble([], f"with z = 1 outputs are off by {off:.2g} of their size{where}")
-        if base and probe.decoded is not None:
-            with svf.route(None):
-                decoded = probe._decode(svf.model)
-            if decoded is None or probe.differs(decoded, probe.decoded, probe.bound, exact=exact) is not None:
-                return Trouble([], "with z = 1 a decode step from the cache gives other outputs")
         mixed = run(choices)
+        answers = generated(None) if probe.tokens is not None or not base else None
+        if base and answers is not None and _differ(answers, probe.tokens, probe.bound, exact):
+            return Trouble([], "with z = 1 tokens that are generated are others than the plain model's")
+        answers = None if answers is None else generated(choices)
         for expert in (*experts, None):
             rows = [row for row, choice in enumerate(choices) if choice is expert]
             wanted = plain if expert is None else run(expert)
-            off = probe.differs(mixed[rows], wanted[rows], tight, exact=True)
+            off = distance(mixed[rows], wanted[rows], tight, exact=True)
             if off is not None:
                 together, alone = (_of_requests(calls(choice), rows, probe.rows) for choice in (choices, expert))
                 where = _first(together, alone)
                 return Trouble([], f"in a batch of several experts a row is off by {off:.2g} of its size{where}")
+            if answers is not None and _differ(answers, generated(expert, rows), tight, True, rows):
+                return Trouble([], "tokens that are generated for a request depend on the other requests of its batch")
     except Exception as error:
-        return Trouble(_culprits(error, layers), f"{type(error).__name__}: {error}")
+        return Trouble(_culprits(error, layers, lambda: run(None)), f"{type(error).__name__}: {error}")
     return None
+
+
+def distance(got: Tensor, want: Tensor, bound: float, *, exact: bool) -> float | None:
+    """How far outputs are off, if they are: any token's, or unless `exact` those of more than a quarter.
+
+    Rounding lets the routers of a mixture of experts choose others for a token here and there.
+    """
+    if got.shape != want.shape:
+        return float("inf")
+    off = _off(got, want)
+    share = float((off > bound).float().mean())
+    return float(off.max()) if share > (0.0 if exact else 0.25) else None
+
+
+def _differ(
+    got: Tensor | None, want: Tensor | None, bound: float, exact: bool, rows: Sequence[int] | None = None
+) -> bool:
+    """Whether generated tokens' logits do: those of all requests, or of some."""
+    if got is None or want is None:
+        return True
+    chosen = slice(None) if rows is None else list(rows)
+    return distance(got[chosen], want[chosen], bound, exact=exact) is not None
 
 
 def _of_requests(calls: Calls, requests: Sequence[int], count: int) -> Calls:
@@ -340,8 +376,23 @@ def _first(calls: Calls, wanted: Calls) -> str:
     return f", after {before}"
 
 
-def _culprits(error: BaseException, layers: Mapping[str, nn.Module]) -> list[str]:
-    """The layers right below the innermost module that the error came out of."""
+def _culprits(error: BaseException, layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> list[str]:
+    """The layers to leave out for an error: the one whose weight was read last, or those right below its module."""
+    reads: list[str] = []
+
+    def watched(self: RoutedLinear, name: str) -> Any:
+        if name == "weight" and sys._getframe(1).f_globals.get("__name__") != RoutedLinear.__module__:
+            reads.append(self.name)
+        return nn.Module.__getattr__(self, name)
+
+    RoutedLinear.__getattr__ = watched  # type: ignore[assignment]
+    try:
+        run()
+    except Exception:
+        if reads:
+            return reads[-1:]
+    finally:
+        del RoutedLinear.__getattr__
     frames, trace = [], error.__traceback__
     while trace is not None:
         frames.append(trace.tb_frame)

@@ -521,10 +521,7 @@ def test_a_wrong_guess_about_shared_inputs_costs_one_call(tiny_model, cache_dir)
         assert torch.equal(k(other), of_other)  # not what q's call prepared
         x.zero_()
         assert not torch.equal(k(x), of_x)  # nor for a tensor that was written to
-        assert (
-            torch.equal(q(other), q(other.clone()))
-            and q.shared_input.linear(q, x, svf.router.current) is None
-        )
+        assert torch.equal(q(other), q(other.clone())) and q.shared_input.linear(q, x, svf.router.current) is None
 
 
 def test_bf16_products_are_close_and_shared_by_every_layer(tiny_model, cache_dir):
