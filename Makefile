@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-slow lint bench rehearse-gpu clean
+.PHONY: help setup demo test test-slow test-families lint bench rehearse-gpu clean
 
 help:
-	@echo "make setup | demo | test | test-slow | lint | bench | rehearse-gpu | clean"
+	@echo "make setup | demo | test | test-slow | test-families | lint | bench | rehearse-gpu | clean"
 
 setup: $(INSTALLED)
 
@@ -27,6 +27,10 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --quiet -m slow
 	$(BIN)/python -m pytest --quiet benchmarks/bench_linear.py benchmarks/bench_experts.py benchmarks/bench_attention.py -k agree
+
+test-families: $(INSTALLED)
+	$(BIN)/python -m tests.families --out benchmarks/results/families.json
+	$(BIN)/python benchmarks/readme.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -728,6 +728,48 @@ def big_model() -> str:
     )
 
 
+def families() -> str:
+    found = read("families.json")
+    built = [each for each in found["families"] if each["built"] == "ok"]
+    refused = [each for each in built if each["wrapped"] != "ok"]
+    whole = [each for each in built if each["wrapped"] == "ok" and each["share"] >= 0.9]
+    partly = [each for each in built if each["wrapped"] == "ok" and each["share"] < 0.9]
+    missing = [each for each in found["families"] if each["built"] != "ok"]
+    wrong = [each for each in built if any(came.startswith("wrong") for came in each["checks"].values())]
+    intro = (
+        f"With transformers {found['transformers']}, {len(built)} of {len(found['families'])} families could be built: "
+        f"{len(whole)} are decomposed whole (at least 90% of their blocks' weights), {len(partly)} in part, "
+        f"{len(refused)} are refused; {len(wrong)} answer wrongly. The shares of a tiny model's parts are not those of a "
+        "large one: of Qwen3-30B-A3B's blocks 3% can be decomposed."
+    )
+    rows = [
+        [f"`{each['family']}`", family_verdict(each), f"{each['share']:.0%}", family_notes(each)]
+        for each in sorted(built, key=lambda each: each["family"])
+    ]
+    rest = ", ".join(f"`{each['family']}`" for each in missing)
+    return f"{intro}\n\n{table(['family', 'verdict', 'decomposed', 'notes'], rows)}\n\nNot built tiny: {rest}."
+
+
+def family_verdict(found: Mapping[str, Any]) -> str:
+    if any(came.startswith("wrong") for came in found["checks"].values()):
+        return "**wrong**"
+    if found["wrapped"] != "ok":
+        return "refused"
+    return "whole" if found["share"] >= 0.9 else "in part"
+
+
+def family_notes(found: Mapping[str, Any]) -> str:
+    notes = []
+    if found["wrapped"] != "ok":
+        notes.append(found["wrapped"].partition("wrapped: ")[2].partition(". It is as it was")[0])
+    elif found["share"] < 0.9:
+        total = sum(found["dense"].values()) / (1 - found["share"])
+        largest = sorted(found["dense"].items(), key=lambda item: (-item[1], item[0]))[:2]
+        notes.append("dense: " + ", ".join(f"`{name}` {size / total:.0%}" for name, size in largest))
+    notes += [f"{name}: {came}" for name, came in found["checks"].items() if came != "ok"]
+    return "; ".join(note[:160].replace("|", "/") for note in notes)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo, "linear": linear, "serving": serving, "fidelity": fidelity, "memory": memory},
     "docs/adaptation.md": {"fewshot-speed": fewshot_speed, "margin": margins, "eval": adaptation},
@@ -754,6 +796,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "experts-compared": experts_compared,
     },
     "docs/transfer.md": {"transfer": transfer},
+    "docs/models.md": {"families": families},
     "docs/tasks.md": {"sandbox": sandbox, "humaneval": humaneval},
 }
 

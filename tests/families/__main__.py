@@ -72,6 +72,8 @@ def main() -> None:
     built = [each for each in verdicts if each["built"] == "ok"]
     wrong = [each["family"] for each in built if Verdict(**each).wrong]
     if options.out:
+        for each in verdicts:
+            each["left_out"] = len(each["left_out"])
         figures = {"transformers": transformers.__version__, "torch": torch.__version__, "families": verdicts}
         write_text(options.out, json.dumps(figures, indent=1) + "\n")
     minutes = (time.monotonic() - start) / 60
