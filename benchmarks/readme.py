@@ -739,8 +739,8 @@ def families() -> str:
     intro = (
         f"With transformers {found['transformers']}, {len(built)} of {len(found['families'])} families could be built: "
         f"{len(whole)} are decomposed whole (at least 90% of their blocks' weights), {len(partly)} in part, "
-        f"{len(refused)} are refused; {len(wrong)} answer wrongly. The shares of a tiny model's parts are not those of a "
-        "large one: of Qwen3-30B-A3B's blocks 3% can be decomposed."
+        f"{len(refused)} are refused; {len(wrong)} answer wrongly. The shares of a tiny model's parts are not those of "
+        "a large one: of Qwen3-30B-A3B's blocks 3% can be decomposed."
     )
     rows = [
         [f"`{each['family']}`", family_verdict(each), f"{each['share']:.0%}", family_notes(each)]

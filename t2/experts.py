@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from t2.layout import Layout
-from t2.storage import FileFormatError, read_safetensors, write_safetensors
+from t2.storage import FileFormatError, open_safetensors, parse_json, read_safetensors, write_safetensors
 
 FORMAT_VERSION = "1"
+Z_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_z(name: str, z: object, shape: tuple[int, ...]) -> Tensor:
@@ -22,8 +23,11 @@ def check_z(name: str, z: object, shape: tuple[int, ...]) -> Tensor:
         raise TypeError(f"{name}: expected a float dtype, got {z.dtype}")
     if tuple(z.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)} (one number per singular value), got {list(z.shape)}")
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(z)).sum())} NaN or infinite ones")
+    if z.dtype not in Z_DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {z.dtype}")
+    infinite = ~torch.isfinite(z.detach().float())
+    if bool(infinite.any()):
+        raise ValueError(f"{name}: expected values that are finite in float32, got {int(infinite.sum())} that are not")
     return z
 
 
@@ -60,8 +64,11 @@ class Expert:
     @classmethod
     def load(cls, path: str | Path) -> Expert:
         """Reads a file that `save` wrote; FileFormatError says what is wrong with one that is not."""
-        tensors, layout, metadata = _read(path, "expert", "z")
-        return cls(tensors, layout, json.loads(metadata.get("metadata", "{}")))
+        z, layout, metadata = _read(path, "expert", "z", ())
+        own = parse_json(metadata.get("metadata", "{}"), f"{path}, metadata")
+        if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
+            raise FileFormatError(f"{path}, metadata: expected strings by name, got {own!r:.80}")
+        return cls(z, layout, own)
 
     def __repr__(self) -> str:
         return f"Expert(R={self.layout.R}, base={self.layout.base_model!r}, |z - 1|={float((self.z - 1).norm()):.3g})"
@@ -138,11 +145,16 @@ class ExpertBank:
     @classmethod
     def load(cls, path: str | Path) -> ExpertBank:
         """Reads a file that `save` wrote; FileFormatError says what is wrong with one that is not."""
-        matrix, layout, metadata = _read(path, "bank", "z")
-        names = json.loads(metadata.get("experts", "[]"))
+        header = _metadata(path, "bank")
+        names = parse_json(header.get("experts", "[]"), f"{path}, experts")
+        if (
+            not isinstance(names, list)
+            or not all(isinstance(n, str) and n for n in names)
+            or len(set(names)) < len(names)
+        ):
+            raise FileFormatError(f"{path}, experts: expected a list of distinct names, got {names!r:.80}")
+        matrix, layout, _ = _read(path, "bank", "z", (len(names),))
         bank = ExpertBank(layout)
-        if tuple(matrix.shape) != (len(names), layout.R):
-            raise FileFormatError(f"{path}: expected z of shape [{len(names)}, {layout.R}], got {list(matrix.shape)}")
         for name, z in zip(names, matrix, strict=True):
             bank.add(name, Expert(z, layout))
         return bank
@@ -158,13 +170,24 @@ def _write(path: str | Path, kind: str, tensors: dict[str, Tensor], layout: Layo
     write_safetensors(path, tensors, header | layout.to_metadata() | extra)
 
 
-def _read(path: str | Path, kind: str, tensor: str) -> tuple[Tensor, Layout, dict[str, str]]:
-    tensors, metadata = read_safetensors(path, kind)
+def _metadata(path: str | Path, kind: str) -> dict[str, str]:
+    """The metadata of a file, which has to be of this kind."""
+    with open_safetensors(path, kind) as file:
+        metadata: dict[str, str] = file.metadata() or {}
     found = metadata.get("format"), metadata.get("format_version")
-    if found != (f"t2-{kind}", FORMAT_VERSION) or tensor not in tensors:
+    if found != (f"t2-{kind}", FORMAT_VERSION):
         raise FileFormatError(f"{path}: expected a t2-{kind} file of version {FORMAT_VERSION}, got {found}")
-    layout = Layout.from_metadata(metadata)
-    z = tensors[tensor]
-    if not z.is_floating_point() or z.shape[-1] != layout.R:
-        raise FileFormatError(f"{path}: expected float z of length {layout.R}, got {z.dtype} {list(z.shape)}")
-    return z, layout, metadata
+    return metadata
+
+
+def _read(path: str | Path, kind: str, tensor: str, rows: tuple[int, ...]) -> tuple[Tensor, Layout, dict[str, str]]:
+    """A file's tensor [*rows, R], finite and float, its layout and its metadata."""
+    metadata = _metadata(path, kind)
+    layout = Layout.from_metadata(metadata, path)
+    tensors, _ = read_safetensors(path, kind)
+    if tensor not in tensors:
+        raise FileFormatError(f"{path}: expected a tensor {tensor!r}, got {sorted(tensors)}")
+    try:
+        return check_z(tensor, tensors[tensor], (*rows, layout.R)), layout, metadata
+    except (TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}, {error}") from error

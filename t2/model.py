@@ -275,7 +275,8 @@ class SVFModel(nn.Module):
         try:
             bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not config.progress)
             for index, (name, layer) in enumerate(bar):
-                self._replace(index, name, layer, keys[name], factors)
+                read = functools.partial(weight_matrix, layer) if weights is None else weights[name]
+                self._replace(index, name, layer, keys[name], read, factors)
             self._share_inputs()
             if config.pack_others:
                 self._pack_others()
@@ -300,13 +301,21 @@ class SVFModel(nn.Module):
     def _layers(self) -> dict[str, RoutedLinear]:
         return {name: target.layer for name, target in self._targets.items()}
 
-    def _replace(self, index: int, name: str, layer: Linear, key: str, source: FactorSource | None) -> None:
+    def _replace(
+        self,
+        index: int,
+        name: str,
+        layer: Linear,
+        key: str,
+        read: Callable[[], Tensor],
+        source: FactorSource | None,
+    ) -> None:
         weight, device = weight_matrix(layer), self._table.sigma.device
         if source is not None:
             factors = _check_factors(name, source(name, weight) if callable(source) else source[name](), weight)
             key = _factors_key(factors)
         else:
-            factors = self._cache.load(key) if self._cache else decompose(weight)
+            factors = self._cache.load_or_redo(key, read) if self._cache else decompose(weight)
         dtype = self.svf_config.dtype or weight.dtype
         u, s, vh = (factor.to(device) for factor in factors)  # packed there, in the layout of its kernels
         packed = FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=self.svf_config.bf16_products)

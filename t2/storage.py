@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +23,24 @@ PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x0
 
 class FileFormatError(ValueError):
     """A file is not what it should be: of another format or version, truncated, or corrupt."""
+
+
+def parse_json(text: str | bytes, where: object) -> Any:
+    """JSON from outside; `where` is the file, and the field or line in it, for errors.
+
+    Raises:
+        FileFormatError: the text is no JSON, is nested too deep, or has a number that JSON lacks (NaN, Infinity).
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise FileFormatError(f"{where}: expected JSON, got one that is nested too deep") from error
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise FileFormatError(f"{where}: expected JSON, got {error}") from error
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -58,7 +78,10 @@ def read_safetensors(path: str | Path, what: str = "file") -> tuple[dict[str, Te
         FileFormatError: it is a pickle (never loaded), truncated, or corrupt.
     """
     with open_safetensors(path, what) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{what} {path} holds tensors that can't be read ({error})") from error
 
 
 @contextmanager
@@ -66,7 +89,8 @@ def open_safetensors(path: str | Path, what: str = "file") -> Iterator[Any]:
     """A `safetensors.safe_open` handle (CPU), which reads the header alone. Raises as `read_safetensors` does."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{what} {path} does not exist" if not path.exists() else f"{what} {path} is a folder")
+        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{what} {path} {kind}")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -104,6 +128,15 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def checksum(*tensors: Tensor) -> str:
+    """32 hex digits over the dtypes, shapes and contents of tensors (XXH3): finds damage, not malice."""
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

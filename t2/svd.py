@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from t2.storage import (
     FileFormatError,
+    checksum,
     open_safetensors,
     raw_bytes,
     write_safetensors,
@@ -24,7 +26,9 @@ from t2.storage import (
 from t2kernels.decomposition import ALGORITHM, ROWS, Factors, check_weight, decompose
 from t2kernels.files import cache_root
 
-FORMAT, FORMAT_VERSION = "t2-factors", "1"
+FORMAT, FORMAT_VERSION = "t2-factors", "2"
+KEY = "t2-factors-1"
+"""What the key of a weight begins with. Experts are bound to keys, so it stays when the format of files changes."""
 MAX_ERROR = 1e-5  # reconstruction error above which stored factors are not a decomposition of their weight
 LARGE = 1 << 22  # entries of a matrix that all threads work on together
 STALE_SECONDS = 3600  # temporary files of killed processes are swept after this
@@ -61,7 +65,7 @@ def weight_key(weight: Tensor) -> str:
         TypeError, ValueError: `weight` is not a 2-D float tensor with data.
     """
     check_weight(weight)
-    head = f"{FORMAT}-{FORMAT_VERSION}|{ALGORITHM}|{weight.dtype}|{tuple(weight.shape)}|"
+    head = f"{KEY}|{ALGORITHM}|{weight.dtype}|{tuple(weight.shape)}|"
     digest = hashlib.sha256(head.encode())
     digest.update(raw_bytes(weight))
     return digest.hexdigest()
@@ -71,7 +75,9 @@ class FactorCache:
     """Decomposed weights on disk, one `<weight_key>.safetensors` each; safe to share between processes.
 
     A file holds the original `weight` in its own dtype beside `u`, `s` and `vh`, so that the base model can
-    be given back bit for bit while the dense weights are not in memory. Files appear whole or not at all.
+    be given back bit for bit while the dense weights are not in memory. Files appear whole or not at all. A checksum
+    over the key and the factors is compared whenever factors are read, so that neither a flipped bit nor another
+    matrix's file is used; the weight has its key.
 
     `directory` defaults to `cache_root() / "factors"`; it is created by the first write.
     """
@@ -97,10 +103,27 @@ class FactorCache:
         return True
 
     def load(self, key: str) -> Factors:
-        """The factors of `key`. Raises FileNotFoundError or FileFormatError."""
-        self._metadata(key)
+        """The factors of `key`, checked. Raises FileNotFoundError or FileFormatError."""
+        expected = self._metadata(key).get("checksum")
         with open_safetensors(self.path(key), "factors") as file:
-            return Factors(*(file.get_tensor(name) for name in Factors._fields))
+            factors = Factors(*(file.get_tensor(name) for name in Factors._fields))
+        if _checksum(key, factors) != expected:
+            raise FileFormatError(f"factors {self.path(key)}: u, s and vh are not the ones that were saved; {REDO}")
+        return factors
+
+    def load_or_redo(self, key: str, weight: Callable[[], Tensor]) -> Factors:
+        """`load`; where the file is damaged the factors are computed from the weight again, with a warning."""
+        try:
+            return self.load(key)
+        except FileFormatError as problem:
+            said = str(problem).removesuffix(f"; {REDO}")
+            warnings.warn(f"{said}; they are computed again", stacklevel=2)
+        matrix = weight()
+        if weight_key(matrix) != key:
+            raise FileFormatError(f"factors {self.path(key)}: damaged, and its weight is no longer the one of this key")
+        factors = decompose(matrix)
+        self.save(key, matrix, factors, reconstruction_error(matrix, factors))
+        return factors
 
     def load_weight(self, key: str) -> Tensor:
         """The original weight, checked against `key`. Raises FileNotFoundError or FileFormatError."""
@@ -113,7 +136,10 @@ class FactorCache:
 
     def error(self, key: str) -> float:
         """The reconstruction error when `key` was saved. Raises FileNotFoundError or FileFormatError."""
-        return float(self._metadata(key)["reconstruction_error"])
+        try:
+            return float(self._metadata(key)["reconstruction_error"])
+        except (KeyError, ValueError) as problem:
+            raise FileFormatError(f"factors {self.path(key)}, reconstruction_error: no number; {REDO}") from problem
 
     def save(self, key: str, weight: Tensor, factors: Factors, error: float) -> None:
         """Write one weight and its factors atomically.
@@ -127,6 +153,7 @@ class FactorCache:
             "version": FORMAT_VERSION,
             "algorithm": ALGORITHM,
             "reconstruction_error": repr(float(error)),
+            "checksum": _checksum(key, factors),
         }
         write_safetensors(self.path(key), {"weight": weight, **factors._asdict()}, metadata)
 
@@ -165,6 +192,10 @@ class FactorCache:
         if found != (FORMAT, FORMAT_VERSION) or names != {"weight", *Factors._fields}:
             raise FileFormatError(f"factors {path}: format {found}, expected {(FORMAT, FORMAT_VERSION)}; {REDO}")
         return metadata
+
+
+def _checksum(key: str, factors: Factors) -> str:
+    return f"{key[:16]}-{checksum(*(factor.cpu() for factor in factors))}"
 
 
 REDO = "delete the file to have it computed again"

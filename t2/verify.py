@@ -85,7 +85,9 @@ def _transformers_inputs(model: PreTrainedModel, names: set[str], device: torch.
         more["decoder_input_ids"] = _ids(vocabulary, special, device)[:, :5]
     main = model.main_input_name
     if "input_ids" in names and vocabulary:
-        ids = _ids(vocabulary, special, device)
+        ids, bos = _ids(vocabulary, special, device), getattr(text, "bos_token_id", None)
+        if isinstance(bos, int) and 0 <= bos < vocabulary:  # rows begin as prompts do
+            ids = torch.where(mask & (mask.cumsum(1) == 1), bos, ids)
         if "attention_mask" in names:
             pad = getattr(text, "pad_token_id", None)
             pad = pad if isinstance(pad, int) and 0 <= pad < vocabulary else 0

@@ -32,7 +32,9 @@ def encode_prompt(problem: Problem, tokenizer: Tokenizer) -> tuple[Tensor, Image
         )
     text = prompt_text(problem, tokenizer)
     if words is tokenizer:
-        return words(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0], {}
+        begun = words.bos_token is not None and text.startswith(words.bos_token)
+        special = words.chat_template is None and not begun  # a template writes them itself
+        return words(text, return_tensors="pt", add_special_tokens=special)["input_ids"][0], {}
     processor: Any = tokenizer
     batch = processor(
         text=[text],

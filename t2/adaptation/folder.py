@@ -5,19 +5,21 @@
     classifier.safetensors    the classification expert, if there is one
 
 A description is one line that says what the questions of the domain are: it stands in the adaptation prompt. Other keys
-of domains.json and other files (a model card, curves) are nobody's business here.
+of domains.json and other files (a model card, curves) are ignored. The classifier's own metadata has the domains that
+it was trained on, as JSON under "domains".
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from t2.experts import Expert
 from t2.model import SVFModel
-from t2.storage import FileFormatError, atomic_directory
+from t2.storage import FileFormatError, atomic_directory, parse_json
 from t2.tasks.classify import Domain, Domains, as_domains
 from t2kernels.files import write_text
 
@@ -61,8 +63,8 @@ def load_bank_folder(path: str | Path) -> BankFolder:
     described = folder / "domains.json"
     if not described.is_file():
         raise FileNotFoundError(f"bank: expected a folder with domains.json, got {folder}")
+    content = parse_json(described.read_bytes(), described)
     try:
-        content = json.loads(described.read_text())
         found = content["format"], content["format_version"]
         if found != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"format {found}, expected {(FORMAT, FORMAT_VERSION)}")
@@ -144,4 +146,29 @@ def _checked(bank: BankFolder, where: str) -> BankFolder:
             layout.check_same(expert.layout, name)
         except ValueError as error:
             raise FileFormatError(f"{where}: expected experts of one base, {error}") from error
+    if bank.classifier is not None:
+        trained = _trained_on(bank.classifier, where)
+        names = [domain.name for domain in bank.domains]
+        if trained is None:
+            warnings.warn(
+                f"{where}: the classification expert does not say which domains it was trained on; it has to know "
+                f"{', '.join(names)}",
+                stacklevel=3,
+            )
+        elif unknown := [name for name in names if name not in trained]:
+            warnings.warn(
+                f"{where}: the classification expert was trained on {', '.join(trained)}; it never, or by chance, "
+                f"chooses {', '.join(unknown)}. Train it anew, or choose experts by the prompt or a few-shot search",
+                stacklevel=3,
+            )
     return bank
+
+
+def _trained_on(classifier: Expert, where: str) -> list[str] | None:
+    """The domains of a classification expert by its metadata; None where that says nothing."""
+    if "domains" not in classifier.metadata:
+        return None
+    domains = parse_json(classifier.metadata["domains"], f"{where}, {CLASSIFIER}, domains")
+    if not isinstance(domains, list) or not all(isinstance(name, str) for name in domains):
+        raise FileFormatError(f"{where}, {CLASSIFIER}, domains: expected a list of names, got {domains!r:.80}")
+    return domains

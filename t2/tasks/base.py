@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Split = Literal["train", "validation", "test"]
@@ -53,6 +55,39 @@ class Task(ABC):
     def rewards(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
         """What training maximises: 1 for a right answer, -1 for any other (arXiv 2501.06252, section 3.1)."""
         return [1.0 if score == 1.0 else -1.0 for score in self.scores(problems, answers)]
+
+    def metadata(self) -> dict[str, str]:
+        """Facts about the task that go into the metadata of experts trained on it."""
+        return {}
+
+
+def checked_rewards(task: Task, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
+    """The task's rewards; TypeError or ValueError, naming the task, unless they are one finite number an answer."""
+    return _numbers(task, "rewards", task.rewards(problems, answers), len(answers))
+
+
+def checked_scores(task: Task, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
+    """The task's scores; TypeError or ValueError, naming the task, unless they are one finite number an answer."""
+    return _numbers(task, "scores", task.scores(problems, answers), len(answers))
+
+
+def _numbers(task: Task, what: str, given: Any, count: int) -> list[float]:
+    if isinstance(given, Tensor):
+        given = given.tolist()
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{what} of task {task.name}: expected a list of numbers, got {type(given).__name__}")
+    values = list(given)
+    if len(values) != count:
+        raise ValueError(f"{what} of task {task.name}: expected one for each of {count} answers, got {len(values)}")
+    for i, value in enumerate(values):
+        try:
+            number = float("nan") if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            number = float("nan")
+        if not math.isfinite(number):
+            raise ValueError(f"{what} of task {task.name}: expected finite numbers, got {value!r:.80} for answer {i}")
+        values[i] = number
+    return values
 
 
 def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,9 @@ class Classification(Task):
             ]
             self._made[split] = [problem for row in zip(*columns, strict=False) for problem in row]
         return self._made[split]
+
+    def metadata(self) -> dict[str, str]:
+        return {"domains": json.dumps([domain.name for domain in self.domains])}
 
     def scores(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
         pairs = zip(problems, answers, strict=True)

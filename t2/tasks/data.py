@@ -5,13 +5,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from t2.storage import FileFormatError
+from t2.storage import FileFormatError, parse_json
 from t2.tasks.base import Problem
 from t2.tasks.images import StoredImage
 
@@ -127,10 +128,7 @@ def read_listed(path: Path, name: str) -> list[Row]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"data: file {path} does not exist")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path}: not JSON ({error})") from error
+    content = parse_json(path.read_bytes(), path)
     listed = content.get(name) if isinstance(content, dict) else None
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
         raise FileFormatError(f'{path}: expected {{"{name}": [rows]}}, as the official file has them')
@@ -146,14 +144,11 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 if not line.strip():
                     continue
                 where = f"{path}, line {number}"
-                try:
-                    fields = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise FileFormatError(f"{where}: not JSON ({error})") from error
+                fields = parse_json(line, where)
                 if not isinstance(fields, dict):
                     raise FileFormatError(f"{where}: expected a JSON object, got {type(fields).__name__}")
                 yield Row(fields, where)
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise FileFormatError(f"{path}, after line {number}: {error}") from error
 
 

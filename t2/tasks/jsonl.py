@@ -51,6 +51,19 @@ def load_function(name: str) -> Callable[..., Any]:
     return function
 
 
+def _is_message(message: object) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return False
+    return part["type"] != "text" or isinstance(part.get("text"), str)
+
+
 class JsonlTask(Task):
     """Rows with "prompt" (a text) or "messages" (a conversation), and whatever the reward function needs. "image" or
     "images" name the image files that stand before the prompt, or where the messages have {"type": "image"}.
@@ -115,13 +128,13 @@ class JsonlTask(Task):
         images = self._images(row)
         if "messages" in row.fields:
             messages = row.get("messages", list)
-            if not messages or not all(
-                isinstance(message, dict)
-                and isinstance(message.get("role"), str)
-                and isinstance(message.get("content"), str | list)
-                for message in messages
-            ):
-                raise row.error("messages", "a list of {'role': ..., 'content': ...}", messages)
+            if not messages or not all(map(_is_message, messages)):
+                raise row.error(
+                    "messages",
+                    "a list of {'role': text, 'content': text or a list of {'type': 'text', 'text': text} and "
+                    "{'type': 'image'}}",
+                    messages,
+                )
             conversation = tuple({"role": m["role"], "content": m["content"]} for m in messages)
             parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
             if sum(part == {"type": "image"} for part in parts) != len(images):
@@ -132,6 +145,12 @@ class JsonlTask(Task):
         if self.reward is equals_answer and "answer" not in row.fields:
             raise FileFormatError(f"{row.where}: no field 'answer', which a task without a reward function needs")
         answer = row.fields.get("answer")
+        if (
+            "answer" in row.fields
+            and not isinstance(answer, str | int | float)
+            and (answer is not None or self.reward is equals_answer)
+        ):
+            raise row.error("answer", "a text or a number", answer)
         return Problem(conversation, dict(row.fields), None if answer is None else str(answer), images)
 
     def _images(self, row: Row) -> tuple[StoredImage, ...]:
