@@ -9,7 +9,7 @@ from functools import cached_property
 
 from t2.sandbox import Limits, Test
 from t2.tasks.base import Problem, Split
-from t2.tasks.code import CodeTask, extract_code
+from t2.tasks.code import CodeTask, definition, extract_code
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_split
 from t2.tasks.official import check_size, check_split
 
@@ -81,7 +81,7 @@ class MBPPPro(CodeTask):
 
     def problem(self, row: Row) -> Problem:
         first, second = row.text("raw_problem").strip(), row.text("new_problem").strip()
-        solutions = row.text("raw_solution").strip(), row.text("new_solution").strip()
+        solutions = _whole(first, row.text("raw_solution")), _whole(second, row.text("new_solution"))
         content = f"{self.instruction}\n```python\n{first}\n\n{second}\n```"
         return Problem(
             messages=({"role": "user", "content": content},),
@@ -96,3 +96,11 @@ class MBPPPro(CodeTask):
     def test(self, problem: Problem, answer: str) -> Test:
         suite: Suite = problem.reference
         return Test(extract_code(answer), suite.test_code, prelude=suite.imports, functions=suite.functions)
+
+
+def _whole(problem: str, solution: str) -> str:
+    """A solution that defines its function; those of the data set go on after the signature in the problem."""
+    names = FUNCTIONS.findall(problem)
+    if names and definition(solution, names[-1]) is None:
+        return f"{problem}\n{solution.rstrip()}"
+    return solution.strip()

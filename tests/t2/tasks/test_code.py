@@ -120,6 +120,19 @@ def test_mbpp_pro_splits_and_scores(write, tmp_path):
     assert task.rewards(train[:1], [only_second]) == [-1]
 
 
+@isolating
+def test_mbpp_pro_solutions_may_go_on_after_the_signature(write):
+    """As in the published file."""
+    row = {
+        **MBPP_PRO[0],
+        "raw_solution": "    return x + 0\n",
+        "new_solution": "    return [add(x) for x in xs]\n",
+    }
+    task = tasks.get("mbpp-pro", data=write([row], "bodies"), validation_size=0, test_size=0, limits=LIMITS)
+    (problem,) = task.problems("train")
+    assert task.scores([problem], [problem.solution]) == [1]
+
+
 def test_mbpp_pro_rows_are_checked(write):
     path = write([{**MBPP_PRO[0], "test_code": ""}], "mbpp_pro")
     with pytest.raises(FileFormatError, match="field 'test_code': expected a non-empty string"):
