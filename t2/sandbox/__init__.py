@@ -9,5 +9,16 @@ from t2.sandbox.runner import (
     run_program,
     run_programs,
 )
+from t2.sandbox.verdicts import Test, run_tests
 
-__all__ = ["Limits", "Result", "SandboxError", "SandboxUnavailable", "backend", "run_program", "run_programs"]
+__all__ = [
+    "Limits",
+    "Result",
+    "SandboxError",
+    "SandboxUnavailable",
+    "Test",
+    "backend",
+    "run_program",
+    "run_programs",
+    "run_tests",
+]

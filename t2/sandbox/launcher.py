@@ -1,9 +1,11 @@
-"""The part of the sandbox that runs beside the program: `python -c <this file> <configuration as JSON>`.
+"""The part of the sandbox that runs beside the program: `python -c <BOOT of runner.py> <this file> <configuration>`.
 
 Standard library only, since it runs where nothing else is installed. With `"namespaces": true` it makes the namespaces
 and the root folder itself; under bubblewrap it starts where those are made. Then it gives up every privilege, starts
 the program with its limits, waits for it as the first process of the process namespace, and reports how it ended:
-when it ends itself, the kernel kills all that the program left behind.
+when it ends itself, the kernel kills all that the program left behind. The program is a script for an interpreter of
+its own, or, with `"channel"`, a module of this package that goes on in a fork of this interpreter (`judge.py`,
+`candidate.py`).
 
 The program comes by standard input, its length first, and the caller keeps that open: its end means that the caller has
 died, before which nothing may run and after which nothing may live on. (A death signal of the parent would not do: who
@@ -12,10 +14,11 @@ has another user id than its parent need not get it.)
 
 from __future__ import annotations
 
+import binascii
+import contextlib
 import ctypes
-import json
+import marshal
 import os
-import platform
 import resource
 import select
 import signal
@@ -28,11 +31,11 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 NAMESPACES = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x2, 0x4, 0x1000, 0x4000, 0x40000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 0x1, 0x2, 0x4, 0x1000, 0x4000, 0x40000
 MNT_DETACH = 2
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
-PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 22, 38
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
 FILES = 64
@@ -110,9 +113,9 @@ def enter_namespaces(config: dict[str, Any]) -> None:
                 file.write(text)
     first = os.fork()
     if first:
-        os.write(config["info_fd"], json.dumps({"child-pid": first}).encode())
-        os.close(config["info_fd"])
-        os.close(config["status_fd"])
+        os.write(config["info_fd"], b'{"child-pid": %d}' % first)
+        for descriptor in (config["info_fd"], config["status_fd"], *config["channel"]):
+            os.close(descriptor)
         os.waitpid(first, 0)
         os._exit(0)
     os.close(config["info_fd"])
@@ -126,7 +129,7 @@ def build_root(config: dict[str, Any]) -> None:
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=755,size=1m,nr_inodes={INODES}")
     os.mkdir("/tmp/.host")
-    call("syscall", PIVOT_ROOT[platform.machine()], b"/tmp", b"/tmp/.host")
+    call("syscall", PIVOT_ROOT[os.uname().machine], b"/tmp", b"/tmp/.host")
     os.chdir("/")
     for path in (*config["binds"], *config["devices"]):
         if os.path.isdir("/.host" + path):
@@ -137,6 +140,8 @@ def build_root(config: dict[str, Any]) -> None:
         mount("/.host" + path, path, None, MS_BIND | MS_REC)
         if path not in config["devices"]:
             make_read_only(path, AT_RECURSIVE)
+    for path in config["hidden"]:
+        mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "mode=755,size=4k,nr_inodes=1")
     for target, link in config["symlinks"]:
         os.symlink(target, link)
     os.mkdir("/tmp")
@@ -167,14 +172,14 @@ def filter_system_calls() -> None:
 
     clone3, whose flags a filter can't see, does not exist; the C library then uses clone.
     """
-    column = list(AUDIT_ARCH).index(platform.machine())
+    column = list(AUDIT_ARCH).index(os.uname().machine)
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, deny, missing = 0x7FFF0000, 0x80000000, 0x00050000 | EPERM, 0x00050000 | ENOSYS
     number, architecture, first_argument = 0, 4, 16
 
     program = [
         (load, 0, 0, architecture),
-        (equal, 1, 0, AUDIT_ARCH[platform.machine()]),
+        (equal, 1, 0, AUDIT_ARCH[os.uname().machine]),
         (give, 0, 0, kill),
         (load, 0, 0, number),
         (at_least, 0, 1, 0x40000000),  # the x32 calls of x86_64
@@ -220,8 +225,7 @@ def read_exactly(length: int) -> bytes:
     return b"".join(parts)
 
 
-def start(config: dict[str, Any], path: str) -> None:
-    """Becomes the program."""
+def set_limits(config: dict[str, Any]) -> None:
     limits = {
         resource.RLIMIT_CPU: config["cpu_seconds"],
         resource.RLIMIT_AS: config["memory_bytes"],
@@ -234,31 +238,56 @@ def start(config: dict[str, Any], path: str) -> None:
         limits[resource.RLIMIT_NPROC] = config["processes"] + ours
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
-    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+
+
+def run_script(config: dict[str, Any], source: bytes) -> None:
+    """Becomes the program."""
+    path = os.path.join(os.getcwd(), "program.py")
+    with open(path, "wb") as file:
+        file.write(source)
     python = config["python"]
     arguments = [python, "-s", "-S", "-P", "-B", "-X", "utf8", path]
     os.execve(python, arguments, {"PYTHONHASHSEED": "0"})
 
 
-def run(config: dict[str, Any]) -> dict[str, Any]:
+def run_module(config: dict[str, Any], payload: bytes) -> int:
+    """Goes on as the last of the given modules; returns the exit code."""
+    for descriptor in (config["status_fd"], config["info_fd"]):
+        with contextlib.suppress(OSError):  # closed already, or bubblewrap's
+            os.close(descriptor)
+    modules, arguments = marshal.loads(payload)
+    for name, code in modules:
+        module = sys.modules[name] = type(sys)(name)
+        exec(code, module.__dict__)
+    return module.main(*config["channel"], *arguments)
+
+
+def run(config: dict[str, Any]) -> int:
+    """Returns the exit code of the program, or minus the signal that killed it."""
     os.umask(0o022)
     os.set_inheritable(config["status_fd"], False)
     if config["namespaces"]:
         enter_namespaces(config)
     if config["isolated"]:
         give_up_privileges(config["uid"])
-    source = read_program()
-    path = os.path.join(os.getcwd(), "program.py")
-    with open(path, "wb") as file:
-        file.write(source)
+    call("prctl", PR_SET_DUMPABLE, *[ctypes.c_ulong(0)] * 4)  # others of our user id may not read our memory
+    program = read_program()
     child = os.fork()
     if not child:
+        code = 127
         try:
-            start(config, path)
-        except BaseException as error:
-            os.write(2, f"cannot start the program: {error}\n".encode())
-        os._exit(127)
-    return {"exit": os.waitstatus_to_exitcode(wait_for(child))}
+            set_limits(config)
+            os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+            if config["channel"]:
+                code = run_module(config, program)
+            else:
+                run_script(config, program)
+        except BaseException:
+            sys.__excepthook__(*sys.exc_info())
+        os._exit(code)
+    for descriptor in config["channel"]:
+        os.close(descriptor)
+    return os.waitstatus_to_exitcode(wait_for(child))
 
 
 def wait_for(child: int) -> int:
@@ -274,12 +303,12 @@ def wait_for(child: int) -> int:
 
 
 def main() -> None:
-    config = json.loads(sys.argv[1])
+    config = marshal.loads(binascii.a2b_base64(sys.argv[2]))
     try:
-        report = run(config)
+        report = f"exit {run(config)}"
     except Exception as error:
-        report = {"error": str(error) or type(error).__name__}
-    os.write(config["status_fd"], json.dumps(report).encode())
+        report = f"error {error or type(error).__name__}"
+    os.write(config["status_fd"], report.encode(errors="replace"))
     os._exit(0)
 
 

