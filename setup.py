@@ -1,34 +1,43 @@
 """Builds the extension `t2kernels._C` (C++); all else about the package is in pyproject.toml.
 
-A machine without a C++ compiler still installs: the operators then run on their plain torch reference, which
-`t2kernels` says once when it is first used. T2KERNELS_REQUIRE_EXTENSION=1 turns a failed build into an error.
+Without its extension the package is many times slower, so a build that fails ends the installation.
+T2KERNELS_NO_EXTENSION=1 installs without it: the operators then run on their plain torch reference, which `t2kernels`
+says once when it is first used.
 """
 
 import os
 import sys
 
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+WITHOUT = os.environ.get("T2KERNELS_NO_EXTENSION", "") not in ("", "0")
+ADVICE = (
+    "t2kernels: building needs a C++20 compiler, and torch, ninja and pybind11 in this environment or "
+    "without --no-build-isolation. T2KERNELS_NO_EXTENSION=1 installs without kernels; operators are then slow."
+)
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+except ImportError as error:
+    if not WITHOUT:
+        sys.exit(f"t2kernels: the C++ extension can't be built: {error}.\n{ADVICE}")
 
 
-class BuildOrReference(BuildExtension):
-    def run(self) -> None:
-        try:
-            super().run()
-        except Exception as error:
-            if os.environ.get("T2KERNELS_REQUIRE_EXTENSION"):
-                raise
-            print(
-                f"\nt2kernels: the C++ extension was not built ({type(error).__name__}: {error}).\n"
-                "t2kernels: installing without it; operators will run on the slower torch reference.\n",
-                file=sys.stderr,
-            )
+def build_extension() -> type:
+    class Build(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                cause = f"{type(error).__name__}: {error}"
+                raise SystemExit(f"t2kernels: the C++ extension was not built ({cause}).\n{ADVICE}") from error
+
+    return Build
 
 
 TORCH_TARGET_VERSION = ("TORCH_TARGET_VERSION", "0x020a000000000000")
 
 
-def extension() -> CppExtension:
+def extension() -> "CppExtension":
     import pybind11
 
     return CppExtension(
@@ -55,4 +64,8 @@ def extension() -> CppExtension:
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildOrReference})
+if WITHOUT:
+    print(f"t2kernels: installing without the C++ extension, as T2KERNELS_NO_EXTENSION asks. {ADVICE}")
+    setup()
+else:
+    setup(ext_modules=[extension()], cmdclass={"build_ext": build_extension()})

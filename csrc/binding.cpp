@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <optional>
 #include <string>
@@ -124,7 +126,9 @@ Rows rows_of(const Tensor& x, int64_t features, const char* name, bool bf16_prod
   const t2::DType dtype = dtype_of(c, name);
   STD_TORCH_CHECK(dtype != t2::DType::i8, name, ": expected float32, bfloat16 or float16, got int8");
   const bool round = bf16_products || dtype == t2::DType::bf16;
-  return {c, {c.const_data_ptr(), dtype, features, nullptr, 0, nullptr, 1, nullptr, round}, c.numel() / features};
+  int64_t count = 1;
+  for (int64_t d = 0; d + 1 < c.dim(); ++d) count *= c.size(d);
+  return {c, {c.const_data_ptr(), dtype, features, nullptr, 0, nullptr, 1, nullptr, round}, count};
 }
 
 t2::RowInput scaled_rows(const float* t, int64_t rank, const Routing& route, const float* component_scale, bool round) {
@@ -172,11 +176,36 @@ t2::Product product(const t2::RowInput& in, const t2::Matrix& m, const t2::RowOu
   return {in, {m, {}}, 1, out};
 }
 
-// A list of products over the same rows, run in as few kernel calls as its length allows.
+float value_at(const void* data, t2::DType dtype, int64_t i) {
+  switch (dtype) {
+    case t2::DType::bf16: return static_cast<const torch::headeronly::BFloat16*>(data)[i];
+    case t2::DType::f16: return static_cast<const torch::headeronly::Half*>(data)[i];
+    default: return static_cast<const float*>(data)[i];
+  }
+}
+
+void store_at(void* data, t2::DType dtype, int64_t i, float value) {
+  switch (dtype) {
+    case t2::DType::bf16: static_cast<torch::headeronly::BFloat16*>(data)[i] = value; break;
+    case t2::DType::f16: static_cast<torch::headeronly::Half*>(data)[i] = value; break;
+    default: static_cast<float*>(data)[i] = value;
+  }
+}
+
+// A list of products over the same rows, run in as few kernel calls as its length allows. Kernels see no empty one:
+// there is nothing to do without rows or columns, and a sum without terms is the bias.
 class Batch {
  public:
   explicit Batch(int64_t rows) : rows_(rows) {}
-  void add(const t2::Product& p) {
+  void add(const t2::Product& given) {
+    t2::Product p = given;
+    const int64_t columns = p.parts[0].n;
+    int parts = 0;
+    for (int i = 0; i < p.part_count; ++i)
+      if (p.parts[i].k > 0) p.parts[parts++] = p.parts[i];
+    p.part_count = parts;
+    if (rows_ == 0 || columns == 0) return;
+    if (parts == 0) return fill(p.out, columns);
     if (count_ == t2::kMaxProducts) run();
     products_[count_++] = p;
   }
@@ -186,6 +215,12 @@ class Batch {
   }
 
  private:
+  void fill(const t2::RowOutput& out, int64_t columns) const {
+    for (int64_t row = 0; row < rows_; ++row)
+      for (int64_t c = 0; c < columns; ++c)
+        store_at(out.data, out.dtype, row * out.stride + c, out.bias ? value_at(out.bias, out.bias_dtype, c) : 0.0f);
+  }
+
   int64_t rows_;
   int count_ = 0;
   t2::Product products_[t2::kMaxProducts];
@@ -252,8 +287,8 @@ std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const 
   }
   batch.run();
   Tensor dscales = float_matrix(grad_y, need_dscales ? scales.size(0) : 0, rank);
-  if (need_dscales) {
-    torch::stable::zero_(dscales);
+  if (need_dscales) torch::stable::zero_(dscales);
+  if (need_dscales && rows.count > 0 && rank > 0) {
     t2::kernels().reduce_scales(static_cast<const float*>(t.const_data_ptr()), h_data, component, route.slots_data,
                                 route.rows_per_slot, rows.count, rank, static_cast<float*>(dscales.mutable_data_ptr()),
                                 parallel_for);
@@ -406,7 +441,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
     a.allowed_row_stride = allowed->stride(0);
     a.allowed_stride = allowed->stride(1);
   }
-  if (rows > 0) t2::kernels().attend(a, parallel_for);
+  if (rows > 0 && heads > 0 && dim > 0) t2::kernels().attend(a, parallel_for);
   return out;
 }
 

@@ -23,7 +23,9 @@ Gradients (DESIGN section 2; with g = dL/dy, h = g U):
 
     dscales[slot] = sum over its rows of t * h * component_scale        dx = (h * scale * component_scale) Vh
 
-Neither x nor anything of W's size is kept or built. U, Vh and bias-free factors are frozen: they get no gradient.
+Neither x nor anything of W's size is kept or built. U, Vh and bias-free factors are frozen: they get no gradient. A
+gradient of a gradient is refused; forward mode (jvp) and torch.func run on the definitions in plain torch,
+`t2kernels.reference`.
 
 `decode_attention` is what else reads memory in a decode step; `t2kernels.decode_attention` says what it computes. It
 has no gradient.
@@ -37,10 +39,13 @@ for `decode_attention`, which torch has kernels for there.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from t2kernels import reference
 from t2kernels.backends import device_of, extension, triton_kernels, warn_reference
@@ -66,6 +71,13 @@ _library.define("dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row
 _library.define("decode_attention(Tensor query, Tensor key, Tensor value, Tensor? allowed, float scale) -> Tensor")
 
 
+def _is_empty(arguments: Any) -> bool:
+    """Whether a dimension of a tensor is 0."""
+    return any(
+        _is_empty(each) if isinstance(each, list) else each is not None and 0 in each.shape for each in arguments
+    )
+
+
 def _register(name: str) -> None:
     def on_reference(*args: Any) -> Any:
         warn_reference(args[0].device.type)
@@ -75,6 +87,8 @@ def _register(name: str) -> None:
         run = getattr(triton_kernels(), name, None)
         if run is None:
             return on_reference(*args)
+        if _is_empty(args[:5]):
+            return getattr(reference, name)(*args)  # nothing to launch
         with device_of(args[0]):
             return run(*args)
 
@@ -98,7 +112,7 @@ for _name in (
 
 @torch.library.register_fake("t2kernels::factored_linear")
 def _(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_products):  # type: ignore[no-untyped-def]
-    rows = x.numel() // x.shape[-1]
+    rows = math.prod(x.shape[:-1])
     return x.new_empty(*x.shape[:-1], out_features), scales.new_empty(rows, scales.shape[1])
 
 
@@ -128,9 +142,42 @@ def _(query, key, value, allowed, scale):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that can't be differentiated itself: an error says so, where autograd alone would take it for 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, *causes: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "t2kernels: a gradient of these operators can't be differentiated a second time; compute this part with "
+            "t2kernels.reference, which is plain torch"
+        )
+
+
+def _once(gradient: Tensor, *causes: Tensor) -> Tensor:
+    """The gradient, tied to the tensors that it depends on where a graph of it is made (create_graph=True)."""
+    if not torch.is_grad_enabled() or not any(cause.requires_grad for cause in causes):
+        return gradient
+    tied: Tensor = _Once.apply(gradient, *causes)
+    return tied
+
+
+def _sum_of_rows(gradient: Tensor) -> Tensor:
+    rows = gradient.reshape(math.prod(gradient.shape[:-1]), gradient.shape[-1])
+    return rows.sum(0, dtype=torch.float32)
+
+
 def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, u, vh, component_scale, scales, slots, bias, _, _ = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.parts = len(u)
     ctx.save_for_backward(output[1], component_scale, scales, slots, *u, *vh)
@@ -138,19 +185,23 @@ def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _factored_backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _factored_backward(ctx: Any, grad_y: Tensor | None, grad_t: Tensor | None) -> tuple[Any, ...]:
+    if grad_t is not None:
+        raise NotImplementedError("t2kernels: expected a gradient of y alone, got one of t, which is kept for y's")
     dx = dscales = dbias = None
     if grad_y is not None:
         t, component_scale, scales, slots, *parts = ctx.saved_tensors
         u, vh = parts[: len(parts) // 2], parts[len(parts) // 2 :]
         need_dx, need_dscales, need_dbias = (ctx.needs_input_grad[i] for i in (0, 4, 6))
         if need_dx or need_dscales:
-            dx, dscales = factored_linear_backward(
-                grad_y, t, u, vh, component_scale, scales, slots, ctx.in_features, need_dx, need_dscales
-            )
+            with torch.no_grad():
+                dx, dscales = factored_linear_backward(
+                    grad_y, t, u, vh, component_scale, scales, slots, ctx.in_features, need_dx, need_dscales
+                )
         if need_dbias:
-            dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        dx, dscales = dx if need_dx else None, dscales if need_dscales else None
+            dbias = _sum_of_rows(grad_y).to(ctx.bias_dtype)
+        dx = _once(dx, grad_y, scales) if need_dx and dx is not None else None
+        dscales = _once(dscales, grad_y, t) if need_dscales and dscales is not None else None
     return dx, [None] * ctx.parts, [None] * ctx.parts, None, dscales, None, dbias, None, None
 
 
@@ -164,7 +215,9 @@ def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _dense_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = dense_linear_backward(grad_y, *ctx.saved_tensors, ctx.in_features)
+        with torch.no_grad():
+            dx = dense_linear_backward(grad_y, *ctx.saved_tensors, ctx.in_features)
+        dx = _once(dx, grad_y)
     if ctx.needs_input_grad[3]:
         dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return dx, None, None, dbias, None, None
@@ -175,9 +228,25 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("t2kernels::dense_linear", _dense_backward, setup_context=_dense_setup, lib=_library)
 
-factored_linear = torch.ops.t2kernels.factored_linear.default
-factored_linear_group = torch.ops.t2kernels.factored_linear_group.default
+
+def _with_tangents(name: str) -> Any:
+    """The operator; in forward mode, where operators lose tangents without a word, and under the transforms of
+    torch.func, which know nothing of it, its definition in plain torch."""
+    operator, definition = getattr(torch.ops.t2kernels, name).default, getattr(reference, name)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
+            return definition(*args)
+        return operator(*args)
+
+    return call
+
+
+factored_linear = _with_tangents("factored_linear")
+factored_linear_group = _with_tangents("factored_linear_group")
 factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default
-dense_linear = torch.ops.t2kernels.dense_linear.default
+dense_linear = _with_tangents("dense_linear")
 dense_linear_backward = torch.ops.t2kernels.dense_linear_backward.default
 decode_attention = torch.ops.t2kernels.decode_attention.default

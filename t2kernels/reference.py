@@ -6,6 +6,7 @@ between the storage of the factors and the output: `bf16_products` only allows r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,11 @@ def svf_linear_ref(
         scale = scale[expert_ids].reshape(x.shape[0], *[1] * (x.dim() - 2), s.shape[0])
     y = ((x @ vh.T) * scale) @ u.T
     return y if bias is None else y + bias
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[rows, features], also of a tensor without features."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _float_matrix(factor: Tensor, n: int, k: int) -> Tensor:
@@ -74,7 +80,7 @@ def factored_linear(
     bf16_products: bool,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `torch.ops.t2kernels.factored_linear`; see `t2kernels.ops` for the meaning of the arguments."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     full_u, full_vh = _float_factors(u, vh, out_features, scales.shape[1], x.shape[-1])
     t = rows.float() @ full_vh.T
     scaled = t * _row_scales(scales, slots, rows.shape[0], component_scale)
@@ -119,7 +125,7 @@ def factored_linear_backward(
     need_dscales: bool,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `torch.ops.t2kernels.factored_linear_backward`."""
-    g = grad_y.reshape(-1, grad_y.shape[-1]).float()
+    g = _rows(grad_y).float()
     rank = scales.shape[1]
     full_u, full_vh = _float_factors(u, vh, grad_y.shape[-1], rank, in_features)
     h = g @ full_u
