@@ -95,7 +95,6 @@ class RoutedLinear(nn.Module):
                 f"experts: expected one entry per request, got {requests} entries for {x.shape[0]} rows in the first "
                 "dimension of a layer's input, which has to be that of the batch"
             )
-        self.router.outputs_left.was_read = True
         if self.shared_input is not None and not torch.is_grad_enabled():
             y = self.shared_input.traced(self, x, slots)
             if y is not None:
@@ -182,11 +181,11 @@ class SharedInput:
                 return None
             y = left.outputs[member.place]
             if member.place == len(self.members) - 1:
-                left.empty()
+                left.clear()
             return y
         if left.group is not None:
             left.group._useful = False
-            left.empty()
+            left.clear()
         if not self._useful:
             return None
         members = self.members

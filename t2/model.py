@@ -460,7 +460,6 @@ class SVFModel(nn.Module):
                 route = Route(route.slots, forms=forms)
             held.enter_context(self.router.within(route))
             yield
-            self.router.note_compiled()
             if buffer is not None and route.slots.is_cuda:  # a captured graph reads its buffer unseen
                 route.was_read = buffer.was_read = route.was_read or buffer.was_read
             if not route.was_read and any(choice is not None for choice in choices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from t2.routing import LayerForm
+from t2.storage import FileFormatError, parse_json
 from t2kernels.files import cache_root, write_text
 from t2kernels.planner import CostModel, DeltaWeight, Plan
 from t2kernels.weights import DenseWeight
@@ -32,9 +34,12 @@ def cost_model(path: Path | None = None) -> CostModel:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
     try:
-        known = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        known = parse_json(path.read_bytes(), path)
+    except (OSError, FileFormatError) as error:
+        warnings.warn(f"{error}; it is measured again", stacklevel=3)
         return {}
     return known if isinstance(known, dict) else {}
 

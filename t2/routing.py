@@ -370,6 +370,7 @@ class Router:
         """
         if hasattr(self._here, "slots"):
             slots, unclear = self._here.slots, self._here.unclear
+            self._here.route.was_read = True
         else:
             slots, unclear = self._unrouted, self._others_routed
         if unclear:
@@ -385,7 +386,6 @@ class Router:
         token = self._active.set(route)
         here, entry = self._here.__dict__, (_task(), route)  # of this thread, also where another one ends the block
         with self._lock:
-            self.note_compiled()
             here.setdefault("entries", []).append(entry)
             self._entered += 1
             self._publish(here)
@@ -393,7 +393,6 @@ class Router:
             yield
         finally:
             with self._lock:
-                self.note_compiled()
                 here["entries"].remove(entry)
                 self._entered -= 1
                 self._publish(here)
@@ -404,13 +403,6 @@ class Router:
         route = self._active.get() or (self._base if self._default is None else None)
         return nullcontext() if route is None else self.within(route)
 
-    def note_compiled(self) -> None:
-        """Tells the thread's innermost route that compiled code has run with it, if it has."""
-        entries = self._here.__dict__.get("entries")
-        if entries and self.outputs_left.was_read:
-            entries[-1][1].was_read = True
-        self.outputs_left.was_read = False
-
     def _publish(self, here: dict[str, Any]) -> None:
         """Sets the attributes that compiled code of this thread reads, and those without a route of their own."""
         entries: list[tuple[object, Route]] = here["entries"]
@@ -418,8 +410,10 @@ class Router:
             task, route = entries[-1]
             here["slots"] = route.slots if route.is_plain or route is self._base else None
             here["unclear"] = any(other is not task for other, _ in entries)
+            here["route"] = route
         else:
             here.pop("slots", None)
+            here.pop("route", None)
         self.outputs_left.clear()
         self._set_unrouted()
 
@@ -432,18 +426,13 @@ class OutputsLeft(threading.local):
     """Where compiled code has the outputs that the first layer of a `SharedInput` computed for the others.
 
     One for the whole model in each thread, and empty again when the last of the others has taken its output: so a graph
-    ends with nothing in it, and no layer differs from another by it. `was_read` is what compiled code says of the route
-    it ran with.
+    ends with nothing in it, and no layer differs from another by it.
     """
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self.empty()
-        self.was_read = False
-
-    def empty(self) -> None:
         self.group: Any = None
         self.x: Tensor | None = None
         self.outputs: list[Tensor] | None = None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from t2.storage import FileFormatError, open_safetensors
+from t2.storage import FileFormatError, open_safetensors, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,8 +54,9 @@ class Shards:
                     "only, never pickle"
                 )
             return {}
+        index = parse_json(path.read_bytes(), path)
         try:
-            names = json.loads(path.read_text())["weight_map"]
+            names = index["weight_map"]
             listed = {str(name): self.folder / file for name, file in names.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path}: expected an index with a weight_map, got one without ({error})") from error

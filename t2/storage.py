@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import xxhash
@@ -32,11 +33,15 @@ def parse_json(text: str | bytes, where: object) -> Any:
         FileFormatError: the text is no JSON, is nested too deep, or has a number that JSON lacks (NaN, Infinity).
     """
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no number of JSON")
 
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else refuse(number)
+
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
     except RecursionError as error:
         raise FileFormatError(f"{where}: expected JSON, got one that is nested too deep") from error
     except (ValueError, OverflowError, MemoryError) as error:

@@ -49,6 +49,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from t2kernels import reference
 from t2kernels.backends import device_of, extension, triton_kernels, warn_reference
+from t2kernels.packing import PANEL
 
 _library = torch.library.Library("t2kernels", "DEF")
 _library.define(
@@ -181,13 +182,22 @@ def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
     ctx.set_materialize_grads(False)
     ctx.parts = len(u)
     ctx.save_for_backward(output[1], component_scale, scales, slots, *u, *vh)
-    ctx.in_features = x.shape[-1]
+    ctx.in_features, ctx.shape, ctx.dtype = x.shape[-1], x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+@torch.no_grad()
+def _through_t(grad_t: Tensor, vh: list[Tensor], in_features: int) -> Tensor:
+    """dx of t = x Vh^T, float32 [rows, in]. Nothing in the package uses it; t is an output like any other."""
+    dx, first = grad_t.new_zeros(grad_t.shape[0], in_features), 0
+    for i, part in enumerate(vh):
+        own = part.shape[0] * (1 if part.dim() == 2 else PANEL) if i + 1 < len(vh) else grad_t.shape[1] - first
+        dx += dense_linear_backward(grad_t[:, first : first + own].contiguous(), part, None, in_features)
+        first += own
+    return dx
+
+
 def _factored_backward(ctx: Any, grad_y: Tensor | None, grad_t: Tensor | None) -> tuple[Any, ...]:
-    if grad_t is not None:
-        raise NotImplementedError("t2kernels: expected a gradient of y alone, got one of t, which is kept for y's")
     dx = dscales = dbias = None
     if grad_y is not None:
         t, component_scale, scales, slots, *parts = ctx.saved_tensors
@@ -202,6 +212,10 @@ def _factored_backward(ctx: Any, grad_y: Tensor | None, grad_t: Tensor | None) -
             dbias = _sum_of_rows(grad_y).to(ctx.bias_dtype)
         dx = _once(dx, grad_y, scales) if need_dx and dx is not None else None
         dscales = _once(dscales, grad_y, t) if need_dscales and dscales is not None else None
+    if grad_t is not None and ctx.needs_input_grad[0]:
+        vh = ctx.saved_tensors[4 + ctx.parts :]
+        through_t = _once(_through_t(grad_t, vh, ctx.in_features).reshape(ctx.shape).to(ctx.dtype), grad_t)
+        dx = through_t if dx is None else dx + through_t
     return dx, [None] * ctx.parts, [None] * ctx.parts, None, dscales, None, dbias, None, None
 
 
@@ -229,24 +243,28 @@ torch.library.register_autograd(
 torch.library.register_autograd("t2kernels::dense_linear", _dense_backward, setup_context=_dense_setup, lib=_library)
 
 
-def _with_tangents(name: str) -> Any:
-    """The operator; in forward mode, where operators lose tangents without a word, and under the transforms of
-    torch.func, which know nothing of it, its definition in plain torch."""
-    operator, definition = getattr(torch.ops.t2kernels, name).default, getattr(reference, name)
-
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return operator(*args)
-        if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
-            return definition(*args)
-        return operator(*args)
-
-    return call
-
-
-factored_linear = _with_tangents("factored_linear")
-factored_linear_group = _with_tangents("factored_linear_group")
+factored_linear = torch.ops.t2kernels.factored_linear.default
+factored_linear_group = torch.ops.t2kernels.factored_linear_group.default
 factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default
-dense_linear = _with_tangents("dense_linear")
+dense_linear = torch.ops.t2kernels.dense_linear.default
 dense_linear_backward = torch.ops.t2kernels.dense_linear_backward.default
 decode_attention = torch.ops.t2kernels.decode_attention.default
+
+_DEFINITIONS: dict[Any, Any] = {
+    factored_linear: reference.factored_linear,
+    factored_linear_group: reference.factored_linear_group,
+    dense_linear: reference.dense_linear,
+}
+
+
+def call(operator: Any, *arguments: Any) -> Any:
+    """Runs one of the operators that have gradients, or the group.
+
+    In forward mode, where operators lose tangents without a word, and under the transforms of torch.func, which know
+    nothing of them, its definition in plain torch runs instead.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None:
+        return _DEFINITIONS[operator](*arguments)
+    return operator(*arguments)

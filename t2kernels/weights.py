@@ -271,7 +271,8 @@ class FactoredWeight(_FrozenWeight):
         if not torch.is_grad_enabled():
             return _run_group(self._operands(), x, (scales,), slots, (bias,), self.bf16_products)[0]
         operands = self._operands()
-        return ops.factored_linear(
+        return ops.call(
+            ops.factored_linear,
             x,
             operands.u,
             operands.vh,
@@ -375,7 +376,8 @@ def _run_group(
                     prepared, x, u, vh, component_scales, scales, slots, given, out_features, bf16_products
                 )
             return ys
-    return ops.factored_linear_group(
+    return ops.call(
+        ops.factored_linear_group,
         x,
         operands.u,
         operands.vh,
@@ -445,7 +447,7 @@ class DenseWeight(_FrozenWeight):
 
     def linear_unchecked(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`linear` for callers that have made their arguments themselves."""
-        return ops.dense_linear(x, self.weight, self.row_scale, bias, self.out_features, self.bf16_products)
+        return ops.call(ops.dense_linear, x, self.weight, self.row_scale, bias, self.out_features, self.bf16_products)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, dtype={self.dtype}"

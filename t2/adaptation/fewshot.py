@@ -37,7 +37,7 @@ from t2.evaluation import encode, length_batches
 from t2.experts import Expert
 from t2.layout import Layout
 from t2.model import SVFModel
-from t2.storage import FileFormatError
+from t2.storage import FileFormatError, parse_json
 from t2.tasks.base import Problem, Split, Task, checked_scores
 from t2.tasks.classify import BASE, Prompt
 from t2.training.rollouts import end_tokens
@@ -372,11 +372,11 @@ class FewShotStrategy(Strategy):
         path = self._memory_file
         if path is None or not path.is_file():
             return
+        saved = parse_json(path.read_bytes(), f"memory {path}")
         try:
-            saved = json.loads(path.read_text())
             identity, known = saved["identity"], saved["candidates"]
             self._memory = {
-                bytes.fromhex(key): Fitness(score, likelihood, tuple(scores))
+                bytes.fromhex(key): Fitness(float(score), float(likelihood), tuple(map(float, scores)))
                 for key, (score, likelihood, scores) in known.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:

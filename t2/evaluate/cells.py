@@ -32,9 +32,11 @@ class Cells:
         """The value, or None."""
         try:
             content = json.loads(self.path(key).read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        return content["value"] if isinstance(content, dict) and content.get("key") == json.loads(_text(key)) else None
+        return (
+            content.get("value") if isinstance(content, dict) and content.get("key") == json.loads(_text(key)) else None
+        )
 
     def put(self, key: Key, value: Any) -> Any:
         """Keeps the value, and returns it as `find` will."""

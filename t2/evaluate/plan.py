@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, cast
 
 from t2.adaptation.dispatch import Calibration
 from t2.adaptation.search import FewShotOptions
+from t2.storage import parse_json
 from t2.tasks import Split
 from t2.tasks.classify import BASE, RESERVED
 
@@ -95,16 +95,17 @@ def load_plan(path: str | Path) -> Plan:
     """Reads a plan.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is not JSON or no plan; the message names the key.
+        FileNotFoundError: there is no such file. ValueError: it is not JSON or no plan; the message names the file and
+        the key.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"plan: expected a JSON file, {path} does not exist")
+    content = parse_json(path.read_bytes(), f"plan {path}")
     try:
-        content = json.loads(path.read_text())
+        return parse_plan(content)
     except ValueError as error:
-        raise ValueError(f"plan: expected JSON, got {path}: {error}") from error
-    return parse_plan(content)
+        raise ValueError(f"plan {path}, {error}") from error
 
 
 def parse_plan(content: Any) -> Plan:

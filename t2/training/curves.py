@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from t2.storage import FileFormatError, parse_json
 from t2kernels.files import replacing, write_text
 
 Row = dict[str, Any]
@@ -44,10 +45,10 @@ class Metrics:
 def _parse(line: str) -> Row | None:
     """None for the line that a crash cut short."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
+        row = parse_json(line, "metrics")
+    except FileFormatError:
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 PANELS = (

@@ -17,8 +17,8 @@ import functools
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -311,12 +311,26 @@ def save(measured: dict[str, Tile], device: torch.device) -> Path:
 
 @functools.cache
 def _measured(path: Path) -> dict[str, Tile]:
-    """The tiles measured on this machine, and those that ship for its GPU."""
+    """The tiles measured on this machine, and those that ship for its GPU. A damaged file counts as none, and warns."""
     found: dict[str, Tile] = {}
     for each in (SHIPPED / path.name, path):
-        with suppress(FileNotFoundError):
-            found |= {key: Tile(**tile) for key, tile in json.loads(each.read_text()).items()}
+        if not each.exists():
+            continue
+        try:
+            found |= {key: _tile(tile) for key, tile in json.loads(each.read_bytes()).items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+            warnings.warn(f"{each}: expected measured tiles, which are left out; {error}", stacklevel=2)
     return found
+
+
+def _tile(values: dict[str, Any]) -> Tile:
+    tile, like = Tile(**values), Tile(16, 16, 16, 1, 1)
+    for name, value in asdict(tile).items():
+        if type(value) is not type(getattr(like, name)) or not 0 <= value <= 1024:
+            raise ValueError(f"{name}: expected a {type(getattr(like, name)).__name__} up to 1024, got {value!r:.80}")
+    if not all((tile.block_m, tile.block_n, tile.block_k, tile.warps, tile.stages, tile.group_m)):
+        raise ValueError(f"expected sizes above 0, got {tile}")
+    return tile
 
 
 def _path(device: torch.device) -> Path:

@@ -207,7 +207,7 @@ def test_a_served_model_is_as_large_as_planned(plan_of, tmp_path, family, storag
     table = svf._table.table.untyped_storage().data_ptr()  # of which layers have views
     held = {t.untyped_storage().data_ptr(): t.nbytes for t in (*svf.parameters(), *svf.buffers())}
     del held[table]
-    for _, module in svf._packed.values():  # kept for merge and detach
+    for module in svf._packed.values():  # kept for merge and detach
         held |= {p.untyped_storage().data_ptr(): p.nbytes for p in module.parameters()}
     rotary = sum(buffer.nbytes for name, buffer in svf.named_buffers() if "inv_freq" in name)
     assert sum(held.values()) - rotary == plan.factors(storage) + plan.rest(storage)
