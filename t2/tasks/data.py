@@ -162,7 +162,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             images = [column.name for column in file.schema_arrow if _holds_images(column.type)]
             others = [name for name in file.schema_arrow.names if name not in images]
             groups = [file.read_row_group(i, columns=others).to_pylist() for i in range(file.num_row_groups)]
-    except ArrowException as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise FileFormatError(f"{path} is not a Parquet file, or damaged: {error}") from error
     number = 0
     for group, rows in enumerate(groups):

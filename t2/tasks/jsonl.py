@@ -120,8 +120,11 @@ class JsonlTask(Task):
             return {split: read_problems(read_split(self.data, files, split), self.problem) for split in SPLITS}
         every = read_problems(read_rows(self.data), self.problem)
         tenth = max(1, len(every) // 10)
-        rest, test = hold_out(every, self.test_size or tenth, "test_size")
-        train, validation = hold_out(rest, self.validation_size or tenth, "validation_size")
+        try:
+            rest, test = hold_out(every, self.test_size or tenth, "test_size")
+            train, validation = hold_out(rest, self.validation_size or tenth, "validation_size")
+        except ValueError as error:
+            raise ValueError(f"{self.data}: too few prompts to hold some out; {error}") from error
         return {"train": train, "validation": validation, "test": test}
 
     def problem(self, row: Row) -> Problem:

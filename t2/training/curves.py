@@ -25,7 +25,7 @@ class Metrics:
         if path is None:
             return
         if last_step is not None and path.is_file():
-            lines = path.read_text().splitlines()
+            lines = path.read_text(errors="replace").splitlines()
             self.rows = [row for row in map(_parse, lines) if row is not None and row["step"] <= last_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
