@@ -10,20 +10,30 @@ import torch
 from torch import Tensor
 
 from t2.layout import Layout
-from t2.storage import FileFormatError, read_safetensors, write_safetensors
+from t2.storage import FileFormatError, file_errors, parse_json, read_safetensors, write_safetensors
 
 FORMAT_VERSION = "1"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes that a z may be given in; it is kept as float32."""
 
 
 def check_z(name: str, z: object, shape: tuple[int, ...]) -> Tensor:
+    """`z` itself, if it is a float tensor of this shape whose values are finite in float32.
+
+    Raises:
+        TypeError: no tensor, or one of another dtype than `FLOATS`. ValueError: another shape, or values that float32
+            cannot hold.
+    """
     if not isinstance(z, Tensor):
         raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(z).__name__}")
-    if not z.is_floating_point():
-        raise TypeError(f"{name}: expected a float dtype, got {z.dtype}")
+    if z.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a float dtype of at least 16 bits, got {z.dtype}")
     if tuple(z.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)} (one number per singular value), got {list(z.shape)}")
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError(f"{name}: expected finite values, got {int((~torch.isfinite(z)).sum())} NaN or infinite ones")
+    if not bool((finite := torch.isfinite(z.detach().float())).all()):
+        raise ValueError(
+            f"{name}: expected finite values, got {int((~finite).sum())} NaN or infinite ones (as float32)"
+        )
     return z
 
 
@@ -37,6 +47,8 @@ class Expert:
         self.z = check_z("z", z, (layout.R,)).detach().to("cpu", torch.float32).clone()
         self.layout = layout
         self.metadata = dict(metadata or {})
+        if not all(isinstance(text, str) for pair in self.metadata.items() for text in pair):
+            raise TypeError(f"metadata: expected strings by name, got {self.metadata!r:.80}")
 
     @classmethod
     def random(cls, layout: Layout, std: float = 0.1, seed: int = 0) -> Expert:
@@ -60,8 +72,12 @@ class Expert:
     @classmethod
     def load(cls, path: str | Path) -> Expert:
         """Reads a file that `save` wrote; FileFormatError says what is wrong with one that is not."""
-        tensors, layout, metadata = _read(path, "expert", "z")
-        return cls(tensors, layout, json.loads(metadata.get("metadata", "{}")))
+        z, layout, metadata = _read(path, "expert", "z")
+        about = parse_json(metadata.get("metadata", "{}"), f"{path}: metadata")
+        if not isinstance(about, dict):
+            raise FileFormatError(f"{path}: metadata: expected strings by name, got {about!r:.80}")
+        with file_errors(path):
+            return cls(z, layout, about)
 
     def __repr__(self) -> str:
         return f"Expert(R={self.layout.R}, base={self.layout.base_model!r}, |z - 1|={float((self.z - 1).norm()):.3g})"
@@ -139,12 +155,15 @@ class ExpertBank:
     def load(cls, path: str | Path) -> ExpertBank:
         """Reads a file that `save` wrote; FileFormatError says what is wrong with one that is not."""
         matrix, layout, metadata = _read(path, "bank", "z")
-        names = json.loads(metadata.get("experts", "[]"))
+        names = parse_json(metadata.get("experts", "[]"), f"{path}: experts")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise FileFormatError(f"{path}: experts: expected a list of names, got {names!r:.80}")
         bank = cls(layout)
         if tuple(matrix.shape) != (len(names), layout.R):
             raise FileFormatError(f"{path}: expected z of shape [{len(names)}, {layout.R}], got {list(matrix.shape)}")
         for name, z in zip(names, matrix, strict=True):
-            bank.add(name, Expert(z, layout))
+            with file_errors(f"{path}: expert {name!r}"):
+                bank.add(name, Expert(z, layout))
         return bank
 
     def _row(self, name: str) -> Tensor:
@@ -163,8 +182,8 @@ def _read(path: str | Path, kind: str, tensor: str) -> tuple[Tensor, Layout, dic
     found = metadata.get("format"), metadata.get("format_version")
     if found != (f"t2-{kind}", FORMAT_VERSION) or tensor not in tensors:
         raise FileFormatError(f"{path}: expected a t2-{kind} file of version {FORMAT_VERSION}, got {found}")
-    layout = Layout.from_metadata(metadata)
+    layout = Layout.from_metadata(metadata, str(path))
     z = tensors[tensor]
-    if not z.is_floating_point() or z.shape[-1] != layout.R:
+    if z.dtype not in FLOATS or z.dim() == 0 or z.shape[-1] != layout.R:
         raise FileFormatError(f"{path}: expected float z of length {layout.R}, got {z.dtype} {list(z.shape)}")
     return z, layout, metadata

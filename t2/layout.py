@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from t2.storage import FileFormatError
+from t2.storage import FileFormatError, file_errors, parse_json
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,22 @@ class Layout:
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> Layout:
-        """Raises FileFormatError where the metadata of a file does not describe a layout."""
-        try:
-            return cls(
-                names=tuple(json.loads(metadata["names"])),
-                ranks=tuple(int(rank) for rank in json.loads(metadata["ranks"])),
-                fingerprint=metadata["fingerprint"],
-                base_model=metadata["base_model"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"metadata: expected a layout (names, ranks, fingerprint), got {error}") from error
+    def from_metadata(cls, metadata: Mapping[str, str], where: str = "metadata") -> Layout:
+        """The layout that `to_metadata` wrote; `where` names the file in errors.
+
+        Raises FileFormatError where the metadata of a file does not describe a layout.
+        """
+        for field in ("names", "ranks", "fingerprint", "base_model"):
+            if not isinstance(metadata.get(field), str):
+                raise FileFormatError(f"{where}: expected a layout with names, ranks, fingerprint, got no {field}")
+        names = parse_json(metadata["names"], f"{where}: names")
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise FileFormatError(f"{where}: names: expected a list of module names, got {names!r:.80}")
+        ranks = parse_json(metadata["ranks"], f"{where}: ranks")
+        if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
+            raise FileFormatError(f"{where}: ranks: expected a list of whole numbers, got {ranks!r:.80}")
+        with file_errors(where):
+            return cls(tuple(names), tuple(ranks), metadata["fingerprint"], metadata["base_model"])
 
 
 def layout_of(model: nn.Module, weights: Mapping[str, Tensor], keys: Mapping[str, str]) -> Layout:

@@ -1,4 +1,4 @@
-"""Safetensors with clear errors, and folders that appear whole or not at all. Never pickle."""
+"""Safetensors and JSON with clear errors, and folders that appear whole or not at all. Never pickle."""
 
 from __future__ import annotations
 
@@ -14,13 +14,70 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from t2kernels.files import replacing, sync, temporary_sibling
+from t2kernels.files import replacing, strict_json, sync, temporary_sibling
 
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 class FileFormatError(ValueError):
     """A file is not what it should be: of another format or version, truncated, or corrupt."""
+
+
+@contextmanager
+def file_errors(where: str | Path) -> Iterator[None]:
+    """Turn errors about the content of a file into a FileFormatError that starts with `where`, its path or place.
+
+    Meant for the block that makes objects of what was read. A FileFormatError passes as it is: it names its file.
+    """
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise FileFormatError(f"{where}: {reason}") from error
+
+
+def parse_json(text: str | bytes, where: str | Path) -> Any:
+    """Parse JSON that came from a file; `where` names the file, and the field or line if there is one.
+
+    Raises:
+        FileFormatError: it is no JSON, holds NaN or numbers that overflow, is nested deeper than
+            `t2kernels.files.MAX_DEPTH`, or has strings that are no Unicode text.
+    """
+    try:
+        return strict_json(text)
+    except ValueError as error:
+        raise FileFormatError(f"{where}: not JSON ({error})") from error
+
+
+def check_regular(path: str | Path, what: str) -> None:
+    """Raise unless there is a regular file, or a link to one, at `path`: pipes and devices would never end.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a folder. FileFormatError: something else.
+    """
+    path = Path(path)
+    if path.is_file():
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"{what} {path} does not exist")
+    if path.is_dir():
+        raise FileNotFoundError(f"{what} {path} is a folder")
+    raise FileFormatError(f"{what} {path} is no regular file, but a pipe, socket or device")
+
+
+def read_json(path: str | Path, what: str = "file") -> Any:
+    """The content of a JSON file; `what` is the noun for it in errors.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        FileFormatError: as `parse_json`.
+        OSError: the file cannot be read; the message names it.
+    """
+    path = Path(path)
+    check_regular(path, what)
+    return parse_json(path.read_bytes(), f"{what} {path}")
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -65,8 +122,7 @@ def read_safetensors(path: str | Path, what: str = "file") -> tuple[dict[str, Te
 def open_safetensors(path: str | Path, what: str = "file") -> Iterator[Any]:
     """A `safetensors.safe_open` handle (CPU), which reads the header alone. Raises as `read_safetensors` does."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{what} {path} does not exist" if not path.exists() else f"{what} {path} is a folder")
+    check_regular(path, what)
     try:
         with safe_open(path, framework="pt") as file:
             yield file

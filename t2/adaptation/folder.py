@@ -17,9 +17,9 @@ from pathlib import Path
 
 from t2.experts import Expert
 from t2.model import SVFModel
-from t2.storage import FileFormatError, atomic_directory
+from t2.storage import FileFormatError, atomic_directory, check_regular, file_errors
 from t2.tasks.classify import Domain, Domains, as_domains
-from t2kernels.files import write_text
+from t2kernels.files import strict_json, write_text
 
 SHIPPED = Path(__file__).parent.parent / "banks"
 """Banks that come with the package, a folder for each model."""
@@ -59,20 +59,19 @@ def load_bank_folder(path: str | Path) -> BankFolder:
     """
     folder = bank_path(path)
     described = folder / "domains.json"
-    if not described.is_file():
+    if not described.exists():
         raise FileNotFoundError(f"bank: expected a folder with domains.json, got {folder}")
-    try:
-        content = json.loads(described.read_text())
+    check_regular(described, "bank")
+    with file_errors(f"{described} does not describe a bank"):
+        content = strict_json(described.read_bytes())
         found = content["format"], content["format_version"]
         if found != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"format {found}, expected {(FORMAT, FORMAT_VERSION)}")
+            raise ValueError(f"format {found!r:.80}, expected {(FORMAT, FORMAT_VERSION)}")
         if not isinstance(content["domains"], dict):
             raise ValueError("domains: expected descriptions by name")
         domains = as_domains(content["domains"])
         for domain in domains:
             _check_file_name(domain.name)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"{described} does not describe a bank: {error!s}") from error
     experts = {domain.name: Expert.load(folder / f"{domain.name}.safetensors") for domain in domains}
     classifier = folder / f"{CLASSIFIER}.safetensors"
     bank = BankFolder(domains, experts, Expert.load(classifier) if classifier.exists() else None)
@@ -133,7 +132,7 @@ def named_experts(pairs: Sequence[str], descriptions: Mapping[str, str] | None =
 
 
 def _check_file_name(name: str) -> None:
-    if name == CLASSIFIER or name.startswith(".") or Path(name).name != name:
+    if name == CLASSIFIER or name.startswith(".") or Path(name).name != name or "\0" in name:
         raise ValueError(f"domains: expected names that are file names, other than {CLASSIFIER!r}, got {name!r}")
 
 

@@ -49,6 +49,9 @@ def test_experts_join_a_model(make_svf, tmp_path):
     [
         ("{", "does not describe a bank"),
         ("[]", "does not describe a bank"),
+        ("[" * 100_000, "does not describe a bank: nested"),
+        ('{"format": [NaN]}', r"does not describe a bank: .*finite"),
+        ('{"format": "t2-bank-folder", "format_version": "1", "domains": {"\\ud800": ""}}', r"domains\.json"),
         ('{"format": "t2-bank-folder"}', "'format_version'"),
         ('{"format": "t2-bank-folder", "format_version": "2", "domains": {}}', "expected .'t2-bank-folder', '1'."),
         ('{"format": "t2-bank-folder", "format_version": "1", "domains": {}}', "expected at least one"),
