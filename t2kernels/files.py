@@ -14,7 +14,7 @@ from typing import Any
 
 MAX_DEPTH = 100
 """Deepest nesting of JSON that is read."""
-_SURROGATE = re.compile(r"\\u[dD][89abAB]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def cache_root() -> Path:
@@ -39,7 +39,7 @@ def strict_json(text: str | bytes) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
     if text.count("[") + text.count("{") > MAX_DEPTH or _SURROGATE.search(text):
@@ -56,6 +56,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"expected finite numbers, got {text:.40}")
     return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
 
 
 def _check_values(value: Any) -> None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from t2.storage import FileFormatError
+from t2.storage import FileFormatError, file_errors
 from t2.tasks.base import Problem, Split, Task, user_message
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_rows, read_split
 from t2.tasks.images import StoredImage
@@ -49,6 +49,28 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"reward: {place} has no function {attribute!r}")
     return function
+
+
+def _without_nulls(message: Any) -> Any:
+    """A message whose parts lack the keys that are null: Parquet gives all parts the same keys."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return message
+    return message | {"content": [{k: v for k, v in part.items() if v is not None} for part in content]}
+
+
+def _is_message(message: Any) -> bool:
+    """Whether chat templates take it: a role, and a text or parts, each {"type": "image"} or one with a text."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (isinstance(content, list) and bool(content) and all(map(_is_part, content)))
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part == {"type": "image"} or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 class JsonlTask(Task):
@@ -104,24 +126,24 @@ class JsonlTask(Task):
     def _splits(self) -> dict[Split, list[Problem]]:
         if not (isinstance(self.data, str | Path) and Path(self.data).expanduser().is_file()):
             files = HubDataset(self.name, splits=SPLITS)
-            return {split: read_problems(read_split(self.data, files, split), self.problem) for split in SPLITS}
-        every = read_problems(read_rows(self.data), self.problem)
+            return {
+                split: read_problems(read_split(self.data, files, split), self.problem, f"data: split {split!r}")
+                for split in SPLITS
+            }
+        every = read_problems(read_rows(self.data), self.problem, str(self.data))
         tenth = max(1, len(every) // 10)
-        rest, test = hold_out(every, self.test_size or tenth, "test_size")
-        train, validation = hold_out(rest, self.validation_size or tenth, "validation_size")
+        with file_errors(self.data):
+            rest, test = hold_out(every, self.test_size or tenth, "test_size")
+            train, validation = hold_out(rest, self.validation_size or tenth, "validation_size")
         return {"train": train, "validation": validation, "test": test}
 
     def problem(self, row: Row) -> Problem:
         images = self._images(row)
         if "messages" in row.fields:
-            messages = row.get("messages", list)
-            if not messages or not all(
-                isinstance(message, dict)
-                and isinstance(message.get("role"), str)
-                and isinstance(message.get("content"), str | list)
-                for message in messages
-            ):
-                raise row.error("messages", "a list of {'role': ..., 'content': ...}", messages)
+            messages = [_without_nulls(message) for message in row.get("messages", list)]
+            if not messages or not all(map(_is_message, messages)):
+                expected = "a list of {'role': text, 'content': text or a list of parts}, parts with 'type' and 'text'"
+                raise row.error("messages", expected, messages)
             conversation = tuple({"role": m["role"], "content": m["content"]} for m in messages)
             parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
             if sum(part == {"type": "image"} for part in parts) != len(images):
@@ -129,9 +151,11 @@ class JsonlTask(Task):
         else:
             system = ({"role": "system", "content": self.system_prompt},) if self.system_prompt else ()
             conversation = (*system, user_message(row.text("prompt"), len(images)))
+        answer = row.fields.get("answer")
         if self.reward is equals_answer and "answer" not in row.fields:
             raise FileFormatError(f"{row.where}: no field 'answer', which a task without a reward function needs")
-        answer = row.fields.get("answer")
+        if self.reward is equals_answer and not isinstance(answer, str | int | float):
+            raise row.error("answer", "a text or a number, which the model's answer is to equal", answer)
         return Problem(conversation, dict(row.fields), None if answer is None else str(answer), images)
 
     def _images(self, row: Row) -> tuple[StoredImage, ...]:

@@ -60,7 +60,7 @@ class DatasetTask(Task):
 
     def _read(self, split: str) -> list[Problem]:
         if split not in self._problems:
-            self._problems[split] = read_problems(self.rows(split), self.problem)
+            self._problems[split] = read_problems(self.rows(split), self.problem, f"{self.name}, {split}")
         return self._problems[split]
 
     def rows(self, split: str) -> list[Row]:
