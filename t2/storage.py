@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -166,3 +167,8 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in contiguous row-major order; no copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy declares the buffer protocol from 3.12 on
+
+
+def content_digest(tensor: Tensor) -> str:
+    """A fast hash (XXH3, 128 bits) of the tensor's bytes: finds damage, but is no protection against forgery."""
+    return str(xxhash.xxh3_128_hexdigest(raw_bytes(tensor)))

@@ -38,7 +38,7 @@ from t2.experts import Expert
 from t2.layout import Layout
 from t2.model import SVFModel
 from t2.storage import FileFormatError
-from t2.tasks.base import Problem, Split, Task
+from t2.tasks.base import Problem, Split, Task, scores_of
 from t2.tasks.classify import BASE, Prompt
 from t2.training.rollouts import end_tokens
 from t2kernels.files import write_text
@@ -274,7 +274,7 @@ class FewShotStrategy(Strategy):
         texts = [
             str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for row in answers for answer in row
         ]
-        scores = self.task.scores(self.problems * len(answers), texts)
+        scores = scores_of(self.task, self.problems * len(answers), texts)
         count = len(self.problems)
         found = []
         for index, row in enumerate(answers):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from t2.storage import FileFormatError, file_errors
-from t2.tasks.base import Problem, Split, Task, user_message
+from t2.tasks.base import Problem, Split, Task, finite_numbers, user_message
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_rows, read_split
 from t2.tasks.images import StoredImage
 from t2.tasks.official import check_size, check_split
@@ -178,8 +177,4 @@ class JsonlTask(Task):
         return [float(reward >= 1) for reward in self.rewards(problems, answers)]
 
     def _reward(self, row: dict[str, Any], answer: str) -> float:
-        reward = self.reward(answer, row)
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            name = getattr(self.reward, "__name__", "reward")
-            raise ValueError(f"reward: expected a finite number from {name}, got {reward!r} for {answer!r:.200}")
-        return float(reward)
+        return finite_numbers("reward", self, [self.reward(answer, row)], [answer])[0]

@@ -28,6 +28,7 @@ from t2.evaluation import Evaluation, evaluate
 from t2.loading import Tokenizer, tokenizer_of
 from t2.model import SVFModel
 from t2.tasks import Problem, Task
+from t2.tasks.base import rewards_of
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
 from t2.training.curves import Metrics, Row, plot
 from t2.training.guard import Guard
@@ -146,8 +147,12 @@ class Trainer:
             return Metrics(path)
         checkpoint = Checkpoint.load(self._checkpoint)
         if other := self.options.differences(checkpoint.options):
-            said = ", ".join(f"{name} {checkpoint.options.get(name)!r}" for name in other)
-            raise ValueError(f"resume: expected the options that the run was started with ({said}), got others")
+            said = ", ".join(f"{name} {checkpoint.options.get(name)!r:.200}" for name in other)
+            raise ValueError(
+                f"resume: expected the options that the run was started with ({said}), got others than those of "
+                f"{self._checkpoint}"
+            )
+        checkpoint.check(self._checkpoint, self.policy.identity, self.policy.parameters)
         self.policy.load_parameters(checkpoint.parameters)
         load_optimizer(self.optimizer, checkpoint.optimizer)
         self.state = checkpoint.state
@@ -166,8 +171,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         parameters = [parameter.detach() for parameter in self.policy.parameters]
-        options = self.options.to_dict()
-        Checkpoint(self.state, parameters, self.best, optimizer_tensors(self.optimizer), options).save(self._checkpoint)
+        options, moments = self.options.to_dict(), optimizer_tensors(self.optimizer)
+        Checkpoint(self.state, parameters, self.best, self.policy.identity, moments, options).save(self._checkpoint)
 
     def _save_experts(self) -> None:
         """The last parameters and the best ones, as files of their own."""
@@ -269,7 +274,7 @@ class Trainer:
                 temperature=options.temperature,
             )
         texts = [str(self.tokenizer.decode(a, skip_special_tokens=True)) for answers in drawn for a in answers]
-        judged = self.task.rewards([problem for problem in mine for _ in range(samples)], texts)
+        judged = rewards_of(self.task, [problem for problem in mine for _ in range(samples)], texts)
         rewards = [judged[i : i + samples] for i in range(0, len(judged), samples)]
         table = dict(self._gathered(list(zip(places, rewards, strict=True))))
         all_rewards = torch.tensor([table[place] for place in range(options.prompts_per_step)])
