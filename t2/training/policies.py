@@ -199,7 +199,9 @@ class DenseComposePolicy(ExpertPolicy):
         done = decompose_weights(weights, cache)
         layout = layout_of(model, weights, {name: entry.key for name, entry in done.items()})
         device = next(iter(weights.values())).device
-        self.factors = {name: [f.to(device) for f in cache.load(entry.key)] for name, entry in done.items()}
+        self.factors = {
+            name: [f.to(device) for f in cache.load_or_redo(entry.key, weights[name])] for name, entry in done.items()
+        }
         super().__init__(options, layout, torch.cat([s for _, s, _ in self.factors.values()]))
         self.reference = copy.deepcopy(model).requires_grad_(False)
         self._policy = model.requires_grad_(False)

@@ -154,10 +154,11 @@ def test_another_base_is_refused_before_anything_is_trained(options, tmp_path, m
 def test_rewards_that_are_no_numbers_stop_before_the_update(options):
     class Mine(SayTheWord):
         def rewards(self, problems, answers):
-            return [reward] * len(answers)
+            return [self.reward] * len(answers)
 
-    training = trainer(TrainOptions(**vars(options) | {"method": "lora"}), task=Mine())
-    for reward in (float("nan"), None, "1.0"):
+    task = Mine()
+    training = trainer(TrainOptions(**vars(options) | {"method": "lora"}), task=task)
+    for task.reward in (float("nan"), None, "1.0"):
         with pytest.raises((ValueError, TypeError), match="reward: expected a finite number from task say"):
             training.step()
     assert training.state.step == 0 and not training.optimizer.state
