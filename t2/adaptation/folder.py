@@ -11,13 +11,14 @@ of domains.json and other files (a model card, curves) are nobody's business her
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from t2.experts import Expert
 from t2.model import SVFModel
-from t2.storage import FileFormatError, atomic_directory, check_regular, file_errors
+from t2.storage import FileFormatError, atomic_directory, check_regular, file_errors, parse_json
 from t2.tasks.classify import Domain, Domains, as_domains
 from t2kernels.files import strict_json, write_text
 
@@ -53,6 +54,8 @@ def bank_path(path: str | Path) -> Path:
 def load_bank_folder(path: str | Path) -> BankFolder:
     """Reads a folder that `save_bank_folder` wrote, one made by hand, or a bank that comes with the package, by name.
 
+    A warning names domains that the classification expert was not trained on.
+
     Raises:
         FileNotFoundError: the folder, its domains.json, or an expert's file is not there.
         FileFormatError: a file is not what it should be, or the experts are of different bases.
@@ -75,7 +78,7 @@ def load_bank_folder(path: str | Path) -> BankFolder:
     experts = {domain.name: Expert.load(folder / f"{domain.name}.safetensors") for domain in domains}
     classifier = folder / f"{CLASSIFIER}.safetensors"
     bank = BankFolder(domains, experts, Expert.load(classifier) if classifier.exists() else None)
-    return _checked(bank, str(folder))
+    return _checked(bank, str(folder), str(classifier))
 
 
 def save_bank_folder(
@@ -118,17 +121,40 @@ def named_experts(pairs: Sequence[str], descriptions: Mapping[str, str] | None =
             be read.
     """
     experts: dict[str, Expert] = {}
+    files: dict[str, str] = {}
     for pair in pairs:
-        name, equals, file = pair.partition("=")
-        if not (name and equals and file) or name in experts:
+        name, equals, files[name] = pair.partition("=")
+        if not (name and equals and files[name]) or name in experts:
             raise ValueError(f"experts: expected NAME=FILE, each name once, got {pair!r}")
-        experts[name] = Expert.load(Path(file).expanduser())
+        experts[name] = Expert.load(Path(files[name]).expanduser())
     classifier = experts.pop(CLASSIFIER, None)
     given = dict(descriptions or {})
     if unknown := set(given) - set(experts):
         raise ValueError(f"domains: expected names of experts ({', '.join(experts)}), got {', '.join(sorted(unknown))}")
     domains = as_domains({name: given.get(name, e.metadata.get("description", "")) for name, e in experts.items()})
-    return _checked(BankFolder(domains, experts, classifier), "experts")
+    return _checked(BankFolder(domains, experts, classifier), "experts", files.get(CLASSIFIER, CLASSIFIER))
+
+
+def trained_domains(classifier: Expert, where: str = CLASSIFIER) -> tuple[str, ...] | None:
+    """The domains that a classification expert was trained on, by its metadata; None where that does not say.
+
+    `t2 train` writes them as "domains", a JSON list of names; before it did, they stood in the "options" of its task.
+    `where` names the file in errors.
+
+    Raises:
+        FileFormatError: the metadata is not what `t2 train` writes.
+    """
+    about = classifier.metadata
+    if "domains" in about:
+        names = parse_json(about["domains"], f"{where}: domains")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise FileFormatError(f"{where}: domains: expected a list of names, got {names!r:.80}")
+        return tuple(names)
+    if about.get("task") != "classify" or "options" not in about:
+        return None
+    with file_errors(f"{where}: options"):
+        options = strict_json(strict_json(about["options"])["task_options"])
+        return tuple(map(str, options["domains"])) if "domains" in options else None
 
 
 def _check_file_name(name: str) -> None:
@@ -136,11 +162,18 @@ def _check_file_name(name: str) -> None:
         raise ValueError(f"domains: expected names that are file names, other than {CLASSIFIER!r}, got {name!r}")
 
 
-def _checked(bank: BankFolder, where: str) -> BankFolder:
+def _checked(bank: BankFolder, where: str, classifier_file: str = CLASSIFIER) -> BankFolder:
     layout = next(iter(bank.experts.values())).layout
     for name, expert in (*bank.experts.items(), *([(CLASSIFIER, bank.classifier)] if bank.classifier else [])):
         try:
             layout.check_same(expert.layout, name)
         except ValueError as error:
             raise FileFormatError(f"{where}: expected experts of one base, {error}") from error
+    known = None if bank.classifier is None else trained_domains(bank.classifier, classifier_file)
+    if known is not None and (unknown := [domain.name for domain in bank.domains if domain.name not in known]):
+        warnings.warn(
+            f"{where}: the classification expert {classifier_file} was trained on {', '.join(known)}, not on "
+            f"{', '.join(unknown)}, which it will choose at random or never; train it again, or adapt by the prompt",
+            stacklevel=3,
+        )
     return bank

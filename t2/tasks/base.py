@@ -58,6 +58,10 @@ class Task(ABC):
         """What training maximises: 1 for a right answer, -1 for any other (arXiv 2501.06252, section 3.1)."""
         return [1.0 if score == 1.0 else -1.0 for score in scores_of(self, problems, answers)]
 
+    def expert_metadata(self) -> dict[str, str]:
+        """Metadata for the files of experts that are trained on this task, beside its name and the options."""
+        return {}
+
 
 def rewards_of(task: Task, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
     """The task's rewards, one finite number for each answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,3 +160,7 @@ class Classification(Task):
     def scores(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
         pairs = zip(problems, answers, strict=True)
         return [float(said_label(answer, self.labels) == problem.reference) for problem, answer in pairs]
+
+    def expert_metadata(self) -> dict[str, str]:
+        """The domains that a classification expert knows, as a JSON list: a bank may hold no others."""
+        return {"domains": json.dumps([domain.name for domain in self.domains])}

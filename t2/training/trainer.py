@@ -165,6 +165,7 @@ class Trainer:
             "step": str(step),
             "validation": str(self.state.best_score if step == self.state.best_step else ""),
             "options": json.dumps(self.options.to_dict()),
+            **self.task.expert_metadata(),
         }
 
     def _save(self) -> None:

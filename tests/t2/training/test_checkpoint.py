@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from t2.experts import Expert
 from t2.storage import FileFormatError, read_safetensors, write_safetensors
 from t2.training import Trainer, TrainOptions
 from t2.training.checkpoint import Base, Checkpoint, State, optimizer_tensors
@@ -175,3 +176,13 @@ def test_metrics_name_their_line(tmp_path, line):
         Metrics(path, 1)
     path.write_text('{"step": 0}\n{"step": 1, "kl": NaN}\n{"st')
     assert [row["step"] for row in Metrics(path, 1).rows] == [0, 1]
+
+
+def test_metadata_of_the_task_goes_into_its_experts(options):
+    class Mine(SayTheWord):
+        def expert_metadata(self):
+            return {"domains": '["a"]'}
+
+    training = trainer(options, task=Mine())
+    training._save_experts()
+    assert Expert.load(options.output / "best.safetensors").metadata["domains"] == '["a"]'
