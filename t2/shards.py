@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,14 @@ import torch
 from torch import Tensor
 
 from t2.storage import FileFormatError, open_safetensors
+from t2kernels.files import strict_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+def _is_shard(file: str) -> bool:
+    return file.endswith(".safetensors") and file == Path(file).name and "\0" not in file
 
 
 def is_sharded(folder: Path) -> bool:
@@ -56,13 +60,18 @@ class Shards:
                 )
             return {}
         try:
-            names = json.loads(path.read_text())["weight_map"]
-            listed = {str(name): self.folder / file for name, file in names.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path}: expected an index with a weight_map, got one without ({error})") from error
-        if not listed or any(file.parent != self.folder for file in listed.values()):
+            content = strict_json(path.read_bytes())
+        except ValueError as error:
+            raise FileFormatError(f"{path}: expected an index with a weight_map, got no JSON ({error})") from error
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise FileFormatError(f"{path}: expected an index with a weight_map, got one without")
+        if not all(isinstance(file, str) and _is_shard(file) for file in names.values()):
             raise FileFormatError(f"{path}: expected a weight_map to files of its own folder, got {names!r:.80}")
-        return listed
+        for file in dict.fromkeys(names.values()):
+            if not (self.folder / file).is_file():
+                raise FileNotFoundError(f"shard {self.folder / file} does not exist, which {path} names")
+        return {name: self.folder / file for name, file in names.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file. Raises KeyError for a name that is not there."""

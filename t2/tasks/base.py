@@ -98,8 +98,7 @@ def _finite_number(what: str, task: Task, value: Any, answer: str) -> float:
     number: Any = plain
     if isinstance(plain, Real) and abs(number) <= FLOAT32_MAX:
         return float(number)
-    kind = ValueError if isinstance(plain, Real) else TypeError
-    raise kind(f"{what}: expected a finite number from task {task.name}, got {value!r:.80} for {answer!r:.200}")
+    raise ValueError(f"{what}: expected a finite number from task {task.name}, got {value!r:.80} for {answer!r:.200}")
 
 
 def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:

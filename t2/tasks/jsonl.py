@@ -162,7 +162,10 @@ class JsonlTask(Task):
         if not isinstance(given, list) or not all(isinstance(each, str | StoredImage) for each in given):
             raise row.error("images", "a list of names of files", given)
         files = [self._image_folder() / name for name in given if isinstance(name, str)]
-        return tuple(StoredImage.of_file(file) for file in files) or tuple(given)
+        try:
+            return tuple(StoredImage.of_file(file) for file in files) or tuple(given)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{row.where}: {error}") from error
 
     def _image_folder(self) -> Path:
         if self.images is None and not isinstance(self.data, str | Path):
