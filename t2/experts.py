@@ -139,13 +139,15 @@ class ExpertBank:
         if isinstance(weights, Tensor):
             if weights.dim() != 2 or weights.shape[1] != len(self):
                 raise ValueError(f"weights: expected shape [B, {len(self)}] (experts), got {list(weights.shape)}")
-            return check_z("weights", weights, tuple(weights.shape)).float() @ self.matrix
+            mixed = check_z("weights", weights, tuple(weights.shape)).float() @ self.matrix
+            return check_z("weights: the mix", mixed, tuple(mixed.shape))
         if not weights:
             raise ValueError("weights: expected at least one expert in a mix, got none")
         alpha = torch.tensor([float(weight) for weight in weights.values()])
         if not bool(torch.isfinite(alpha).all()):
             raise ValueError(f"weights: expected finite numbers, got {dict(weights)}")
-        return alpha @ torch.stack([self._row(name) for name in weights])
+        mixed = alpha @ torch.stack([self._row(name) for name in weights])
+        return check_z("weights: the mix", mixed, tuple(mixed.shape))
 
     def save(self, path: str | Path) -> None:
         """Writes all experts to one safetensors file, whole or not at all."""

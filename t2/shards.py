@@ -47,7 +47,9 @@ class Shards:
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
         for name, path in listed.items():
             if self._files.get(name) != path:
-                raise FileFormatError(f"{folder / INDEX}: expected {name} in {path.name}, which does not hold it")
+                raise FileFormatError(
+                    f"{folder / INDEX}: expected {name} in {path.name}, which does not hold it ({path})"
+                )
 
     def _listed(self) -> dict[str, Path]:
         """The file of each tensor by the index; empty where there is a single file."""

@@ -56,7 +56,8 @@ class Task(ABC):
 
     def rewards(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
         """What training maximises: 1 for a right answer, -1 for any other (arXiv 2501.06252, section 3.1)."""
-        return [1.0 if score == 1.0 else -1.0 for score in scores_of(self, problems, answers)]
+        scores = finite_numbers("reward, made from scores", self, self.scores(problems, answers), answers)
+        return [1.0 if score == 1.0 else -1.0 for score in scores]
 
     def expert_metadata(self) -> dict[str, str]:
         """Metadata for the files of experts that are trained on this task, beside its name and the options."""

@@ -84,6 +84,11 @@ class Checkpoint:
                 raise FileFormatError(f"{path}: {name}: expected an object, got {told[name]!r:.80}")
         state, base = State(**_fields_of(State, told["state"], path)), Base(**_fields_of(Base, told["base"], path))
         _check_state(state, path)
+        steps = told["options"].get("steps", state.step)
+        if type(steps) is not int or steps < state.step:
+            raise FileFormatError(
+                f"{path}: state.step: expected at most options.steps, {steps!r:.80}, got {state.step}"
+            )
         for each in fields(Base):
             if not isinstance(getattr(base, each.name), str):
                 raise FileFormatError(

@@ -172,7 +172,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         parameters = [parameter.detach() for parameter in self.policy.parameters]
-        options, moments = self.options.to_dict(), optimizer_tensors(self.optimizer)
+        moments, options = optimizer_tensors(self.optimizer), self.options.to_dict()
+        options["steps"] = max(self.options.steps, self.state.step)  # no step is beyond it, which a checkpoint's is not
         Checkpoint(self.state, parameters, self.best, self.policy.identity, moments, options).save(self._checkpoint)
 
     def _save_experts(self) -> None:

@@ -99,6 +99,7 @@ def test_bank_refuses(layout):
         (lambda: bank.mix({"math": 1.0, "code": 1.0}), "got 'code'"),
         (lambda: bank.mix({}), "weights: expected at least one"),
         (lambda: bank.mix({"math": float("inf")}), "weights: expected finite"),
+        (lambda: bank.mix({"math": 3e38}), "weights: the mix: expected finite values"),
         (lambda: bank.mix(torch.ones(2, 3)), r"weights: expected shape \[B, 1\]"),
         (lambda: bank.mix(torch.full((2, 1), float("nan"))), "weights: expected finite"),
     ]:

@@ -73,7 +73,7 @@ def test_no_numbers(values):
 
 
 def test_the_published_reward_checks_scores():
-    with pytest.raises(ValueError, match=r"score: expected .*my-task"):
+    with pytest.raises(ValueError, match=r"reward, made from scores: expected .*my-task"):
         Task.rewards(Mine([None, 1.0]), [], ["a", "b"])
 
 
