@@ -80,6 +80,7 @@ def main(folder: Path = ROOT / "runs") -> None:
         for name, (run, result) in chosen.items():
             expert = Expert.load(folder / run / "best.safetensors")
             about = {"command": commands[name], "description": DOMAINS.get(name, "tells domains apart")}
+            about |= {key: text for key, text in expert.metadata.items() if key == "domains"}
             scores = {key: json.dumps(result[key]) for key in ("base", "best", "test_problems")}
             Expert(expert.z, expert.layout, about | scores).save(new / f"{name}.safetensors", torch.float16)
             shutil.copy(folder / run / "curve.png", new / f"{name}.png")

@@ -30,7 +30,8 @@ def main() -> None:
     svf.start_training()
 
     def row(problem: tasks.Problem) -> dict[str, list[int]]:
-        prompt = tokenizer(tasks.prompt_text(problem, tokenizer), add_special_tokens=False)["input_ids"]
+        text, plain = tasks.prompt_text(problem, tokenizer), tokenizer.chat_template is None
+        prompt = tokenizer(text, add_special_tokens=plain)["input_ids"]  # a template writes its special tokens itself
         answer = [*tokenizer(problem.solution, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         ids = [*prompt, *answer]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + answer}

@@ -13,7 +13,7 @@ from t2.adaptation.decoding import greedy
 from t2.evaluation import Evaluation, encode, length_batches
 from t2.model import ExpertChoice, SVFModel
 from t2.tasks import Problem, Task
-from t2.tasks.base import checked_scores
+from t2.tasks.base import scores_of
 from t2.training.rollouts import end_tokens
 
 
@@ -70,7 +70,7 @@ def evaluate_experts(
         done += len(indices)
         announce(done)
     return {
-        name: Evaluation(tuple(checked_scores(task, problems, column)), tuple(column))
+        name: Evaluation(tuple(scores_of(task, problems, column)), tuple(column))
         for name, column in zip(experts, answers, strict=True)
     }
 

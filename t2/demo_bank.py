@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from t2.adaptation.folder import BankFolder
 from t2.adaptation.two_pass import TwoPass, as_problem, two_pass
 from t2.evaluation import encode
 from t2.model import SVFModel
+from t2.storage import file_errors, read_json
 from t2.tasks import Task, get
 from t2.tasks.classify import BASE, question
 from t2.training.rollouts import pad
@@ -27,7 +27,10 @@ NEW_TOKENS = 16
 
 def bank_tasks(folder: Path) -> dict[str, Task]:
     """What the experts of a bank were trained on: `tasks.json`, {domain: {"name": ..., and options of that task}}."""
-    return {domain: get(**task) for domain, task in json.loads((folder / "tasks.json").read_text()).items()}
+    path = folder / "tasks.json"
+    tasks = read_json(path, "tasks")
+    with file_errors(path):
+        return {domain: get(**task) for domain, task in tasks.items()}
 
 
 def show_bank(

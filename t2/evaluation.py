@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from t2.loading import Tokenizer, tokenizer_of
 from t2.tasks import Problem, Task
-from t2.tasks.base import checked_scores
+from t2.tasks.base import scores_of
 from t2.vision import encode_prompt
 
 Answerer = Callable[..., list[Tensor]]
@@ -124,4 +124,4 @@ def evaluate(
             done += len(indices)
             announce(done)
         answers += found
-    return Evaluation(tuple(checked_scores(task, problems, answers)), tuple(answers))
+    return Evaluation(tuple(scores_of(task, problems, answers)), tuple(answers))

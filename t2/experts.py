@@ -10,24 +10,30 @@ import torch
 from torch import Tensor
 
 from t2.layout import Layout
-from t2.storage import FileFormatError, open_safetensors, parse_json, read_safetensors, write_safetensors
+from t2.storage import FileFormatError, file_errors, parse_json, read_safetensors, write_safetensors
 
 FORMAT_VERSION = "1"
-Z_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes that a z may be given in; it is kept as float32."""
 
 
 def check_z(name: str, z: object, shape: tuple[int, ...]) -> Tensor:
+    """`z` itself, if it is a float tensor of this shape whose values are finite in float32.
+
+    Raises:
+        TypeError: no tensor, or one of another dtype than `FLOATS`. ValueError: another shape, or values that float32
+            cannot hold.
+    """
     if not isinstance(z, Tensor):
         raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(z).__name__}")
-    if not z.is_floating_point():
-        raise TypeError(f"{name}: expected a float dtype, got {z.dtype}")
+    if z.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a float dtype of at least 16 bits, got {z.dtype}")
     if tuple(z.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)} (one number per singular value), got {list(z.shape)}")
-    if z.dtype not in Z_DTYPES:
-        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {z.dtype}")
-    infinite = ~torch.isfinite(z.detach().float())
-    if bool(infinite.any()):
-        raise ValueError(f"{name}: expected values that are finite in float32, got {int(infinite.sum())} that are not")
+    if not bool((finite := torch.isfinite(z.detach().float())).all()):
+        raise ValueError(
+            f"{name}: expected finite values, got {int((~finite).sum())} NaN or infinite ones (as float32)"
+        )
     return z
 
 
@@ -41,6 +47,8 @@ class Expert:
         self.z = check_z("z", z, (layout.R,)).detach().to("cpu", torch.float32).clone()
         self.layout = layout
         self.metadata = dict(metadata or {})
+        if not all(isinstance(text, str) for pair in self.metadata.items() for text in pair):
+            raise TypeError(f"metadata: expected strings by name, got {self.metadata!r:.80}")
 
     @classmethod
     def random(cls, layout: Layout, std: float = 0.1, seed: int = 0) -> Expert:
@@ -64,11 +72,12 @@ class Expert:
     @classmethod
     def load(cls, path: str | Path) -> Expert:
         """Reads a file that `save` wrote; FileFormatError says what is wrong with one that is not."""
-        z, layout, metadata = _read(path, "expert", "z", ())
-        own = parse_json(metadata.get("metadata", "{}"), f"{path}, metadata")
-        if not isinstance(own, dict) or not all(isinstance(text, str) for text in own.values()):
-            raise FileFormatError(f"{path}, metadata: expected strings by name, got {own!r:.80}")
-        return cls(z, layout, own)
+        z, layout, metadata = _read(path, "expert", "z")
+        about = parse_json(metadata.get("metadata", "{}"), f"{path}: metadata")
+        if not isinstance(about, dict):
+            raise FileFormatError(f"{path}: metadata: expected strings by name, got {about!r:.80}")
+        with file_errors(path):
+            return cls(z, layout, about)
 
     def __repr__(self) -> str:
         return f"Expert(R={self.layout.R}, base={self.layout.base_model!r}, |z - 1|={float((self.z - 1).norm()):.3g})"
@@ -130,13 +139,15 @@ class ExpertBank:
         if isinstance(weights, Tensor):
             if weights.dim() != 2 or weights.shape[1] != len(self):
                 raise ValueError(f"weights: expected shape [B, {len(self)}] (experts), got {list(weights.shape)}")
-            return check_z("weights", weights, tuple(weights.shape)).float() @ self.matrix
+            mixed = check_z("weights", weights, tuple(weights.shape)).float() @ self.matrix
+            return check_z("weights: the mix", mixed, tuple(mixed.shape))
         if not weights:
             raise ValueError("weights: expected at least one expert in a mix, got none")
         alpha = torch.tensor([float(weight) for weight in weights.values()])
         if not bool(torch.isfinite(alpha).all()):
             raise ValueError(f"weights: expected finite numbers, got {dict(weights)}")
-        return alpha @ torch.stack([self._row(name) for name in weights])
+        mixed = alpha @ torch.stack([self._row(name) for name in weights])
+        return check_z("weights: the mix", mixed, tuple(mixed.shape))
 
     def save(self, path: str | Path) -> None:
         """Writes all experts to one safetensors file, whole or not at all."""
@@ -145,18 +156,16 @@ class ExpertBank:
     @classmethod
     def load(cls, path: str | Path) -> ExpertBank:
         """Reads a file that `save` wrote; FileFormatError says what is wrong with one that is not."""
-        header = _metadata(path, "bank")
-        names = parse_json(header.get("experts", "[]"), f"{path}, experts")
-        if (
-            not isinstance(names, list)
-            or not all(isinstance(n, str) and n for n in names)
-            or len(set(names)) < len(names)
-        ):
-            raise FileFormatError(f"{path}, experts: expected a list of distinct names, got {names!r:.80}")
-        matrix, layout, _ = _read(path, "bank", "z", (len(names),))
+        matrix, layout, metadata = _read(path, "bank", "z")
+        names = parse_json(metadata.get("experts", "[]"), f"{path}: experts")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise FileFormatError(f"{path}: experts: expected a list of names, got {names!r:.80}")
         bank = ExpertBank(layout)
+        if tuple(matrix.shape) != (len(names), layout.R):
+            raise FileFormatError(f"{path}: expected z of shape [{len(names)}, {layout.R}], got {list(matrix.shape)}")
         for name, z in zip(names, matrix, strict=True):
-            bank.add(name, Expert(z, layout))
+            with file_errors(f"{path}: expert {name!r}"):
+                bank.add(name, Expert(z, layout))
         return bank
 
     def _row(self, name: str) -> Tensor:
@@ -170,24 +179,13 @@ def _write(path: str | Path, kind: str, tensors: dict[str, Tensor], layout: Layo
     write_safetensors(path, tensors, header | layout.to_metadata() | extra)
 
 
-def _metadata(path: str | Path, kind: str) -> dict[str, str]:
-    """The metadata of a file, which has to be of this kind."""
-    with open_safetensors(path, kind) as file:
-        metadata: dict[str, str] = file.metadata() or {}
+def _read(path: str | Path, kind: str, tensor: str) -> tuple[Tensor, Layout, dict[str, str]]:
+    tensors, metadata = read_safetensors(path, kind)
     found = metadata.get("format"), metadata.get("format_version")
-    if found != (f"t2-{kind}", FORMAT_VERSION):
+    if found != (f"t2-{kind}", FORMAT_VERSION) or tensor not in tensors:
         raise FileFormatError(f"{path}: expected a t2-{kind} file of version {FORMAT_VERSION}, got {found}")
-    return metadata
-
-
-def _read(path: str | Path, kind: str, tensor: str, rows: tuple[int, ...]) -> tuple[Tensor, Layout, dict[str, str]]:
-    """A file's tensor [*rows, R], finite and float, its layout and its metadata."""
-    metadata = _metadata(path, kind)
-    layout = Layout.from_metadata(metadata, path)
-    tensors, _ = read_safetensors(path, kind)
-    if tensor not in tensors:
-        raise FileFormatError(f"{path}: expected a tensor {tensor!r}, got {sorted(tensors)}")
-    try:
-        return check_z(tensor, tensors[tensor], (*rows, layout.R)), layout, metadata
-    except (TypeError, ValueError) as error:
-        raise FileFormatError(f"{path}, {error}") from error
+    layout = Layout.from_metadata(metadata, str(path))
+    z = tensors[tensor]
+    if z.dtype not in FLOATS or z.dim() == 0 or z.shape[-1] != layout.R:
+        raise FileFormatError(f"{path}: expected float z of length {layout.R}, got {z.dtype} {list(z.shape)}")
+    return z, layout, metadata

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from t2.storage import FileFormatError, parse_json
+from t2.storage import FileFormatError, file_errors, parse_json
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,22 @@ class Layout:
         }
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], where: object) -> Layout:
-        """The layout that the metadata of the file `where` describes. Raises FileFormatError if it describes none."""
-        if missing := {"names", "ranks", "fingerprint", "base_model"} - metadata.keys():
-            raise FileFormatError(f"{where}: expected a layout in its metadata, got none of {sorted(missing)}")
-        names = parse_json(metadata["names"], f"{where}, names")
-        ranks = parse_json(metadata["ranks"], f"{where}, ranks")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise FileFormatError(f"{where}, names: expected a list of module names, got {names!r:.80}")
+    def from_metadata(cls, metadata: Mapping[str, str], where: str = "metadata") -> Layout:
+        """The layout that `to_metadata` wrote; `where` names the file in errors.
+
+        Raises FileFormatError where the metadata of a file does not describe a layout.
+        """
+        for field in ("names", "ranks", "fingerprint", "base_model"):
+            if not isinstance(metadata.get(field), str):
+                raise FileFormatError(f"{where}: expected a layout with names, ranks, fingerprint, got no {field}")
+        names = parse_json(metadata["names"], f"{where}: names")
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise FileFormatError(f"{where}: names: expected a list of module names, got {names!r:.80}")
+        ranks = parse_json(metadata["ranks"], f"{where}: ranks")
         if not isinstance(ranks, list) or not all(type(rank) is int for rank in ranks):
-            raise FileFormatError(f"{where}, ranks: expected a list of integers, got {ranks!r:.80}")
-        try:
+            raise FileFormatError(f"{where}: ranks: expected a list of whole numbers, got {ranks!r:.80}")
+        with file_errors(where):
             return cls(tuple(names), tuple(ranks), metadata["fingerprint"], metadata["base_model"])
-        except ValueError as error:
-            raise FileFormatError(f"{where}, {error}") from error
 
 
 def layout_of(model: nn.Module, weights: Mapping[str, Tensor], keys: Mapping[str, str]) -> Layout:

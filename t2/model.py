@@ -268,6 +268,7 @@ class SVFModel(nn.Module):
         else:
             keys = dict.fromkeys(matrices, "")  # until they are there
         self.layout = layout_of(model, matrices, keys)
+        self._sources = {} if weights is None else {keys[name]: weights[name] for name in targets}
         del matrices  # views that would keep every dense weight alive while the factors are loaded
         slots = (64 if device.type == "cuda" else 8) if config.slots is None else config.slots
         self._table = SlotTable(self.layout, torch.empty(self.layout.R, device=device), slots)
@@ -275,8 +276,7 @@ class SVFModel(nn.Module):
         try:
             bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not config.progress)
             for index, (name, layer) in enumerate(bar):
-                read = functools.partial(weight_matrix, layer) if weights is None else weights[name]
-                self._replace(index, name, layer, keys[name], read, factors)
+                self._replace(index, name, layer, keys[name], factors)
             self._share_inputs()
             if config.pack_others:
                 self._pack_others()
@@ -301,21 +301,15 @@ class SVFModel(nn.Module):
     def _layers(self) -> dict[str, RoutedLinear]:
         return {name: target.layer for name, target in self._targets.items()}
 
-    def _replace(
-        self,
-        index: int,
-        name: str,
-        layer: Linear,
-        key: str,
-        read: Callable[[], Tensor],
-        source: FactorSource | None,
-    ) -> None:
+    def _replace(self, index: int, name: str, layer: Linear, key: str, source: FactorSource | None) -> None:
         weight, device = weight_matrix(layer), self._table.sigma.device
         if source is not None:
             factors = _check_factors(name, source(name, weight) if callable(source) else source[name](), weight)
             key = _factors_key(factors)
         else:
-            factors = self._cache.load_or_redo(key, read) if self._cache else decompose(weight)
+            factors = (
+                self._cache.load_or_redo(key, self._sources.get(key, weight)) if self._cache else decompose(weight)
+            )
         dtype = self.svf_config.dtype or weight.dtype
         u, s, vh = (factor.to(device) for factor in factors)  # packed there, in the layout of its kernels
         packed = FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=self.svf_config.bf16_products)
@@ -887,14 +881,19 @@ class SVFModel(nn.Module):
             assert target.weight is not None
             return target.weight, Factors(*target.layer.weight.factors())
         device = target.layer.weight.s.device
-        factors = self._cache.load(target.key)
-        return self._cache.load_weight(target.key).to(device), Factors(*(f.to(device) for f in factors))
+        source = self._sources.get(target.key)
+        factors = self._cache.load_or_redo(target.key, source)
+        return self._cache.load_weight_or(target.key, source).to(device), Factors(*(f.to(device) for f in factors))
 
     def _restore(self) -> None:
         """All dense weights are read before any layer is put back, so a failure leaves the wrapped model whole."""
         weights = {}
         for name, target in self._targets.items():
-            weight = target.weight if self._cache is None else self._cache.load_weight(target.key)
+            weight = (
+                target.weight
+                if self._cache is None
+                else self._cache.load_weight_or(target.key, self._sources.get(target.key))
+            )
             assert weight is not None
             weights[name] = weight
         for name, target in self._targets.items():

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from t2.routing import LayerForm
-from t2.storage import FileFormatError, parse_json
-from t2kernels.files import cache_root, write_text
+from t2kernels.files import cache_root, strict_json, write_text
 from t2kernels.planner import CostModel, DeltaWeight, Plan
 from t2kernels.weights import DenseWeight
 
@@ -21,27 +20,35 @@ def cost_model(path: Path | None = None) -> CostModel:
     """This machine's cost model: measured the first time (a second or two), then read from the cache.
 
     `path` defaults to `cache_root() / "cost-model.json"`, which holds one model per instruction set, number
-    of threads and torch version; a file that cannot be read is measured anew.
+    of threads and torch version; a file that is damaged is named in a warning and measured anew.
     """
     path = cache_root() / "cost-model.json" if path is None else path
     key, known = CostModel.machine_key(), _read(path)
-    try:
-        return CostModel.from_dict(known[key])
-    except (KeyError, ValueError):
-        model = CostModel.measure()
+    if key in known:
+        try:
+            return CostModel.from_dict(known[key])
+        except ValueError as error:
+            _warn(path, error)
+    model = CostModel.measure()
     write_text(path, json.dumps(known | {key: model.to_dict()}, indent=1) + "\n")
     return model
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
-        known = parse_json(path.read_bytes(), path)
-    except (OSError, FileFormatError) as error:
-        warnings.warn(f"{error}; it is measured again", stacklevel=3)
+        known = strict_json(path.read_bytes())
+        if not isinstance(known, dict):
+            raise ValueError("expected an object")
+    except FileNotFoundError:
         return {}
-    return known if isinstance(known, dict) else {}
+    except (OSError, ValueError) as error:
+        _warn(path, error)
+        return {}
+    return known
+
+
+def _warn(path: Path, error: Exception) -> None:
+    warnings.warn(f"cost model {path} is damaged, and measured anew ({error})", RuntimeWarning, stacklevel=3)
 
 
 @dataclass

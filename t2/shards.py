@@ -8,10 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2.storage import FileFormatError, open_safetensors, parse_json
+from t2.storage import FileFormatError, open_safetensors
+from t2kernels.files import strict_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+def _is_shard(file: str) -> bool:
+    return file.endswith(".safetensors") and file == Path(file).name and "\0" not in file
 
 
 def is_sharded(folder: Path) -> bool:
@@ -42,7 +47,9 @@ class Shards:
                     self.shapes[name] = tuple(file.get_slice(name).get_shape())
         for name, path in listed.items():
             if self._files.get(name) != path:
-                raise FileFormatError(f"{folder / INDEX}: expected {name} in {path.name}, which does not hold it")
+                raise FileFormatError(
+                    f"{folder / INDEX}: expected {name} in {path.name}, which does not hold it ({path})"
+                )
 
     def _listed(self) -> dict[str, Path]:
         """The file of each tensor by the index; empty where there is a single file."""
@@ -54,15 +61,19 @@ class Shards:
                     "only, never pickle"
                 )
             return {}
-        index = parse_json(path.read_bytes(), path)
         try:
-            names = index["weight_map"]
-            listed = {str(name): self.folder / file for name, file in names.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{path}: expected an index with a weight_map, got one without ({error})") from error
-        if not listed or any(file.parent != self.folder for file in listed.values()):
+            content = strict_json(path.read_bytes())
+        except ValueError as error:
+            raise FileFormatError(f"{path}: expected an index with a weight_map, got no JSON ({error})") from error
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise FileFormatError(f"{path}: expected an index with a weight_map, got one without")
+        if not all(isinstance(file, str) and _is_shard(file) for file in names.values()):
             raise FileFormatError(f"{path}: expected a weight_map to files of its own folder, got {names!r:.80}")
-        return listed
+        for file in dict.fromkeys(names.values()):
+            if not (self.folder / file).is_file():
+                raise FileNotFoundError(f"shard {self.folder / file} does not exist, which {path} names")
+        return {name: self.folder / file for name, file in names.items()}
 
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file. Raises KeyError for a name that is not there."""

@@ -1,15 +1,13 @@
-"""Safetensors with clear errors, and folders that appear whole or not at all. Never pickle."""
+"""Safetensors and JSON with clear errors, and folders that appear whole or not at all. Never pickle."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import xxhash
@@ -17,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from t2kernels.files import replacing, sync, temporary_sibling
+from t2kernels.files import replacing, strict_json, sync, temporary_sibling
 
 PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -26,26 +24,61 @@ class FileFormatError(ValueError):
     """A file is not what it should be: of another format or version, truncated, or corrupt."""
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
-    """JSON from outside; `where` is the file, and the field or line in it, for errors.
+@contextmanager
+def file_errors(where: str | Path) -> Iterator[None]:
+    """Turn errors about the content of a file into a FileFormatError that starts with `where`, its path or place.
+
+    Meant for the block that makes objects of what was read. A FileFormatError passes as it is: it names its file.
+    """
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise FileFormatError(f"{where}: {reason}") from error
+
+
+def parse_json(text: str | bytes, where: str | Path) -> Any:
+    """Parse JSON that came from a file; `where` names the file, and the field or line if there is one.
 
     Raises:
-        FileFormatError: the text is no JSON, is nested too deep, or has a number that JSON lacks (NaN, Infinity).
+        FileFormatError: it is no JSON, holds NaN or numbers that overflow, is nested deeper than
+            `t2kernels.files.MAX_DEPTH`, or has strings that are no Unicode text.
     """
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    def finite(number: str) -> float:
-        value = float(number)
-        return value if math.isfinite(value) else refuse(number)
-
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite)
-    except RecursionError as error:
-        raise FileFormatError(f"{where}: expected JSON, got one that is nested too deep") from error
-    except (ValueError, OverflowError, MemoryError) as error:
-        raise FileFormatError(f"{where}: expected JSON, got {error}") from error
+        return strict_json(text)
+    except ValueError as error:
+        raise FileFormatError(f"{where}: not JSON ({error})") from error
+
+
+def check_regular(path: str | Path, what: str) -> None:
+    """Raise unless there is a regular file, or a link to one, at `path`: pipes and devices would never end.
+
+    Raises:
+        FileNotFoundError: there is nothing, or a folder. FileFormatError: something else.
+    """
+    path = Path(path)
+    if path.is_file():
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"{what} {path} does not exist")
+    if path.is_dir():
+        raise FileNotFoundError(f"{what} {path} is a folder")
+    raise FileFormatError(f"{what} {path} is no regular file, but a pipe, socket or device")
+
+
+def read_json(path: str | Path, what: str = "file") -> Any:
+    """The content of a JSON file; `what` is the noun for it in errors.
+
+    Raises:
+        FileNotFoundError: there is no file at `path`.
+        FileFormatError: as `parse_json`.
+        OSError: the file cannot be read; the message names it.
+    """
+    path = Path(path)
+    check_regular(path, what)
+    return parse_json(path.read_bytes(), f"{what} {path}")
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -83,19 +116,14 @@ def read_safetensors(path: str | Path, what: str = "file") -> tuple[dict[str, Te
         FileFormatError: it is a pickle (never loaded), truncated, or corrupt.
     """
     with open_safetensors(path, what) as file:
-        try:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{what} {path} holds tensors that can't be read ({error})") from error
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 @contextmanager
 def open_safetensors(path: str | Path, what: str = "file") -> Iterator[Any]:
     """A `safetensors.safe_open` handle (CPU), which reads the header alone. Raises as `read_safetensors` does."""
     path = Path(path)
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{what} {path} {kind}")
+    check_regular(path, what)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -135,16 +163,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def checksum(*tensors: Tensor) -> str:
-    """32 hex digits over the dtypes, shapes and contents of tensors (XXH3): finds damage, not malice."""
-    digest = xxhash.xxh3_128()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
-
-
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in contiguous row-major order; no copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy declares the buffer protocol from 3.12 on
+
+
+def content_digest(tensor: Tensor) -> str:
+    """A fast hash (XXH3, 128 bits) of the tensor's bytes: finds damage, but is no protection against forgery."""
+    return str(xxhash.xxh3_128_hexdigest(raw_bytes(tensor)))

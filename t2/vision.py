@@ -21,6 +21,9 @@ ImageInputs = Mapping[str, Tensor]
 def encode_prompt(problem: Problem, tokenizer: Tokenizer) -> tuple[Tensor, ImageInputs]:
     """The prompt's token ids [length], placeholders of its images among them, and its image inputs.
 
+    A chat template writes the special tokens it wants. Without one the ids are those of `tokenizer(text)`, with the
+    tokenizer's own special tokens: base models answer badly without their beginning-of-sequence token.
+
     Raises:
         ValueError: the problem has images, but there is no processor to read them; or not one for each placeholder.
         FileNotFoundError, FileFormatError: an image cannot be read.
@@ -30,17 +33,15 @@ def encode_prompt(problem: Problem, tokenizer: Tokenizer) -> tuple[Tensor, Image
         raise ValueError(
             f"tokenizer: expected the processor of a model that reads images, got {type(tokenizer).__name__}"
         )
-    text = prompt_text(problem, tokenizer)
+    text, plain = prompt_text(problem, tokenizer), tokenizer.chat_template is None
     if words is tokenizer:
-        begun = words.bos_token is not None and text.startswith(words.bos_token)
-        special = words.chat_template is None and not begun  # a template writes them itself
-        return words(text, return_tensors="pt", add_special_tokens=special)["input_ids"][0], {}
+        return words(text, return_tensors="pt", add_special_tokens=plain)["input_ids"][0], {}
     processor: Any = tokenizer
     batch = processor(
         text=[text],
         images=[open_image(image) for image in problem.images] or None,
         return_tensors="pt",
-        add_special_tokens=words.bos_token is None or not text.startswith(words.bos_token),
+        add_special_tokens=plain or words.bos_token is None or not text.startswith(words.bos_token),
     )
     inputs = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
     return batch["input_ids"][0], inputs if problem.images else {}

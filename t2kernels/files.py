@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+MAX_DEPTH = 100
+"""Deepest nesting of JSON that is read."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def cache_root() -> Path:
@@ -20,6 +28,52 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all; OSError with the path and the cause if it can't be written."""
     with replacing(Path(path)) as temporary:
         temporary.write_text(text)
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Parse JSON from outside the program. Only ValueError is raised, whatever the text is.
+
+    Refused beside what is no JSON: NaN and Infinity, numbers that overflow a float, nesting deeper than `MAX_DEPTH`,
+    and strings that are no Unicode text (half a surrogate pair), all of which fail later and elsewhere.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH or _SURROGATE.search(text):
+        _check_values(value)
+    return value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"expected finite numbers, got {text}")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"expected finite numbers, got {text:.40}")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+
+
+def _check_values(value: Any) -> None:
+    """ValueError for nesting that is too deep, or strings that UTF-8 cannot hold."""
+    level, depth = [value], 0
+    while level:
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, str):
+                each.encode()  # UnicodeEncodeError is a ValueError
+            elif isinstance(each, dict | list):
+                if depth == MAX_DEPTH:
+                    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+                below += each if isinstance(each, list) else (*each.keys(), *each.values())
+        level, depth = below, depth + 1
 
 
 @contextmanager

@@ -37,8 +37,8 @@ from t2.evaluation import encode, length_batches
 from t2.experts import Expert
 from t2.layout import Layout
 from t2.model import SVFModel
-from t2.storage import FileFormatError, parse_json
-from t2.tasks.base import Problem, Split, Task, checked_scores
+from t2.storage import FileFormatError, file_errors
+from t2.tasks.base import Problem, Split, Task, scores_of
 from t2.tasks.classify import BASE, Prompt
 from t2.training.rollouts import end_tokens
 from t2kernels.files import write_text
@@ -274,7 +274,7 @@ class FewShotStrategy(Strategy):
         texts = [
             str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for row in answers for answer in row
         ]
-        scores = checked_scores(self.task, self.problems * len(answers), texts)
+        scores = scores_of(self.task, self.problems * len(answers), texts)
         count = len(self.problems)
         found = []
         for index, row in enumerate(answers):
@@ -372,15 +372,7 @@ class FewShotStrategy(Strategy):
         path = self._memory_file
         if path is None or not path.is_file():
             return
-        saved = parse_json(path.read_bytes(), f"memory {path}")
-        try:
-            identity, known = saved["identity"], saved["candidates"]
-            self._memory = {
-                bytes.fromhex(key): Fitness(float(score), float(likelihood), tuple(map(float, scores)))
-                for key, (score, likelihood, scores) in known.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FileFormatError(f"memory: {path} is not of a few-shot search: {error}") from error
+        identity, self._memory = read_memory(path)
         if identity != self._identity():
             raise FileFormatError(
                 f"memory: {path} is of a search with another model, bank, task or problems; delete it"
@@ -390,3 +382,23 @@ class FewShotStrategy(Strategy):
         if self._memory_file is not None:
             known = {key.hex(): list(asdict(fitness).values()) for key, fitness in self._memory.items()}
             write_text(self._memory_file, json.dumps({"identity": self._identity(), "candidates": known}) + "\n")
+
+
+def read_memory(path: Path) -> tuple[str, Memory]:
+    """What a search left behind: the identity of all that fitnesses depend on, and the fitness of each candidate.
+
+    Raises:
+        FileFormatError: the file is not of a search; the message names it.
+    """
+    with file_errors(f"memory: {path} is not of a few-shot search"):
+        saved = json.loads(path.read_text(encoding="utf-8"))  # a log-likelihood may be -Infinity
+        if not isinstance(saved["identity"], str):
+            raise ValueError(f"identity: expected a text, got {saved['identity']!r:.80}")
+        memory: Memory = {}
+        for key, (score, likelihood, scores) in saved["candidates"].items():
+            if not all(type(value) in (int, float) and not math.isnan(value) for value in (score, likelihood, *scores)):
+                raise ValueError(f"candidates: expected numbers for {key:.80}")
+            if not all(math.isfinite(value) for value in (score, *scores)) or likelihood == math.inf:
+                raise ValueError(f"candidates: expected finite numbers for {key:.80}")
+            memory[bytes.fromhex(key)] = Fitness(score, likelihood, tuple(scores))
+        return saved["identity"], memory

@@ -5,8 +5,7 @@
     classifier.safetensors    the classification expert, if there is one
 
 A description is one line that says what the questions of the domain are: it stands in the adaptation prompt. Other keys
-of domains.json and other files (a model card, curves) are ignored. The classifier's own metadata has the domains that
-it was trained on, as JSON under "domains".
+of domains.json and other files (a model card, curves) are nobody's business here.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from pathlib import Path
 
 from t2.experts import Expert
 from t2.model import SVFModel
-from t2.storage import FileFormatError, atomic_directory, parse_json
+from t2.storage import FileFormatError, atomic_directory, check_regular, file_errors, parse_json
 from t2.tasks.classify import Domain, Domains, as_domains
-from t2kernels.files import write_text
+from t2kernels.files import strict_json, write_text
 
 SHIPPED = Path(__file__).parent.parent / "banks"
 """Banks that come with the package, a folder for each model."""
@@ -55,30 +54,31 @@ def bank_path(path: str | Path) -> Path:
 def load_bank_folder(path: str | Path) -> BankFolder:
     """Reads a folder that `save_bank_folder` wrote, one made by hand, or a bank that comes with the package, by name.
 
+    A warning names domains that the classification expert was not trained on.
+
     Raises:
         FileNotFoundError: the folder, its domains.json, or an expert's file is not there.
         FileFormatError: a file is not what it should be, or the experts are of different bases.
     """
     folder = bank_path(path)
     described = folder / "domains.json"
-    if not described.is_file():
+    if not described.exists():
         raise FileNotFoundError(f"bank: expected a folder with domains.json, got {folder}")
-    content = parse_json(described.read_bytes(), described)
-    try:
+    check_regular(described, "bank")
+    with file_errors(f"{described} does not describe a bank"):
+        content = strict_json(described.read_bytes())
         found = content["format"], content["format_version"]
         if found != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"format {found}, expected {(FORMAT, FORMAT_VERSION)}")
+            raise ValueError(f"format {found!r:.80}, expected {(FORMAT, FORMAT_VERSION)}")
         if not isinstance(content["domains"], dict):
             raise ValueError("domains: expected descriptions by name")
         domains = as_domains(content["domains"])
         for domain in domains:
             _check_file_name(domain.name)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"{described} does not describe a bank: {error!s}") from error
     experts = {domain.name: Expert.load(folder / f"{domain.name}.safetensors") for domain in domains}
     classifier = folder / f"{CLASSIFIER}.safetensors"
     bank = BankFolder(domains, experts, Expert.load(classifier) if classifier.exists() else None)
-    return _checked(bank, str(folder))
+    return _checked(bank, str(folder), str(classifier))
 
 
 def save_bank_folder(
@@ -121,54 +121,59 @@ def named_experts(pairs: Sequence[str], descriptions: Mapping[str, str] | None =
             be read.
     """
     experts: dict[str, Expert] = {}
+    files: dict[str, str] = {}
     for pair in pairs:
-        name, equals, file = pair.partition("=")
-        if not (name and equals and file) or name in experts:
+        name, equals, files[name] = pair.partition("=")
+        if not (name and equals and files[name]) or name in experts:
             raise ValueError(f"experts: expected NAME=FILE, each name once, got {pair!r}")
-        experts[name] = Expert.load(Path(file).expanduser())
+        experts[name] = Expert.load(Path(files[name]).expanduser())
     classifier = experts.pop(CLASSIFIER, None)
     given = dict(descriptions or {})
     if unknown := set(given) - set(experts):
         raise ValueError(f"domains: expected names of experts ({', '.join(experts)}), got {', '.join(sorted(unknown))}")
     domains = as_domains({name: given.get(name, e.metadata.get("description", "")) for name, e in experts.items()})
-    return _checked(BankFolder(domains, experts, classifier), "experts")
+    return _checked(BankFolder(domains, experts, classifier), "experts", files.get(CLASSIFIER, CLASSIFIER))
+
+
+def trained_domains(classifier: Expert, where: str = CLASSIFIER) -> tuple[str, ...] | None:
+    """The domains that a classification expert was trained on, by its metadata; None where that does not say.
+
+    `t2 train` writes them as "domains", a JSON list of names; before it did, they stood in the "options" of its task.
+    `where` names the file in errors.
+
+    Raises:
+        FileFormatError: the metadata is not what `t2 train` writes.
+    """
+    about = classifier.metadata
+    if "domains" in about:
+        names = parse_json(about["domains"], f"{where}: domains")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise FileFormatError(f"{where}: domains: expected a list of names, got {names!r:.80}")
+        return tuple(names)
+    if about.get("task") != "classify" or "options" not in about:
+        return None
+    with file_errors(f"{where}: options"):
+        options = strict_json(strict_json(about["options"])["task_options"])
+        return tuple(map(str, options["domains"])) if "domains" in options else None
 
 
 def _check_file_name(name: str) -> None:
-    if name == CLASSIFIER or name.startswith(".") or Path(name).name != name:
+    if name == CLASSIFIER or name.startswith(".") or Path(name).name != name or "\0" in name:
         raise ValueError(f"domains: expected names that are file names, other than {CLASSIFIER!r}, got {name!r}")
 
 
-def _checked(bank: BankFolder, where: str) -> BankFolder:
+def _checked(bank: BankFolder, where: str, classifier_file: str = CLASSIFIER) -> BankFolder:
     layout = next(iter(bank.experts.values())).layout
     for name, expert in (*bank.experts.items(), *([(CLASSIFIER, bank.classifier)] if bank.classifier else [])):
         try:
             layout.check_same(expert.layout, name)
         except ValueError as error:
             raise FileFormatError(f"{where}: expected experts of one base, {error}") from error
-    if bank.classifier is not None:
-        trained = _trained_on(bank.classifier, where)
-        names = [domain.name for domain in bank.domains]
-        if trained is None:
-            warnings.warn(
-                f"{where}: the classification expert does not say which domains it was trained on; it has to know "
-                f"{', '.join(names)}",
-                stacklevel=3,
-            )
-        elif unknown := [name for name in names if name not in trained]:
-            warnings.warn(
-                f"{where}: the classification expert was trained on {', '.join(trained)}; it never, or by chance, "
-                f"chooses {', '.join(unknown)}. Train it anew, or choose experts by the prompt or a few-shot search",
-                stacklevel=3,
-            )
+    known = None if bank.classifier is None else trained_domains(bank.classifier, classifier_file)
+    if known is not None and (unknown := [domain.name for domain in bank.domains if domain.name not in known]):
+        warnings.warn(
+            f"{where}: the classification expert {classifier_file} was trained on {', '.join(known)}, not on "
+            f"{', '.join(unknown)}, which it will choose at random or never; train it again, or adapt by the prompt",
+            stacklevel=3,
+        )
     return bank
-
-
-def _trained_on(classifier: Expert, where: str) -> list[str] | None:
-    """The domains of a classification expert by its metadata; None where that says nothing."""
-    if "domains" not in classifier.metadata:
-        return None
-    domains = parse_json(classifier.metadata["domains"], f"{where}, {CLASSIFIER}, domains")
-    if not isinstance(domains, list) or not all(isinstance(name, str) for name in domains):
-        raise FileFormatError(f"{where}, {CLASSIFIER}, domains: expected a list of names, got {domains!r:.80}")
-    return domains

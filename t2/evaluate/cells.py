@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ Key = Mapping[str, Any]
 
 
 class Cells:
-    """Values by key, in the files of a folder. A file appears whole or not at all; what is no value is no value."""
+    """Values by key, in the files of a folder. Writes are atomic; a damaged file counts as a miss."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -29,20 +30,28 @@ class Cells:
         return self.folder / f"{name}-{_digest(_text(key))[:24]}{suffix}"
 
     def find(self, key: Key) -> Any | None:
-        """The value, or None."""
+        """The value, or None; a file that is damaged is named in a warning."""
+        path = self.path(key)
         try:
-            content = json.loads(self.path(key).read_text())
-        except (OSError, ValueError, RecursionError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["key"] != json.loads(_text(key)):
+                raise ValueError("the key is another one")
+            digest = _digest(json.dumps(content["value"]))
+            if content.get("digest", digest) != digest:
+                raise ValueError("the digest is another value's")
+            return content["value"]
+        except FileNotFoundError:
             return None
-        return (
-            content.get("value") if isinstance(content, dict) and content.get("key") == json.loads(_text(key)) else None
-        )
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            warnings.warn(f"{path} is damaged, and measured anew ({error})", RuntimeWarning, stacklevel=2)
+            return None
 
     def put(self, key: Key, value: Any) -> Any:
         """Keeps the value, and returns it as `find` will."""
-        text = json.dumps({"key": key, "value": value}) + "\n"
-        write_text(self.path(key), text)
-        return json.loads(text)["value"]
+        kept = json.loads(json.dumps(value))
+        text = json.dumps({"key": key, "value": kept, "digest": _digest(json.dumps(kept))})
+        write_text(self.path(key), text + "\n")
+        return kept
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -9,10 +9,13 @@ from typing import Any, cast
 
 from t2.adaptation.dispatch import Calibration
 from t2.adaptation.search import FewShotOptions
-from t2.storage import parse_json
+from t2.storage import FileFormatError, check_regular, file_errors
 from t2.tasks import Split
 from t2.tasks.classify import BASE, RESERVED
+from t2kernels.files import strict_json
 
+MOST = (1 << 31) - 1
+"""Largest number in a plan."""
 INCUMBENTS = (BASE, "prompt", "classifier")
 
 
@@ -95,17 +98,19 @@ def load_plan(path: str | Path) -> Plan:
     """Reads a plan.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is not JSON or no plan; the message names the file and
-        the key.
+        FileNotFoundError: there is no such file.
+        FileFormatError: it is not JSON or no plan; the message names the file and the key.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"plan: expected a JSON file, {path} does not exist")
-    content = parse_json(path.read_bytes(), f"plan {path}")
+    check_regular(path, "plan")
     try:
-        return parse_plan(content)
+        content = strict_json(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"plan {path}, {error}") from error
+        raise FileFormatError(f"plan: expected JSON, got {path}: {error}") from error
+    with file_errors(f"plan {path}"):
+        return parse_plan(content)
 
 
 def parse_plan(content: Any) -> Plan:
@@ -167,7 +172,7 @@ def _check_names(plan: Plan) -> None:
 
 def _task(name: str, content: Any) -> TaskPlan:
     given = dict(_object(name, content, TaskPlan))
-    _check(f"{name}.task", isinstance(given["task"], str), "the name of a task", given["task"])
+    _check(f"{name}.task", isinstance(given["task"], str) and bool(given["task"]), "the name of a task", given["task"])
     _object(f"{name}.options", given.get("options", {}))
     for key in ("problems", "max_new_tokens"):
         if given.get(key) is not None:
@@ -188,6 +193,7 @@ def _search(content: Any) -> FewShotOptions:
         )
         kind = type(getattr(defaults, name))
         fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+        fits = fits and (isinstance(value, str) or abs(value) <= MOST)
         _check(f"search.{name}", fits, f"a value like {getattr(defaults, name)!r}", value)
     try:
         return FewShotOptions(**given)
@@ -224,9 +230,8 @@ def _integers(name: str, content: Any, least: int) -> tuple[int, ...]:
 
 
 def _integer(name: str, value: Any, least: int = 1) -> None:
-    _check(
-        name, isinstance(value, int) and not isinstance(value, bool) and value >= least, f"integers >= {least}", value
-    )
+    fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
+    _check(name, fits, f"integers >= {least}", value)
 
 
 def _check(name: str, holds: bool, expected: str, got: Any) -> None:

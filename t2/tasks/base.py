@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Split = Literal["train", "validation", "test"]
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -54,40 +56,50 @@ class Task(ABC):
 
     def rewards(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
         """What training maximises: 1 for a right answer, -1 for any other (arXiv 2501.06252, section 3.1)."""
-        return [1.0 if score == 1.0 else -1.0 for score in self.scores(problems, answers)]
+        scores = finite_numbers("reward, made from scores", self, self.scores(problems, answers), answers)
+        return [1.0 if score == 1.0 else -1.0 for score in scores]
 
-    def metadata(self) -> dict[str, str]:
-        """Facts about the task that go into the metadata of experts trained on it."""
+    def expert_metadata(self) -> dict[str, str]:
+        """Metadata for the files of experts that are trained on this task, beside its name and the options."""
         return {}
 
 
-def checked_rewards(task: Task, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
-    """The task's rewards; TypeError or ValueError, naming the task, unless they are one finite number an answer."""
-    return _numbers(task, "rewards", task.rewards(problems, answers), len(answers))
+def rewards_of(task: Task, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
+    """The task's rewards, one finite number for each answer.
+
+    Raises:
+        TypeError, ValueError: the task gives something else; the message says "reward" and names the task.
+    """
+    return finite_numbers("reward", task, task.rewards(problems, answers), answers)
 
 
-def checked_scores(task: Task, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
-    """The task's scores; TypeError or ValueError, naming the task, unless they are one finite number an answer."""
-    return _numbers(task, "scores", task.scores(problems, answers), len(answers))
+def scores_of(task: Task, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
+    """The task's scores, one finite number for each answer. Raises as `rewards_of` does, with "score"."""
+    return finite_numbers("score", task, task.scores(problems, answers), answers)
 
 
-def _numbers(task: Task, what: str, given: Any, count: int) -> list[float]:
-    if isinstance(given, Tensor):
-        given = given.tolist()
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise TypeError(f"{what} of task {task.name}: expected a list of numbers, got {type(given).__name__}")
-    values = list(given)
-    if len(values) != count:
-        raise ValueError(f"{what} of task {task.name}: expected one for each of {count} answers, got {len(values)}")
-    for i, value in enumerate(values):
-        try:
-            number = float("nan") if isinstance(value, str) else float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            number = float("nan")
-        if not math.isfinite(number):
-            raise ValueError(f"{what} of task {task.name}: expected finite numbers, got {value!r:.80} for answer {i}")
-        values[i] = number
-    return values
+def finite_numbers(what: str, task: Task, values: Any, answers: Sequence[str]) -> list[float]:
+    """A list of numbers that are finite as float32, as many as there are answers.
+
+    Numbers may be bools, or NumPy's or torch's, one by one or as a vector; texts are none.
+    """
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(listed, str | bytes | Mapping) or not isinstance(listed, Iterable):
+        raise TypeError(f"{what}: expected a list of numbers from task {task.name}, got {type(values).__name__}")
+    listed = list(listed)
+    if len(listed) != len(answers):
+        raise ValueError(
+            f"{what}: expected a number for each of {len(answers)} answers from task {task.name}, got {len(listed)}"
+        )
+    return [_finite_number(what, task, value, answer) for value, answer in zip(listed, answers, strict=True)]
+
+
+def _finite_number(what: str, task: Task, value: Any, answer: str) -> float:
+    plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    number: Any = plain
+    if isinstance(plain, Real) and abs(number) <= FLOAT32_MAX:
+        return float(number)
+    raise ValueError(f"{what}: expected a finite number from task {task.name}, got {value!r:.80} for {answer!r:.200}")
 
 
 def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:

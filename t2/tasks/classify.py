@@ -157,9 +157,10 @@ class Classification(Task):
             self._made[split] = [problem for row in zip(*columns, strict=False) for problem in row]
         return self._made[split]
 
-    def metadata(self) -> dict[str, str]:
-        return {"domains": json.dumps([domain.name for domain in self.domains])}
-
     def scores(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
         pairs = zip(problems, answers, strict=True)
         return [float(said_label(answer, self.labels) == problem.reference) for problem, answer in pairs]
+
+    def expert_metadata(self) -> dict[str, str]:
+        """The domains that a classification expert knows, as a JSON list: a bank may hold no others."""
+        return {"domains": json.dumps([domain.name for domain in self.domains])}

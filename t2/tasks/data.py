@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from t2.storage import FileFormatError, parse_json
+from t2.storage import FileFormatError, check_regular, file_errors, parse_json, read_json
 from t2.tasks.base import Problem
 from t2.tasks.images import StoredImage
 
@@ -111,8 +111,7 @@ def _split_files(folder: Path, hub: HubDataset, split: str) -> list[Path]:
 def read_rows(path: str | Path) -> list[Row]:
     """The rows of a JSONL (also .jsonl.gz) or Parquet file, known by its name."""
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"data: file {path} does not exist")
+    check_regular(path, "data: file")
     if path.name.endswith(".parquet"):
         return list(_read_parquet(path))
     if not path.name.endswith(SUFFIXES):
@@ -126,9 +125,7 @@ def read_listed(path: Path, name: str) -> list[Row]:
     Raises:
         FileNotFoundError: there is no such file. FileFormatError: it holds something else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"data: file {path} does not exist")
-    content = parse_json(path.read_bytes(), path)
+    content = read_json(path, "data: file")
     listed = content.get(name) if isinstance(content, dict) else None
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
         raise FileFormatError(f'{path}: expected {{"{name}": [rows]}}, as the official file has them')
@@ -158,11 +155,11 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except ImportError as error:
         raise ImportError(f"reading {path} needs pyarrow: pip install 't2kernels[tasks]'") from error
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             images = [column.name for column in file.schema_arrow if _holds_images(column.type)]
             others = [name for name in file.schema_arrow.names if name not in images]
             groups = [file.read_row_group(i, columns=others).to_pylist() for i in range(file.num_row_groups)]
-    except (ArrowException, OSError, ValueError, OverflowError) as error:
+    except (ArrowException, OSError, ValueError, TypeError, OverflowError) as error:  # whatever the damage hits
         raise FileFormatError(f"{path} is not a Parquet file, or damaged: {error}") from error
     number = 0
     for group, rows in enumerate(groups):
@@ -188,10 +185,13 @@ def _parquet_image(path: Path, column: str, group: int, place: int) -> bytes:
 @lru_cache(maxsize=4)
 def _parquet_images(path: Path, column: str, group: int) -> Any:
     """One row group's images; files of images have few rows in each."""
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
-    with parquet.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column]).column(column)
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=[column]).column(column)
+    except (ArrowException, OSError, ValueError) as error:
+        raise FileFormatError(f"{path} is not a Parquet file, or damaged: {error}") from error
 
 
 def _image_bytes(image: Mapping[str, Any] | None, folder: Path = Path()) -> bytes:
@@ -228,11 +228,18 @@ def _hub_image(rows: Any, index: int, name: str) -> bytes:
     return _image_bytes(rows[index][name])
 
 
-def read_problems(rows: Sequence[Row], problem: Callable[[Row], Problem]) -> list[Problem]:
-    """The problem of each row; a FileFormatError says which row it can't be made from."""
+def read_problems(rows: Sequence[Row], problem: Callable[[Row], Problem], where: str = "data") -> list[Problem]:
+    """The problem of each row; a FileFormatError says which row it can't be made from.
+
+    `where` names the data in the error for no rows at all.
+    """
     if not rows:
-        raise FileFormatError("data: expected at least one row, got an empty file")
-    return [problem(row) for row in rows]
+        raise FileFormatError(f"{where}: expected at least one row, got an empty file")
+    problems = []
+    for row in rows:
+        with file_errors(row.where):
+            problems.append(problem(row))
+    return problems
 
 
 def prompt_key(problem: Problem) -> str:

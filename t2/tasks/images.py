@@ -56,5 +56,5 @@ def open_image(image: Image | Path | str | StoredImage) -> Image:
         return pillow.open(io.BytesIO(stored.read())).convert("RGB")
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:  # pillow's decoders raise any of these
+    except Exception as error:  # pillow's decoders raise whatever the damage happens to hit
         raise FileFormatError(f"{stored.where}: expected an image, got what pillow can't read: {error}") from error

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from t2.storage import FileFormatError
-from t2.tasks.base import Problem, Split, Task, user_message
+from t2.storage import FileFormatError, file_errors
+from t2.tasks.base import Problem, Split, Task, finite_numbers, user_message
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_rows, read_split
 from t2.tasks.images import StoredImage
 from t2.tasks.official import check_size, check_split
@@ -51,17 +50,26 @@ def load_function(name: str) -> Callable[..., Any]:
     return function
 
 
-def _is_message(message: object) -> bool:
+def _without_nulls(message: Any) -> Any:
+    """A message whose parts lack the keys that are null: Parquet gives all parts the same keys."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return message
+    return message | {"content": [{k: v for k, v in part.items() if v is not None} for part in content]}
+
+
+def _is_message(message: Any) -> bool:
+    """Whether chat templates take it: a role, and a text or parts, each {"type": "image"} or one with a text."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
-    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
+    return isinstance(content, str) or (isinstance(content, list) and bool(content) and all(map(_is_part, content)))
 
 
-def _is_part(part: object) -> bool:
-    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict):
         return False
-    return part["type"] != "text" or isinstance(part.get("text"), str)
+    return part == {"type": "image"} or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 class JsonlTask(Task):
@@ -117,27 +125,24 @@ class JsonlTask(Task):
     def _splits(self) -> dict[Split, list[Problem]]:
         if not (isinstance(self.data, str | Path) and Path(self.data).expanduser().is_file()):
             files = HubDataset(self.name, splits=SPLITS)
-            return {split: read_problems(read_split(self.data, files, split), self.problem) for split in SPLITS}
-        every = read_problems(read_rows(self.data), self.problem)
+            return {
+                split: read_problems(read_split(self.data, files, split), self.problem, f"data: split {split!r}")
+                for split in SPLITS
+            }
+        every = read_problems(read_rows(self.data), self.problem, str(self.data))
         tenth = max(1, len(every) // 10)
-        try:
+        with file_errors(self.data):
             rest, test = hold_out(every, self.test_size or tenth, "test_size")
             train, validation = hold_out(rest, self.validation_size or tenth, "validation_size")
-        except ValueError as error:
-            raise ValueError(f"{self.data}: too few prompts to hold some out; {error}") from error
         return {"train": train, "validation": validation, "test": test}
 
     def problem(self, row: Row) -> Problem:
         images = self._images(row)
         if "messages" in row.fields:
-            messages = row.get("messages", list)
+            messages = [_without_nulls(message) for message in row.get("messages", list)]
             if not messages or not all(map(_is_message, messages)):
-                raise row.error(
-                    "messages",
-                    "a list of {'role': text, 'content': text or a list of {'type': 'text', 'text': text} and "
-                    "{'type': 'image'}}",
-                    messages,
-                )
+                expected = "a list of {'role': text, 'content': text or a list of parts}, parts with 'type' and 'text'"
+                raise row.error("messages", expected, messages)
             conversation = tuple({"role": m["role"], "content": m["content"]} for m in messages)
             parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
             if sum(part == {"type": "image"} for part in parts) != len(images):
@@ -145,15 +150,11 @@ class JsonlTask(Task):
         else:
             system = ({"role": "system", "content": self.system_prompt},) if self.system_prompt else ()
             conversation = (*system, user_message(row.text("prompt"), len(images)))
+        answer = row.fields.get("answer")
         if self.reward is equals_answer and "answer" not in row.fields:
             raise FileFormatError(f"{row.where}: no field 'answer', which a task without a reward function needs")
-        answer = row.fields.get("answer")
-        if (
-            "answer" in row.fields
-            and not isinstance(answer, str | int | float)
-            and (answer is not None or self.reward is equals_answer)
-        ):
-            raise row.error("answer", "a text or a number", answer)
+        if self.reward is equals_answer and not isinstance(answer, str | int | float):
+            raise row.error("answer", "a text or a number, which the model's answer is to equal", answer)
         return Problem(conversation, dict(row.fields), None if answer is None else str(answer), images)
 
     def _images(self, row: Row) -> tuple[StoredImage, ...]:
@@ -161,7 +162,10 @@ class JsonlTask(Task):
         if not isinstance(given, list) or not all(isinstance(each, str | StoredImage) for each in given):
             raise row.error("images", "a list of names of files", given)
         files = [self._image_folder() / name for name in given if isinstance(name, str)]
-        return tuple(StoredImage.of_file(file) for file in files) or tuple(given)
+        try:
+            return tuple(StoredImage.of_file(file) for file in files) or tuple(given)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{row.where}: {error}") from error
 
     def _image_folder(self) -> Path:
         if self.images is None and not isinstance(self.data, str | Path):
@@ -176,8 +180,4 @@ class JsonlTask(Task):
         return [float(reward >= 1) for reward in self.rewards(problems, answers)]
 
     def _reward(self, row: dict[str, Any], answer: str) -> float:
-        reward = self.reward(answer, row)
-        if not isinstance(reward, int | float) or not math.isfinite(reward):
-            name = getattr(self.reward, "__name__", "reward")
-            raise ValueError(f"reward: expected a finite number from {name}, got {reward!r} for {answer!r:.200}")
-        return float(reward)
+        return finite_numbers("reward", self, [self.reward(answer, row)], [answer])[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from t2.tasks.base import Problem, Split, Task
+from t2.tasks.base import Problem, Split, Task, scores_of
 
 
 class Mixture(Task):
@@ -42,7 +42,7 @@ class Mixture(Task):
         for name, task in self.tasks.items():
             places = [place for place, problem in enumerate(problems) if problem.reference[0] == name]
             own = [replace(problems[place], reference=problems[place].reference[1]) for place in places]
-            found = task.scores(own, [answers[place] for place in places])
+            found = scores_of(task, own, [answers[place] for place in places])
             for place, score in zip(places, found, strict=True):
                 scores[place] = score
         return scores

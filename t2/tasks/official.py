@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 
+from t2.storage import file_errors
 from t2.tasks.base import Problem, Split, Task
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_split
 
@@ -56,11 +58,14 @@ class DatasetTask(Task):
 
     @cached_property
     def _train_and_validation(self) -> tuple[list[Problem], list[Problem]]:
-        return hold_out(self._read("train"), self.validation_size, "validation_size")
+        with nullcontext() if self.data is None else file_errors(f"{self.name}, {self.data}"):
+            return hold_out(self._read("train"), self.validation_size, "validation_size")
 
     def _read(self, split: str) -> list[Problem]:
         if split not in self._problems:
-            self._problems[split] = read_problems(self.rows(split), self.problem)
+            self._problems[split] = read_problems(
+                self.rows(split), self.problem, f"{self.name}, {split} of {self.data or 'the Hub'}"
+            )
         return self._problems[split]
 
     def rows(self, split: str) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from t2.tasks.mixture import Mixture
 from t2.tasks.okvqa import OKVQA
 from t2.tasks.reasoning_gym import ReasoningGym
 from t2.tasks.textvqa import TextVQA
+from t2kernels.files import strict_json
 
 
 def classify(tasks: Mapping[str, Mapping[str, Any]], domains: Mapping[str, str], **options: Any) -> Classification:
@@ -98,9 +98,9 @@ def options_of(text: str) -> dict[str, Any]:
         ValueError: it is not a JSON object.
     """
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"task_options: expected a JSON object, got {text!r} ({error})") from error
+        found = strict_json(text)
+    except ValueError as error:
+        raise ValueError(f"task_options: expected a JSON object, got {text!r:.200} ({error})") from error
     if not isinstance(found, dict):
-        raise ValueError(f"task_options: expected a JSON object, got {text!r}")
-    return found
+        raise ValueError(f"task_options: expected a JSON object, got {text!r:.200}")
+    return dict(found)

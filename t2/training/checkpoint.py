@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from t2.model import SVFModel
-from t2.storage import FileFormatError, checksum, parse_json, read_safetensors, write_safetensors
+from t2.storage import FileFormatError, parse_json, read_safetensors, write_safetensors
 
 FORMAT = {"format": "t2-checkpoint", "format_version": "2"}
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""Adam's state of a parameter."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's, each of its parameter's shape; beside them a count `step`."""
 
 
 @dataclass
@@ -38,114 +35,150 @@ class State:
     last_alarm: int = -1
     base_score: float | None = None
 
-    @classmethod
-    def parse(cls, text: str, where: str) -> State:
-        """Raises FileFormatError that names the field which is no possible state of a run."""
-        found = parse_json(text, where)
-        names = {each.name for each in fields(cls)}
-        if not isinstance(found, dict) or found.keys() != names:
-            raise FileFormatError(f"{where}: expected the fields {sorted(names)}, got {found!r:.200}")
-        for name, value in found.items():
-            if name in ("step", "best_step", "last_alarm"):
-                low = -1 if name == "last_alarm" else 0
-                high = float("inf") if name == "step" or type(found["step"]) is not int else found["step"]
-                good, expected = type(value) is int and low <= value <= high, f"an integer from {low} to {high}"
-            elif name == "rate_scale":
-                good, expected = _is_number(value) and 0 < value <= 1, "a number above 0, at most 1"
-            else:
-                good, expected = value is None or _is_number(value), "a finite number or null"
-            if not good:
-                raise FileFormatError(f"{where}, {name}: expected {expected}, got {value!r:.80}")
-        return cls(**found)
 
+@dataclass(frozen=True)
+class Base:
+    """The model that a run trains around: its name, for people, its dtype, and a fingerprint of all its weights."""
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e300  # type: ignore[arg-type]
+    name: str
+    dtype: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name or 'unnamed'}, {self.dtype}, {self.fingerprint[:12]}"
 
 
 @dataclass
 class Checkpoint:
-    """A run after `state.step` updates: parameters, the best ones so far, the optimiser and the options.
-
-    base: `fingerprint_of` the model that the run was started on.
-    """
+    """A run after `state.step` updates: parameters, the best ones so far, the optimiser, the base and the options."""
 
     state: State
-    base: str
     parameters: list[Tensor]
     best: list[Tensor]
+    base: Base
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
+        """Write the checkpoint, whole or not at all."""
         tensors = {f"parameters.{i}": tensor.detach() for i, tensor in enumerate(self.parameters)}
         tensors |= {f"best.{i}": tensor.detach() for i, tensor in enumerate(self.best)}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.items()}
-        said = {"state": json.dumps(asdict(self.state)), "options": json.dumps(self.options), "base": self.base}
-        write_safetensors(path, tensors, FORMAT | said)
+        told = {"state": asdict(self.state), "base": asdict(self.base), "options": self.options}
+        write_safetensors(path, tensors, FORMAT | {name: json.dumps(value) for name, value in told.items()})
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
-        """Raises FileNotFoundError, or FileFormatError for a file that is no checkpoint of this version."""
+        """Read a checkpoint, each field of its metadata checked; `check` compares its tensors with a run's.
+
+        Raises FileNotFoundError, or FileFormatError for a file that is no checkpoint of this version.
+        """
         tensors, metadata = read_safetensors(path, "checkpoint")
-        if (found := {key: metadata.get(key) for key in FORMAT}) != FORMAT:
-            raise FileFormatError(f"{path}: expected {FORMAT}, got {found}")
-        if missing := {"state", "options", "base"} - metadata.keys():
-            raise FileFormatError(f"{path}: expected a complete checkpoint, got one without {sorted(missing)}")
-        options = parse_json(metadata["options"], f"{path}, options")
-        if not isinstance(options, dict):
-            raise FileFormatError(f"{path}, options: expected options by name, got {options!r:.80}")
+        if {key: metadata.get(key) for key in FORMAT} != FORMAT:
+            found = metadata.get("format"), metadata.get("format_version")
+            raise FileFormatError(f"{path}: expected a t2-checkpoint of version 2, got {found}")
+        told = {}
+        for name in ("state", "base", "options"):
+            told[name] = parse_json(metadata.get(name, "null"), f"{path}: {name}")
+            if not isinstance(told[name], dict):
+                raise FileFormatError(f"{path}: {name}: expected an object, got {told[name]!r:.80}")
+        state, base = State(**_fields_of(State, told["state"], path)), Base(**_fields_of(Base, told["base"], path))
+        _check_state(state, path)
+        steps = told["options"].get("steps", state.step)
+        if type(steps) is not int or steps < state.step:
+            raise FileFormatError(
+                f"{path}: state.step: expected at most options.steps, {steps!r:.80}, got {state.step}"
+            )
+        for each in fields(Base):
+            if not isinstance(getattr(base, each.name), str):
+                raise FileFormatError(
+                    f"{path}: base.{each.name}: expected a text, got {getattr(base, each.name)!r:.80}"
+                )
         parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             if part not in parts:
-                raise FileFormatError(f"{path}, {name}: expected tensors of {list(parts)}, got another")
+                raise FileFormatError(f"{path}: tensor {name!r}: expected parameters, best and optimizer alone")
             parts[part][rest] = tensor
-        state = State.parse(metadata["state"], f"{path}, state")
-        rows = {
-            part: [parts[part].get(str(i), torch.empty(0)) for i in range(len(parts[part]))]
-            for part in ("parameters", "best")
-        }
-        return cls(state, metadata["base"], rows["parameters"], rows["best"], parts["optimizer"], options)
-
-    def check(self, path: Path, parameters: Sequence[Tensor]) -> None:
-        """FileFormatError that names the tensor which does not fit these parameters, or is not finite."""
-
-        def fit(name: str, tensor: Tensor, like: Tensor) -> None:
-            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        rows = {}
+        for part in ("parameters", "best"):
+            if set(parts[part]) != {str(i) for i in range(len(parts[part]))}:
                 raise FileFormatError(
-                    f"{path}, {name}: expected {like.dtype} {list(like.shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                    f"{path}: {part}: expected them numbered from 0 on, got {sorted(parts[part])[:5]}"
                 )
-            if not bool(tensor.isfinite().all()):
-                raise FileFormatError(f"{path}, {name}: expected finite numbers, got NaN or infinite ones")
+            rows[part] = [parts[part][str(i)] for i in range(len(parts[part]))]
+        return cls(state, rows["parameters"], rows["best"], base, parts["optimizer"], told["options"])
 
-        for part, values in (("parameters", self.parameters), ("best", self.best)):
-            if len(values) != len(parameters):
-                raise FileFormatError(f"{path}, {part}: expected {len(parameters)} tensors, got {len(values)}")
-            for i, (value, parameter) in enumerate(zip(values, parameters, strict=True)):
-                fit(f"{part}.{i}", value, parameter.detach().cpu())
-        known = {f"{i}.{name}": parameters[i] for i in range(len(parameters)) for name in MOMENTS}
-        for name, tensor in self.optimizer.items():
-            if name not in known:
-                raise FileFormatError(f"{path}, optimizer.{name}: expected a moment of {len(parameters)} parameters")
-            count = name.endswith(".step")
-            fit(f"optimizer.{name}", tensor, torch.zeros(()) if count else known[name].detach().cpu())
-            if not name.endswith(".exp_avg") and bool((tensor < 0).any()):
-                raise FileFormatError(f"{path}, optimizer.{name}: expected numbers >= 0, got negative ones")
-        for place in {name.partition(".")[0] for name in self.optimizer}:
-            if missing := [name for name in MOMENTS if f"{place}.{name}" not in self.optimizer]:
-                raise FileFormatError(f"{path}, optimizer.{place}: expected {MOMENTS}, got none of {missing}")
-        if self.state.step and not self.optimizer:
-            raise FileFormatError(f"{path}, optimizer: expected the moments of {self.state.step} steps, got none")
+    def check(self, path: Path, base: Base, parameters: Sequence[Tensor]) -> None:
+        """Raise a FileFormatError with the file and the field unless this is of a run on this base, with parameters
+        like these, and all of its numbers are finite."""
+        if (self.base.dtype, self.base.fingerprint) != (base.dtype, base.fingerprint):
+            raise FileFormatError(
+                f"{path}: base: expected the weights that the run was started on ({self.base}), got another base "
+                f"model's, or the same in another dtype ({base})"
+            )
+        for part, given in (("parameters", self.parameters), ("best", self.best)):
+            if len(given) != len(parameters):
+                raise FileFormatError(f"{path}: {part}: expected {len(parameters)} tensors, got {len(given)}")
+            for i, (tensor, like) in enumerate(zip(given, parameters, strict=True)):
+                _check_like(tensor, like, f"{path}: {part}.{i}")
+        wanted = {f"{i}.{name}" for i in range(len(parameters)) for name in ("step", *MOMENTS)}
+        if self.optimizer and set(self.optimizer) != wanted:
+            wrong = sorted(set(self.optimizer) ^ wanted)[:3]
+            raise FileFormatError(
+                f"{path}: optimizer: expected Adam's moments of each parameter, missing or extra {wrong}"
+            )
+        for i, like in enumerate(parameters if self.optimizer else ()):
+            for name in MOMENTS:
+                _check_like(self.optimizer[f"{i}.{name}"], like, f"{path}: optimizer.{i}.{name}")
+            if bool((self.optimizer[f"{i}.exp_avg_sq"] < 0).any()):
+                raise FileFormatError(f"{path}: optimizer.{i}.exp_avg_sq: expected numbers >= 0, got negative ones")
+            count = self.optimizer[f"{i}.step"]
+            if (
+                count.dtype != torch.float32
+                or count.numel() != 1
+                or not 1 <= float(count) <= self.state.step
+                or float(count) % 1
+            ):
+                raise FileFormatError(
+                    f"{path}: optimizer.{i}.step: expected a whole number from 1 to {self.state.step}, got {count}"
+                )
 
 
-def fingerprint_of(model: nn.Module) -> str:
-    """Identity of a base model: of all its weights, names and dtypes included."""
-    wrapped = model if isinstance(model, SVFModel) else None
-    digest = xxhash.xxh3_128((wrapped.layout.fingerprint if wrapped else "").encode())
-    for name, tensor in (wrapped.model if wrapped else model).named_parameters():
-        digest.update(f"{name}|{checksum(tensor)}|".encode())
-    return digest.hexdigest()
+def _fields_of(kind: type, given: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The object itself, if its keys are the dataclass' fields."""
+    wanted = {each.name for each in fields(kind)}
+    if wrong := set(given) ^ wanted:
+        raise FileFormatError(f"{path}: {kind.__name__.lower()}: missing or unknown {', '.join(sorted(wrong)[:5])}")
+    return given
+
+
+def _check_state(state: State, path: Path) -> None:
+    def check(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise FileFormatError(f"{path}: state.{name}: expected {expected}, got {getattr(state, name)!r:.80}")
+
+    most = (1 << 31) - 1
+    for name, least in (("step", 0), ("best_step", 0), ("last_alarm", -1)):
+        value = getattr(state, name)
+        check(name, type(value) is int and least <= value <= most, f"a whole number from {least} to {most}")
+        check(name, value <= state.step, f"at most the step, {state.step}")
+    for name in ("best_score", "first_entropy", "first_kl", "base_score"):
+        check(name, getattr(state, name) is None or _is_number(getattr(state, name)), "a finite number or null")
+    check("rate_scale", _is_number(state.rate_scale) and 0 < state.rate_scale <= 1, "a number above 0, at most 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e308
+
+
+def _check_like(tensor: Tensor, like: Tensor, where: str) -> None:
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
+        raise FileFormatError(
+            f"{where}: expected {like.dtype} {list(like.shape)}, got {tensor.dtype} {list(tensor.shape)}"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise FileFormatError(f"{where}: expected finite numbers, got NaN or infinite ones")
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -154,7 +187,8 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     return {f"{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
 
 
-def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give the optimiser the moments that `optimizer_tensors` gave, as `Checkpoint.check` found them sound."""
     saved = optimizer.state_dict()
     saved["state"] = {}
     for key, tensor in tensors.items():

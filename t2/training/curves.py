@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from t2.storage import FileFormatError, parse_json
+from t2.storage import FileFormatError
 from t2kernels.files import replacing, write_text
 
 Row = dict[str, Any]
@@ -25,8 +25,7 @@ class Metrics:
         if path is None:
             return
         if last_step is not None and path.is_file():
-            lines = path.read_text(errors="replace").splitlines()
-            self.rows = [row for row in map(_parse, lines) if row is not None and row["step"] <= last_step]
+            self.rows = [row for row in _read(path) if row["step"] <= last_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> None:
@@ -42,13 +41,27 @@ class Metrics:
         return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def _parse(line: str) -> Row | None:
-    """None for the line that a crash cut short."""
+def _read(path: Path) -> list[Row]:
+    """The rows of a file, without a last line that a crash cut short; FileFormatError names any other bad line."""
     try:
-        row = parse_json(line, "metrics")
-    except FileFormatError:
-        return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path}: expected lines of JSON, got {error}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise FileFormatError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise FileFormatError(f"{path}, line {number}: expected an object with a whole number step, got {line:.80}")
+        for name, value in row.items():
+            if value is not None and type(value) not in (int, float):
+                raise FileFormatError(f"{path}, line {number}: {name}: expected a number, got {value!r:.80}")
+        rows.append(row)
+    return rows
 
 
 PANELS = (
@@ -73,7 +86,8 @@ def plot(metrics: Metrics, path: Path, title: str, best_step: int | None = None)
         axes.set_ylabel(f"{label}, {unit}" if unit else label)
         axes.grid(alpha=0.3)
         if name == "validation" and values:
-            axes.axhline(100 * metrics.rows[0]["base"], linestyle="--", color="gray", label="base")
+            if (base := metrics.rows[0].get("base")) is not None:
+                axes.axhline(100 * base, linestyle="--", color="gray", label="base")
             if best_step is not None and best_step in steps:
                 best = values[steps.index(best_step)]
                 axes.plot(best_step, best, "*", markersize=12, color="tab:orange", label="best")

@@ -7,6 +7,7 @@ them for answers alone, as the base, and the end of a step's gradients. Everythi
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t2.experts import Expert
+from t2.layers import PackedLinear
 from t2.layout import Layout, layout_of
 from t2.model import SVFConfig, SVFModel
-from t2.storage import atomic_directory
+from t2.storage import atomic_directory, content_digest
 from t2.svd import FactorCache, decompose_weights
 from t2.targets import select_targets, weight_matrix
+from t2.training.checkpoint import Base
 from t2.training.options import TrainOptions
 from t2.training.parametrisation import initial_parameters, z_from
 from t2kernels.files import write_text
@@ -38,6 +41,8 @@ class Policy(ABC):
 
     model: nn.Module
     parameters: list[Tensor]
+    identity: Base
+    """Of the model around the parameters: checkpoints carry it, so that a run goes on with its own base alone."""
 
     @property
     @abstractmethod
@@ -118,6 +123,7 @@ class SVFPolicy(ExpertPolicy):
         self.svf = model if isinstance(model, SVFModel) else SVFModel(model, config)
         self.svf.requires_grad_(False)
         self.model = self.svf
+        self.identity = base_identity(self.transformer, self.svf.layout.fingerprint)
         super().__init__(options, self.svf.layout, self.svf.sigma)
 
     @property
@@ -148,6 +154,7 @@ class LoRAPolicy(Policy):
     def __init__(self, model: PreTrainedModel, options: TrainOptions) -> None:
         from peft import LoraConfig, get_peft_model
 
+        self.identity = base_identity(model)
         names = list(select_targets(model, target_modules(options)))
         config = LoraConfig(
             r=options.lora_rank, lora_alpha=2 * options.lora_rank, target_modules=names, task_type="CAUSAL_LM"
@@ -185,13 +192,16 @@ class DenseComposePolicy(ExpertPolicy):
     """
 
     def __init__(self, model: PreTrainedModel, options: TrainOptions) -> None:
+        self.identity = base_identity(model)
         targets = select_targets(model, target_modules(options))
         weights = {name: weight_matrix(layer) for name, layer in targets.items()}
         cache = FactorCache()
         done = decompose_weights(weights, cache)
         layout = layout_of(model, weights, {name: entry.key for name, entry in done.items()})
         device = next(iter(weights.values())).device
-        self.factors = {name: [f.to(device) for f in cache.load(entry.key)] for name, entry in done.items()}
+        self.factors = {
+            name: [f.to(device) for f in cache.load_or_redo(entry.key, weights[name])] for name, entry in done.items()
+        }
         super().__init__(options, layout, torch.cat([s for _, s, _ in self.factors.values()]))
         self.reference = copy.deepcopy(model).requires_grad_(False)
         self._policy = model.requires_grad_(False)
@@ -261,6 +271,28 @@ class _Switch(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["policy"]._running, name)
+
+
+def base_identity(model: PreTrainedModel, decomposed: str = "") -> Base:
+    """The identity of a base by all of its weights and persistent buffers, names and dtypes among them.
+
+    `decomposed`: fingerprint of the weights that `SVFModel` took out of the model. All others are read once, at about
+    the speed of memory.
+    """
+    digest, contents = hashlib.sha256(decomposed.encode()), dict[int, tuple[str, Tensor]]()
+    for name, module in model.named_modules():
+        passing = module._non_persistent_buffers_set
+        buffers = {part: buffer for part, buffer in module._buffers.items() if part not in passing}
+        held: dict[str, Tensor | None] = {**module._parameters, **buffers}
+        if isinstance(module, PackedLinear):
+            held["weight"] = module.weight
+        for part, tensor in sorted(held.items()):
+            if tensor is not None and not tensor.is_meta:
+                if id(tensor) not in contents:  # tied weights are read once
+                    contents[id(tensor)] = content_digest(tensor), tensor
+                content, _ = contents[id(tensor)]
+                digest.update(f"{name}.{part} {tensor.dtype} {tuple(tensor.shape)} {content}\n".encode())
+    return Base(str(getattr(model, "name_or_path", "")), str(model.dtype).removeprefix("torch."), digest.hexdigest())
 
 
 def target_modules(options: TrainOptions) -> str | list[str]:

@@ -28,12 +28,12 @@ from t2.evaluation import Evaluation, evaluate
 from t2.loading import Tokenizer, tokenizer_of
 from t2.model import SVFModel
 from t2.tasks import Problem, Task
-from t2.tasks.base import checked_rewards
-from t2.training.checkpoint import Checkpoint, State, fingerprint_of, load_optimizer, optimizer_tensors
+from t2.tasks.base import rewards_of
+from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
 from t2.training.curves import Metrics, Row, plot
 from t2.training.guard import Guard
 from t2.training.options import TrainOptions
-from t2.training.policies import SVFPolicy, make_policy, svf_config
+from t2.training.policies import make_policy, svf_config
 from t2.training.reinforce import TokenStatistics, advantages, policy_loss
 from t2.training.rollouts import (
     AnswerTokens,
@@ -114,10 +114,7 @@ class Trainer:
         ends = end_tokens(model, tokenizer)
         if not ends or tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with an end token and a padding token, as `t2.load` gives it")
-        self.base = fingerprint_of(model) if options.method != "svf" else ""
         self.policy = make_policy(model, options)
-        if isinstance(self.policy, SVFPolicy):
-            self.base = fingerprint_of(self.policy.svf)
         if options.gradient_checkpointing:
             self.policy.enable_checkpointing()
         device = self.policy.parameters[0].device
@@ -150,15 +147,12 @@ class Trainer:
             return Metrics(path)
         checkpoint = Checkpoint.load(self._checkpoint)
         if other := self.options.differences(checkpoint.options):
-            said = ", ".join(f"{name} {checkpoint.options.get(name)!r}" for name in other)
-            raise ValueError(f"resume: expected the options that the run was started with ({said}), got others")
-        if checkpoint.base != self.base:
+            said = ", ".join(f"{name} {checkpoint.options.get(name)!r:.200}" for name in other)
             raise ValueError(
-                f"resume: expected the base model that the run was started on, with weights {checkpoint.base[:12]} and "
-                f"dtype {checkpoint.options.get('model_dtype')}, got weights {self.base[:12]}; another base, shape or "
-                "dtype needs a run of its own"
+                f"resume: expected the options that the run was started with ({said}), got others than those of "
+                f"{self._checkpoint}"
             )
-        checkpoint.check(self._checkpoint, self.policy.parameters)
+        checkpoint.check(self._checkpoint, self.policy.identity, self.policy.parameters)
         self.policy.load_parameters(checkpoint.parameters)
         load_optimizer(self.optimizer, checkpoint.optimizer)
         self.state = checkpoint.state
@@ -171,16 +165,16 @@ class Trainer:
             "step": str(step),
             "validation": str(self.state.best_score if step == self.state.best_step else ""),
             "options": json.dumps(self.options.to_dict()),
-            **self.task.metadata(),
+            **self.task.expert_metadata(),
         }
 
     def _save(self) -> None:
         if not self.accelerator.is_main_process:
             return
         parameters = [parameter.detach() for parameter in self.policy.parameters]
-        options = self.options.to_dict()
-        moments = optimizer_tensors(self.optimizer)
-        Checkpoint(self.state, self.base, parameters, self.best, moments, options).save(self._checkpoint)
+        moments, options = optimizer_tensors(self.optimizer), self.options.to_dict()
+        options["steps"] = max(self.options.steps, self.state.step)  # no step is beyond it, which a checkpoint's is not
+        Checkpoint(self.state, parameters, self.best, self.policy.identity, moments, options).save(self._checkpoint)
 
     def _save_experts(self) -> None:
         """The last parameters and the best ones, as files of their own."""
@@ -282,7 +276,7 @@ class Trainer:
                 temperature=options.temperature,
             )
         texts = [str(self.tokenizer.decode(a, skip_special_tokens=True)) for answers in drawn for a in answers]
-        judged = checked_rewards(self.task, [problem for problem in mine for _ in range(samples)], texts)
+        judged = rewards_of(self.task, [problem for problem in mine for _ in range(samples)], texts)
         rewards = [judged[i : i + samples] for i in range(0, len(judged), samples)]
         table = dict(self._gathered(list(zip(places, rewards, strict=True))))
         all_rewards = torch.tensor([table[place] for place in range(options.prompts_per_step)])

@@ -27,7 +27,7 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from t2kernels.files import cache_root, write_text
+from t2kernels.files import cache_root, strict_json, write_text
 
 
 @dataclass(frozen=True)
@@ -311,25 +311,33 @@ def save(measured: dict[str, Tile], device: torch.device) -> Path:
 
 @functools.cache
 def _measured(path: Path) -> dict[str, Tile]:
-    """The tiles measured on this machine, and those that ship for its GPU. A damaged file counts as none, and warns."""
+    """The tiles measured on this machine, and those that ship for its GPU."""
     found: dict[str, Tile] = {}
     for each in (SHIPPED / path.name, path):
-        if not each.exists():
-            continue
         try:
-            found |= {key: _tile(tile) for key, tile in json.loads(each.read_bytes()).items()}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            warnings.warn(f"{each}: expected measured tiles, which are left out; {error}", stacklevel=2)
+            found |= {key: _tile(key, values) for key, values in strict_json(each.read_bytes()).items()}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            text = f"measured tiles {each} are damaged and not used; tune measures them anew ({error})"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
     return found
 
 
-def _tile(values: dict[str, Any]) -> Tile:
-    tile, like = Tile(**values), Tile(16, 16, 16, 1, 1)
-    for name, value in asdict(tile).items():
-        if type(value) is not type(getattr(like, name)) or not 0 <= value <= 1024:
-            raise ValueError(f"{name}: expected a {type(getattr(like, name)).__name__} up to 1024, got {value!r:.80}")
-    if not all((tile.block_m, tile.block_n, tile.block_k, tile.warps, tile.stages, tile.group_m)):
-        raise ValueError(f"expected sizes above 0, got {tile}")
+def _tile(key: str, values: Any) -> Tile:
+    """A tile from its JSON; TypeError or ValueError where a field is missing, unknown or no tile's."""
+    tile = Tile(**values)
+    for name, most in (("block_m", 512), ("block_n", 512), ("block_k", 1024), ("warps", 32)):
+        size = getattr(tile, name)
+        if type(size) is not int or not 1 <= size <= most or size & (size - 1):
+            raise ValueError(f"{key}: {name}: expected a power of two up to {most}, got {size!r:.40}")
+    for name, least, most in (("stages", 1, 32), ("group_m", 1, 1 << 16), ("prefetch", 0, 1 << 16)):
+        count = getattr(tile, name)
+        if type(count) is not int or not least <= count <= most:
+            raise ValueError(f"{key}: {name}: expected an integer from {least} to {most}, got {count!r:.40}")
+    for name in ("persistent", "weights_first", "overlap"):
+        if type(getattr(tile, name)) is not bool:
+            raise ValueError(f"{key}: {name}: expected true or false, got {getattr(tile, name)!r:.40}")
     return tile
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 
 import pytest
 import torch
@@ -51,6 +53,8 @@ def test_random_experts_are_reproducible(layout):
         (torch.ones(11), ValueError, r"z: expected shape \[12\].*got \[11\]"),
         (torch.ones(12, dtype=torch.int64), TypeError, "z: expected a float dtype"),
         (torch.ones(12) / 0, ValueError, "z: expected finite values, got 12 NaN or infinite"),
+        (torch.ones(12, dtype=torch.float64) * 1e300, ValueError, "z: expected finite values, got 12"),
+        (torch.ones(12).to(torch.float8_e4m3fn), TypeError, "z: expected a float dtype of at least 16 bits"),
         (torch.tensor([float("nan")] + [1.0] * 11), ValueError, "z: expected finite values, got 1"),
         ([1.0] * 12, TypeError, "z: expected a tensor.*got list"),
     ],
@@ -95,6 +99,7 @@ def test_bank_refuses(layout):
         (lambda: bank.mix({"math": 1.0, "code": 1.0}), "got 'code'"),
         (lambda: bank.mix({}), "weights: expected at least one"),
         (lambda: bank.mix({"math": float("inf")}), "weights: expected finite"),
+        (lambda: bank.mix({"math": 3e38}), "weights: the mix: expected finite values"),
         (lambda: bank.mix(torch.ones(2, 3)), r"weights: expected shape \[B, 1\]"),
         (lambda: bank.mix(torch.full((2, 1), float("nan"))), "weights: expected finite"),
     ]:
@@ -146,6 +151,59 @@ class TestBadFiles:
         write_safetensors(path, tensors, metadata | change)
         with pytest.raises(FileFormatError):
             Expert.load(path)
+
+    DEEP = "[" * 100_000
+
+    @pytest.mark.parametrize(
+        "field, text",
+        [
+            *(
+                ("ranks", text)
+                for text in ("[Infinity, 1, 7]", '["4", 1, 7]', "12", "[4.5, 1, 7]", "[true, 4, 7]", DEEP)
+            ),
+            *(("names", text) for text in ("[1, 2, 3]", '[["a"], ["b"], ["c"]]', "5", '"abc"', DEEP, '["a", "b", ""]')),
+            *(("metadata", text) for text in ("5", "[]", "{", '{"a": 1}', '{"a": NaN}', DEEP, '{"a": "\\ud800"}')),
+        ],
+    )
+    def test_a_field_of_another_kind_is_named(self, path, field, text):
+        tensors, metadata = read_safetensors(path)
+        write_safetensors(path, tensors, metadata | {field: text})
+        with pytest.raises(FileFormatError, match=rf"{path.name}: {field}: "):
+            Expert.load(path)
+
+    @pytest.mark.parametrize("names", ["5", "[5]", "[", DEEP, '["a", "a"]', '[""]', "{}", '{"a": 1, "b": 2}'])
+    def test_names_of_a_bank(self, layout, tmp_path, names):
+        bank, path = ExpertBank(layout), tmp_path / "bank.safetensors"
+        for name in ("a", "b"):
+            bank.add(name, Expert.random(layout))
+        bank.save(path)
+        tensors, metadata = read_safetensors(path)
+        write_safetensors(path, tensors, metadata | {"experts": names})
+        with pytest.raises(FileFormatError, match=r"bank\.safetensors: expe"):
+            ExpertBank.load(path)
+
+    @pytest.mark.parametrize(
+        "dtype, shape, body",
+        [
+            ("F64", [12], struct.pack("<12d", *[1e300] * 12)),
+            ("F32", [], bytes(4)),
+            ("F32", [2, 12], bytes(96)),
+            ("F8_E4M3", [12], bytes(12)),
+            ("I32", [12], bytes(48)),
+        ],
+    )
+    def test_z_of_another_kind(self, path, dtype, shape, body):
+        _, metadata = read_safetensors(path)
+        header = {"__metadata__": metadata, "z": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(body)]}}
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+        with pytest.raises(FileFormatError, match=path.name):
+            Expert.load(path)
+
+    def test_a_pipe(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(FileFormatError, match="pipe is no regular file"):
+            Expert.load(tmp_path / "pipe")
 
     def test_foreign_safetensors_file(self, path):
         write_safetensors(path, {"z": torch.ones(12)}, {})

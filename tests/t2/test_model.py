@@ -438,6 +438,28 @@ class TestBadInput:
         svf.detach()
 
 
+@pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: data.replace(b"t2-factors", b"t2-factory")])
+def test_damaged_factor_files_change_nothing(tiny_model, cache_dir, damage):
+    ids = prompts(2)
+    svf = wrap(tiny_model(), cache_dir)
+    expected = svf(input_ids=ids).logits
+    file = cache_dir / f"{next(iter(svf.weight_keys.values()))}.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.warns(RuntimeWarning, match=file.name):
+        assert torch.equal(wrap(tiny_model(), cache_dir)(input_ids=ids).logits, expected)
+
+
+def test_factors_of_another_matrix_are_not_used(tiny_model, cache_dir):
+    ids = prompts(2)
+    svf = wrap(tiny_model(), cache_dir)
+    expected = svf(input_ids=ids).logits
+    mine, other = (cache_dir / f"{svf.weight_keys[f'model.layers.{i}.mlp.up_proj']}.safetensors" for i in (0, 1))
+    mine.write_bytes(other.read_bytes())
+    with pytest.warns(RuntimeWarning, match=mine.name):
+        assert torch.equal(wrap(tiny_model(), cache_dir)(input_ids=ids).logits, expected)
+    svf.detach()
+
+
 def test_autocast_and_inference_mode(tiny_model, cache_dir):
     svf = wrap(tiny_model(), cache_dir)
     names = add_random_experts(svf, 2)

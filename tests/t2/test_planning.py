@@ -111,7 +111,12 @@ def test_the_cost_model_is_measured_once_and_anew_when_unreadable(tmp_path, monk
     path.write_text(json.dumps({"another machine": stored[CostModel.machine_key()]}))
     planning.cost_model(path)
     assert len(measured) == 2 and set(json.loads(path.read_text())) == {"another machine", CostModel.machine_key()}
-    for broken in ("{", "[]", json.dumps({CostModel.machine_key(): {"call": -1}})):
+    monkeypatch.setattr(CostModel, "measure", classmethod(lambda cls: measured.append(1) or first))
+    sound = stored[CostModel.machine_key()]
+    changes = ({"call": -1}, {"row": 1e300}, {"pack": "x"}, {"entry": []}, {"entry": {}}, {"build": None})
+    fields = [json.dumps({CostModel.machine_key(): sound | change}) for change in changes]
+    for broken in ("{", "[]", "[" * 10**5, "[NaN]", *fields):
         path.write_text(broken)
-        planning.cost_model(path)
-    assert len(measured) == 5
+        with pytest.warns(RuntimeWarning, match=f"cost model {path} is damaged, and measured anew"):
+            planning.cost_model(path)
+    assert len(measured) == 2 + 4 + len(fields)

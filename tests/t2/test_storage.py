@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from t2 import storage
 from t2.storage import (
     FileFormatError,
     atomic_directory,
+    parse_json,
     read_safetensors,
     write_safetensors,
 )
@@ -193,3 +195,30 @@ def test_atomic_directory_keeps_the_winner(tmp_path):
         (tmp_path / "d").mkdir()
         (tmp_path / "d" / "one").write_text("first")
     assert (tmp_path / "d" / "one").read_text() == "first" and os.listdir(tmp_path) == ["d"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[NaN]",
+        "[-Infinity]",
+        "[1e999]",
+        "9" * 5000,
+        "[" * 101 + "]" * 101,
+        "[" * 10**6,
+        '["\\udc00"]',
+        b"\xff",
+    ],
+)
+def test_json_that_is_refused(text):
+    with pytest.raises(FileFormatError, match=r"^here, line 3: not JSON"):
+        parse_json(text, "here, line 3")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100 + "]" * 100, '["\\ud83d\\ude00", "\\\\ud800"]', "[1.5, 1e-400, 12345678901234567890]"]
+)
+def test_json_that_is_read(text):
+    assert parse_json(text, "here") == json.loads(text)

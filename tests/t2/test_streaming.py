@@ -21,6 +21,7 @@ from t2.streaming import Checkpoint, load_svf, streams
 from tests.t2.conftest import CONFIGS
 from tests.t2.live_bytes import LiveBytes
 from tests.t2.test_model import add_random_experts, assert_same_state, prompts, state
+from tests.t2.test_svd import flipped
 
 
 @pytest.fixture
@@ -257,3 +258,25 @@ def test_weights_of_a_wrapped_model_are_checked(tmp_path, checkpoint, tiny_model
         t2.SVFModel(model, config(tmp_path, target_modules=["q_proj"], cache=False), weights=weights)
     with pytest.raises(ValueError, match=r"expected target weights on the meta device, got .*q_proj.weight in memory"):
         t2.SVFModel(tiny_model(), config(tmp_path, target_modules=["q_proj"]), weights=weights)
+
+
+def test_damaged_factors_of_a_streamed_model_are_computed_again(tmp_path, checkpoint):
+    """From the weight beside them, or, where the whole file is gone, from the checkpoint."""
+    path = checkpoint()
+    svf, _ = load_svf(path, config(tmp_path))
+    names = add_random_experts(svf, 2)
+    expected, merged = logits(svf, names), state(svf.merge(names[0]))
+    for name, damage in (("q_proj", lambda file: flipped(file, "u")), ("down_proj", truncate)):
+        file = tmp_path / "factors" / f"{svf.weight_keys[next(n for n in svf.weight_keys if name in n)]}.safetensors"
+        damage(file)
+        with pytest.warns(RuntimeWarning, match=rf"{file.name}.*computed again"):
+            assert_same_state(svf.merge(names[0]), merged)
+        damage(file)
+        with pytest.warns(RuntimeWarning, match=rf"{file.name}.*computed again"):
+            again, _ = load_svf(path, config(tmp_path))
+        add_random_experts(again, 2)
+        assert torch.equal(logits(again, names), expected)
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-9])

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from t2 import svd
-from t2.storage import FileFormatError
+from t2.storage import FileFormatError, read_safetensors, write_safetensors
 from t2.svd import FactorCache, decompose_weights, reconstruction_error, weight_key
 from t2kernels import Factors, decompose, decomposition
 
@@ -209,9 +212,9 @@ def test_cache_errors(cache, tmp_path):
         assert key not in cache
         with pytest.raises(FileFormatError, match="truncated"):
             cache.load(key)
-    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"0"'))
+    path.write_bytes(whole.replace(b'"version":"2"', b'"version":"1"'))
     assert key not in cache
-    with pytest.raises(FileFormatError, match=r"'0'.*delete the file"):
+    with pytest.raises(FileFormatError, match=r"'1'.*delete the file"):
         cache.load(key)
 
 
@@ -231,6 +234,70 @@ def test_damaged_content_is_found(cache):
     cache.save(key, weight, Factors(u[:, :3], s, vh), 0.0)
     with pytest.raises(FileFormatError, match="shapes"):
         cache.verify(key)
+
+
+def flipped(path, tensor, bit=20):
+    """Flips a bit of a number in the middle of a tensor."""
+    data = bytearray(path.read_bytes())
+    length = struct.unpack("<Q", data[:8])[0]
+    start, end = json.loads(bytes(data[8 : 8 + length]))[tensor]["data_offsets"]
+    place = 8 + length + start + 4 * ((end - start) // 8) + bit // 8
+    data[place] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("tensor", ["u", "s", "vh"])
+@pytest.mark.parametrize("bit", [0, 20, 31])
+def test_each_bit_of_the_factors_is_checked_and_they_are_computed_again(cache, tensor, bit):
+    weight = torch.randn(9, 5)
+    key = saved(cache, weight)
+    before = cache.path(key).read_bytes()
+    flipped(cache.path(key), tensor, bit)
+    with pytest.raises(FileFormatError, match=rf"{key}.*checksum differs"):
+        cache.load(key)
+    with pytest.warns(RuntimeWarning, match=rf"{key}.*computed again"):
+        factors = cache.load_or_redo(key)
+    assert all(map(torch.equal, factors, decompose(weight)))
+    assert all(map(torch.equal, cache.load(key), factors)) and len(cache.path(key).read_bytes()) == len(before)
+
+
+def test_another_matrix_of_the_same_shape_is_no_substitute(cache):
+    weight = torch.randn(9, 5)
+    key, other = saved(cache, weight), saved(cache, torch.randn(9, 5))
+    shutil.copy(cache.path(other), cache.path(key))
+    with pytest.raises(FileFormatError, match=f"{key}.*not the one of this"):
+        cache.load_or_redo(key)
+    with pytest.raises(FileFormatError, match=f"{key}.*not the one of this"):
+        cache.load_or_redo(key, torch.randn(9, 5))
+    with pytest.warns(RuntimeWarning, match=key):
+        assert all(map(torch.equal, cache.load_or_redo(key, lambda: weight), decompose(weight)))
+    cache.verify(key)
+
+
+@pytest.mark.parametrize("change", [{"checksum": ""}, {"reconstruction_error": "x"}, {"reconstruction_error": "nan"}])
+def test_metadata_that_is_none_is_computed_again(cache, change):
+    weight = torch.randn(9, 5)
+    key = saved(cache, weight)
+    tensors, metadata = read_safetensors(cache.path(key))
+    write_safetensors(cache.path(key), tensors, metadata | change)
+    assert key not in cache
+    with pytest.warns(RuntimeWarning, match=rf"{key}.*computed again"):
+        assert not decompose_weights({"a": weight}, cache, progress=False)["a"].cached
+    cache.verify(key)
+
+
+def test_files_without_a_checksum_are_as_good_as_absent(cache, recwarn):
+    weight = torch.randn(9, 5)
+    key = saved(cache, weight)
+    tensors, metadata = read_safetensors(cache.path(key))
+    write_safetensors(cache.path(key), tensors, metadata | {"version": "1"})
+    assert not decompose_weights({"a": weight}, cache, progress=False)["a"].cached
+    assert not recwarn.list and decompose_weights({"a": weight}, cache, progress=False)["a"].cached
+
+
+def test_names_of_files_outlive_their_version():
+    """Experts know their base by them."""
+    assert weight_key(torch.zeros(2, 2)) == "eb8f951dc05aa1d3d67ab5819119f357442107aa76175855310abdb7ef4eba9b"
 
 
 def test_check_writable_names_the_folder(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from torch import Tensor
 import t2
 from t2.adaptation import Adaptation, FewShotOptions, FewShotStrategy, Strategy, few_shot_problems
 from t2.adaptation.decoding import greedy
-from t2.adaptation.fewshot import matrix_groups
+from t2.adaptation.fewshot import matrix_groups, read_memory
 from t2.adaptation.search import Fitness
 from t2.storage import FileFormatError
 from tests.t2.training.toy import SayTheWord, toy_tokenizer
@@ -316,3 +317,20 @@ def test_what_does_not_fit_is_refused(make, make_svf):
     ]:
         with pytest.raises(ValueError, match=text):
             call()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "[" * 100_000,
+        "[]",
+        *(json.dumps({"identity": "x", "candidates": each}) for each in (5, {"00": [1, 2]}, {"zz": [1, 2, []]})),
+        *(json.dumps({"identity": "x", "candidates": {"00": each}}) for each in ([None, 0, []], [0, 0, ["x"]])),
+        '{"identity": "x", "candidates": {"00": [NaN, 0, []]}}',
+        '{"identity": 5, "candidates": {}}',
+    ],
+)
+def test_a_memory_that_is_damaged_is_named(tmp_path, change):
+    (tmp_path / "mine.memory").write_text(change)
+    with pytest.raises(FileFormatError, match=r"mine\.memory is not of a few-shot search"):
+        read_memory(tmp_path / "mine.memory")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import t2
@@ -49,6 +51,9 @@ def test_experts_join_a_model(make_svf, tmp_path):
     [
         ("{", "does not describe a bank"),
         ("[]", "does not describe a bank"),
+        ("[" * 100_000, "does not describe a bank: nested"),
+        ('{"format": [NaN]}', r"does not describe a bank: .*finite"),
+        ('{"format": "t2-bank-folder", "format_version": "1", "domains": {"\\ud800": ""}}', r"domains\.json"),
         ('{"format": "t2-bank-folder"}', "'format_version'"),
         ('{"format": "t2-bank-folder", "format_version": "2", "domains": {}}', "expected .'t2-bank-folder', '1'."),
         ('{"format": "t2-bank-folder", "format_version": "1", "domains": {}}', "expected at least one"),
@@ -110,3 +115,34 @@ def test_experts_by_name(tmp_path, experts):
             named_experts(given)
     with pytest.raises(ValueError, match="domains: expected names of experts"):
         named_experts(pairs, {"logic": ""})
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"domains": '["sums", "dates"]'},
+        {"task": "classify", "options": json.dumps({"task_options": json.dumps({"domains": {"sums": "", "x": ""}})})},
+    ],
+)
+def test_domains_that_the_classifier_does_not_know_are_named(bank, experts, about):
+    t2.Expert(experts["sums"].z, LAYOUT, about).save(bank / "classifier.safetensors")
+    pairs = [f"{name}={bank / name}.safetensors" for name in (*DOMAINS, "classifier")]
+    for load in (lambda: load_bank_folder(bank), lambda: named_experts(pairs)):
+        with pytest.warns(UserWarning, match=r"classifier\.safetensors was trained on .*sums.*, not on letters"):
+            assert load().classifier is not None
+
+
+def test_a_classifier_that_knows_its_bank_loads_in_silence(bank, experts, recwarn):
+    for about in ({}, {"domains": '["letters", "sums"]'}, {"domains": '["letters", "more", "sums"]'}):
+        t2.Expert(experts["sums"].z, LAYOUT, about).save(bank / "classifier.safetensors")
+        load_bank_folder(bank)
+    load_bank_folder("smollm2-135m-instruct")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("text", ["[", "5", "[5]", '{"sums": ""}', "[" * 100_000])
+def test_domains_that_are_no_list_of_names(bank, experts, text):
+    for about in ({"domains": text}, {"task": "classify", "options": text}):
+        t2.Expert(experts["sums"].z, LAYOUT, about).save(bank / "classifier.safetensors")
+        with pytest.raises(t2.FileFormatError, match=r"classifier\.safetensors: (domains|options): "):
+            load_bank_folder(bank)

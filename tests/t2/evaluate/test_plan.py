@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from t2.evaluate import load_plan
+from t2.evaluate.cells import Cells
 from t2.evaluate.plan import parse_plan
+from t2.storage import FileFormatError
 
 TASK = {"task": "gsm8k"}
 
@@ -70,3 +72,22 @@ def test_files(tmp_path):
         "task": plan.seen["sums"].task,
         "options": plan.seen["sums"].options,
     }
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"seen": NaN}', '{"seen": {"a": {"task": ""}}}', '{"problems": 1e999}']
+)
+def test_files_that_are_no_plan_are_named(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(FileFormatError, match=r"plan\.json: "):
+        load_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("change", ["{", "[]", "[" * 100_000, {"value": 2}, {"key": {}}, {"digest": "x"}])
+def test_a_damaged_cell_is_named_and_measured_anew(tmp_path, change):
+    cells, key = Cells(tmp_path), {"kind": "score", "label": "a"}
+    assert cells.find(key) is None and cells.put(key, {"right": (1, 0)}) == {"right": [1, 0]} == cells.find(key)
+    path = cells.path(key)
+    path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
+    with pytest.warns(RuntimeWarning, match=f"{path.name} is damaged, and measured anew"):
+        assert cells.find(key) is None

@@ -134,3 +134,8 @@ def test_what_does_not_fit_is_refused():
     ]:
         with pytest.raises(error, match=text):
             call()
+
+
+def test_experts_are_told_the_domains(task: Classification):
+    assert task.expert_metadata() == {"domains": '["sums", "letters"]'}
+    assert SayTheWord().expert_metadata() == {}

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
 
 from t2 import tasks
 from t2.storage import FileFormatError
+from t2.tasks.data import read_rows
 
 ROWS = [{"prompt": f"Say {i}.", "answer": str(i), "weight": i} for i in range(20)]
 
@@ -67,6 +69,18 @@ def test_a_system_prompt_stands_before_prompts(path):
         ({"prompt": "1"}, "line 1: no field 'answer', which a task without a reward function needs"),
         ({"messages": [], "answer": "1"}, "field 'messages': expected a list of"),
         ({"messages": [{"role": "user"}], "answer": "1"}, "field 'messages'"),
+        ({"prompt": 5, "answer": "1"}, "line 1: field 'prompt': expected str, got 5"),
+        *(({"prompt": "a", "answer": answer}, "line 1: field 'answer'") for answer in (None, [1], {"a": 1})),
+        *(
+            ({"messages": [message], "answer": "1"}, "line 1: field 'messages'")
+            for message in (
+                5,
+                {"role": 5, "content": "x"},
+                {"role": "user", "content": None},
+                *({"role": "user", "content": parts} for parts in ([], [5], ["x"], [{"text": "x"}])),
+                *({"role": "user", "content": [{"type": "text"} | text]} for text in ({}, {"text": 5}, {"text": None})),
+            )
+        ),
     ],
 )
 def test_malformed_rows(tmp_path, row, match):
@@ -74,6 +88,36 @@ def test_malformed_rows(tmp_path, row, match):
     path.write_text((json.dumps(row) + "\n") * 3)
     with pytest.raises(FileFormatError, match=match):
         tasks.get(f"jsonl:{path}").problems("train")
+
+
+@pytest.mark.parametrize("place", [12, 24, 45, 66, -6])
+def test_flipped_bits_of_a_gzip(path, place):
+    packed = bytearray(gzip.compress(path.read_bytes(), mtime=0))
+    packed[place] ^= 0x10
+    (path.parent / "flipped.jsonl.gz").write_bytes(packed)
+    with pytest.raises(FileFormatError, match=r"flipped\.jsonl\.gz, "):
+        tasks.get(f"jsonl:{path.parent / 'flipped.jsonl.gz'}").problems("train")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"prompt": "a", "answer": NaN}', '{"prompt": "\\ud800"}'])
+def test_lines_that_are_no_json(path, text):
+    path.write_text(path.read_text() + text + "\n")
+    with pytest.raises(FileFormatError, match=r"mine\.jsonl, line 21: not JSON"):
+        tasks.get(f"jsonl:{path}").problems("train")
+
+
+def test_files_with_too_few_rows_are_named(path):
+    for text in ("", json.dumps(ROWS[0])):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"mine\.jsonl: "):
+            tasks.get(f"jsonl:{path}").problems("train")
+
+
+def test_parts_of_a_message_may_have_null_for_the_keys_of_others(write, tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "of": "x"}]
+    file = write([{"messages": [{"role": "user", "content": parts}], "answer": str(i)} for i in range(3)], "mine")
+    problem = tasks.get(f"jsonl:{file}").problem(read_rows(file)[0])
+    assert problem.messages[0]["content"] == parts
 
 
 @pytest.mark.parametrize("value", ["1", None, float("nan")])

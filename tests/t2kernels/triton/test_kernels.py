@@ -420,6 +420,26 @@ def test_tuning_keeps_the_fastest_tile_of_every_launch(tmp_path, monkeypatch):
     assert {launch.key: tile for (launch, _), tile in tuning._chosen.items()} == best
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "[" * 10**5, '{"a": 5}', '{"a": {"block_m": 7}}', 'TILE"stages": 0}}', 'TILE"x": 1}}']
+)
+def test_damaged_files_of_measured_tiles_are_not_used(tmp_path, text):
+    path = tmp_path / "tiles.json"
+    path.write_text(
+        text.replace("TILE", '{"a": {"block_m": 16, "block_n": 16, "block_k": 32, "warps": 4, "stages": 2, ')
+    )
+    tuning._measured.cache_clear()
+    with pytest.warns(RuntimeWarning, match=rf"{path} are damaged and not used"):
+        assert tuning._measured(path) == {}
+
+
+def test_tiles_that_ship_are_sound(recwarn):
+    for path in tuning.SHIPPED.glob("*.json"):
+        tuning._measured.cache_clear()
+        assert tuning._measured(path.with_name(path.name))
+    assert not recwarn.list
+
+
 def test_measured_tiles_are_kept_and_used(tmp_path, monkeypatch):
     monkeypatch.setenv("T2_CACHE", str(tmp_path))
     cpu = torch.device("cpu")
