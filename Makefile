@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-slow test-families lint bench rehearse-gpu clean
+.PHONY: help setup demo test test-slow test-families test-versions test-sanitize lint bench rehearse-gpu clean
 
 help:
-	@echo "make setup | demo | test | test-slow | test-families | lint | bench | rehearse-gpu | clean"
+	@echo "make setup | demo | test | test-slow | test-families | test-versions | test-sanitize | lint | bench | rehearse-gpu | clean"
 
 setup: $(INSTALLED)
 
@@ -31,6 +31,13 @@ test-slow: $(INSTALLED)
 test-families: $(INSTALLED)
 	$(BIN)/python -m tests.families --out benchmarks/results/families.json
 	$(BIN)/python benchmarks/readme.py
+
+test-versions:
+	tests/versions.sh python3.11 python3.12 python3.13 -- 2.11.0 2.13.0 2.14.1
+	$(BIN)/python benchmarks/readme.py
+
+test-sanitize: $(INSTALLED)
+	tests/sanitize.sh
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

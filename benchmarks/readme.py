@@ -728,6 +728,22 @@ def big_model() -> str:
     )
 
 
+def versions() -> str:
+    rows = read("versions.json")
+    torches = sorted({row["torch"] for row in rows}, key=lambda name: [int(part) for part in name.split(".")])
+    cells = {(row["python"], row["torch"]): row for row in rows}
+
+    def cell(python: str, torch: str) -> str:
+        row = cells.get((python, torch))
+        if row is None:
+            return ""
+        return row["tests"].partition(",")[0] if row["result"] == "passed" else row["result"][:80].replace("|", "/")
+
+    pythons = sorted({row["python"] for row in rows}, key=lambda name: [int(part) for part in name.split(".")])
+    body = [[f"Python {python}", *(cell(python, torch) for torch in torches)] for python in pythons]
+    return table(["", *(f"torch {torch}" for torch in torches)], body)
+
+
 def families() -> str:
     found = read("families.json")
     built = [each for each in found["families"] if each["built"] == "ok"]
@@ -797,6 +813,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/transfer.md": {"transfer": transfer},
     "docs/models.md": {"families": families},
+    "CONTRIBUTING.md": {"versions": versions},
     "docs/tasks.md": {"sandbox": sandbox, "humaneval": humaneval},
 }
 
