@@ -36,16 +36,16 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2
 from benchmarks.memory import AnonymousPeak
-from t2.footprint import Footprint, footprint
-from t2.planning import cost_model
-from t2.shards import INDEX
-from t2.sizes import Rates, Work
-from t2.streaming import skeleton, target_weights
-from t2.svd import FactorCache, decompose_weights
+from t2.model.serving_plan import cost_model
 from t2.tasks import Problem, Split, Task
-from t2.throughput import machine
 from t2.training import Trainer, TrainOptions
 from t2.training.policies import svf_config
+from t2.weights.estimate import Footprint, footprint
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.machine import machine
+from t2.weights.memory_model import Rates, Work
+from t2.weights.shards import INDEX
+from t2.weights.streaming import skeleton, target_weights
 from t2kernels.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "big-model.json"

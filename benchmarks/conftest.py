@@ -1,4 +1,4 @@
-from t2.throughput import machine
+from t2.weights.machine import machine
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -88,7 +88,7 @@ def matrices() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     found = {f"random {m}x{n}": torch.randn(m, n, generator=generator) for m, n in SHAPES}
     try:
-        from t2.loading import load
+        from t2.weights.loading import load
 
         layer = load("smollm2-135m-instruct")[0].model.layers[0]
     except (ImportError, OSError) as error:

@@ -30,16 +30,17 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2
-from t2 import peers
 from t2.adaptation import FewShotOptions, FewShotResult, FewShotStrategy, few_shot_problems, load_bank_folder
-from t2.adaptation.decoding import Answer
 from t2.adaptation.search import Fitness
-from t2.layout import Layout
-from t2.svd import FactorCache
-from t2.targets import weight_matrix
+from t2.demo import baselines as peers
+from t2.experts.layout import Layout
+from t2.generation.batching import pad
+from t2.generation.greedy import Answer
+from t2.generation.prompts import end_tokens
 from t2.tasks import get
-from t2.throughput import machine
-from t2.training.rollouts import end_tokens, pad
+from t2.weights.factor_cache import FactorCache
+from t2.weights.machine import machine
+from t2.weights.targets import weight_matrix
 from t2kernels.files import write_text
 
 RESULTS = Path(__file__).parent / "results"

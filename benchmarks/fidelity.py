@@ -28,11 +28,12 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import t2
-from t2 import peers
-from t2.demo import QUESTIONS, chat_batch
-from t2.merged_check import check_row
-from t2.svd import FactorCache
-from t2.throughput import fixed_length, machine
+from t2.demo import baselines as peers
+from t2.demo.merged_check import check_row
+from t2.demo.run import QUESTIONS, chat_batch
+from t2.demo.throughput import fixed_length
+from t2.weights.factor_cache import FactorCache
+from t2.weights.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m-instruct"

@@ -22,7 +22,7 @@ import t2
 from t2 import tasks
 from t2.sandbox import backend
 from t2.tasks.humaneval import HumanEval
-from t2.throughput import machine
+from t2.weights.machine import machine
 from t2kernels.files import write_text
 
 ROOT = Path(__file__).parent.parent

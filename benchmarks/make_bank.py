@@ -21,9 +21,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.readme import percent, table
 from benchmarks.train_experts import DOMAINS, MODEL, PUZZLES, ROOT, TASKS, command, runs
-from t2.adaptation.folder import FORMAT, FORMAT_VERSION
-from t2.experts import Expert
-from t2.storage import atomic_directory
+from t2.adaptation.bank_folder import FORMAT, FORMAT_VERSION
+from t2.experts.expert import Expert
+from t2.weights.files import atomic_directory
 from t2kernels.files import write_text
 
 CARD = """# Experts for SmolLM2-135M-Instruct

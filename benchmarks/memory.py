@@ -33,10 +33,10 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 import t2
-from t2.demo import QUESTIONS, chat_batch
-from t2.svd import FactorCache, decompose_weights
-from t2.targets import select_targets, weight_matrix
-from t2.throughput import machine
+from t2.demo.run import QUESTIONS, chat_batch
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.machine import machine
+from t2.weights.targets import select_targets, weight_matrix
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m-instruct"

@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging
 
 import t2
-from t2.throughput import machine
+from t2.weights.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 WORK = {

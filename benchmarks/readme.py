@@ -599,7 +599,7 @@ def adaptation() -> str:
     """The tables of `t2 eval`, if they were made: eval.json is its summary.json."""
     if not (RESULTS / "eval.json").is_file():
         return ""
-    from t2.evaluate.tables import TITLES, tables
+    from t2.eval.report import TITLES, tables
 
     results = read("eval.json")
     machine = results["machine"]

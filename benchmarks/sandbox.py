@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from t2.sandbox import Limits, Result, runner
-from t2.throughput import machine
+from t2.weights.machine import machine
 from t2kernels.files import write_text
 
 RESULTS = Path(__file__).parent / "results"

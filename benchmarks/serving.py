@@ -18,9 +18,10 @@ from rich.console import Console
 from transformers.utils import logging
 
 import t2
-from t2 import peers
-from t2.demo import QUESTIONS, chat_batch
-from t2.throughput import PathResult, ServingPath, machine, time_paths
+from t2.demo import baselines as peers
+from t2.demo.run import QUESTIONS, chat_batch
+from t2.demo.throughput import PathResult, ServingPath, time_paths
+from t2.weights.machine import machine
 
 
 def wrapped(experts: int, options: dict[str, Any]) -> t2.SVFModel:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from t2.tasks import get
-from t2.throughput import machine
+from t2.weights.machine import machine
 from t2kernels.files import replacing, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -186,7 +186,7 @@ def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) ->
             continue
         again = ["--resume"] if (output / "checkpoint.safetensors").is_file() else []
         print(name, flush=True)
-        trained = [sys.executable, "-m", "t2.cli", *command(task, options, output.resolve()), *again]
+        trained = [sys.executable, "-m", "t2", *command(task, options, output.resolve()), *again]
         subprocess.run(trained, check=True, cwd=ROOT)
     found = collected(folder)
     write_text(RESULTS / "training.json", json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2
 from benchmarks.memory import AnonymousPeak
 from t2.tasks import get
-from t2.throughput import machine
 from t2.training import Trainer, TrainOptions
+from t2.weights.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m-instruct"

@@ -33,12 +33,13 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import t2
 from t2 import tasks
-from t2.layout import layout_of
-from t2.storage import raw_bytes
-from t2.svd import FactorCache, decompose_weights
-from t2.targets import select_targets, weight_matrix
-from t2.throughput import machine
-from t2.transfer import Alignment, TransferOptions, match, measure, transfer
+from t2.eval.transfer import measure
+from t2.experts.layout import layout_of
+from t2.experts.transfer import Alignment, TransferOptions, match, transfer
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.files import raw_bytes
+from t2.weights.machine import machine
+from t2.weights.targets import select_targets, weight_matrix
 from t2kernels import Factors
 from t2kernels.files import replacing, write_text
 
@@ -128,7 +129,7 @@ class Experts:
 def line_up(source: Experts, target: t2.SVFModel) -> dict[str, Any] | None:
     """How the singular vectors of both bases agree, and the weight changes of each expert; None if shapes differ.
 
-    "vectors": by kind of matrix, "same" and "near" of `t2.transfer.Alignment` in PARTS parts of all positions, and
+    "vectors": by kind of matrix, "same" and "near" of `Alignment` in PARTS parts of all positions, and
     "same_chance", that of unrelated weights. "changes": the cosine of the weight change that an expert makes on its own
     base and the one it makes on the other, over all matrices, ordered and shuffled.
     """

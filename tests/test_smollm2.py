@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import t2
-from t2.demo import QUESTIONS, chat_batch, run_demo
-from t2.merged_check import check_row
-from t2.throughput import fixed_length
+from t2.demo.merged_check import check_row
+from t2.demo.run import QUESTIONS, chat_batch, run_demo
+from t2.demo.throughput import fixed_length
 
 pytestmark = pytest.mark.slow
 MODEL = "smollm2-135m-instruct"

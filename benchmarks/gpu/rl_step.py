@@ -1,4 +1,5 @@
-"""One step of REINFORCE on a model of Llama-3-8B's shapes on one GPU, against the memory that `t2.footprint` plans.
+"""One step of REINFORCE on a model of Llama-3-8B's shapes on one GPU, against the memory that `t2.weights.estimate`
+plans.
 
     python benchmarks/gpu/rl_step.py --out DIR [--smoke] [--layers N]
 
@@ -37,10 +38,10 @@ from benchmarks.gpu.end_to_end import (
     wait,
 )
 from t2 import SVFConfig
-from t2.footprint import footprint
-from t2.sizes import Work
 from t2.tasks import Problem, Split, Task
 from t2.training import Trainer, TrainOptions
+from t2.weights.estimate import footprint
+from t2.weights.memory_model import Work
 
 WORK = Work(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
 SMOKE_WORK = Work(prompt_tokens=8, new_tokens=4, prompts_per_step=2, samples_per_prompt=2)

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from t2.adaptation.bank_folder import CLASSIFIER, BankFolder, load_bank_folder, named_experts
 from t2.adaptation.dispatch import ClassifierStrategy, PromptStrategy
-from t2.adaptation.fewshot import FewShotResult, FewShotStrategy, few_shot_problems
-from t2.adaptation.folder import CLASSIFIER, BankFolder, load_bank_folder, named_experts
+from t2.adaptation.few_shot import FewShotResult, FewShotStrategy, few_shot_problems
 from t2.adaptation.search import FewShotOptions, Found
 from t2.adaptation.two_pass import two_pass
-from t2.loading import load
-from t2.model import SVFConfig, SVFModel
+from t2.model.svf_model import SVFConfig, SVFModel
 from t2.tasks import Split, get, options_of
+from t2.weights.loading import load
 
 PassOne = Literal["prompt", "classifier"]
 PASS_ONE: dict[str, type[PromptStrategy]] = {"prompt": PromptStrategy, "classifier": ClassifierStrategy}

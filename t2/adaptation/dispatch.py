@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from t2.adaptation.base import Adaptation, Strategy
 from t2.adaptation.labels import label_scores, label_tokens
-from t2.evaluation import encode
-from t2.model import ExpertChoice, SVFModel
+from t2.generation.prompts import encode
+from t2.model.svf_model import ExpertChoice, SVFModel
 from t2.tasks.classify import BASE, OTHERS, Domains, Prompt, adaptation_problem, as_domains, labels_of
 
 Calibration = Literal["none", "contextual", "batch"]

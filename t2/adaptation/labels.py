@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from t2.adaptation.base import Wrapped
-from t2.attention import new_cache
-from t2.evaluation import length_batches
-from t2.model import ExpertChoice, SVFModel
-from t2.training.rollouts import Group, MicroBatch, answer_logits, answer_tokens, shared_prefix
+from t2.generation.batching import length_batches, shared_prefix
+from t2.generation.prefill import Wrapped
+from t2.generation.scoring import Group, MicroBatch, answer_logits, answer_tokens
+from t2.model.kv_cache import new_cache
+from t2.model.svf_model import ExpertChoice, SVFModel
 
 
 @dataclass(frozen=True)

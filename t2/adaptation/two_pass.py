@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from t2.adaptation.base import Adaptation, Strategy
-from t2.evaluation import encode
-from t2.model import SVFModel
+from t2.generation.batching import pad
+from t2.generation.prompts import encode
+from t2.model.svf_model import SVFModel
 from t2.tasks.base import Problem
 from t2.tasks.classify import Prompt
-from t2.training.rollouts import pad
 
 
 @dataclass(frozen=True)

@@ -23,30 +23,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from t2.attention import new_cache
-from t2.evaluation import Evaluation, evaluate
-from t2.loading import Tokenizer, tokenizer_of
-from t2.model import SVFModel
+from t2.generation.batching import shared_prefix
+from t2.generation.evaluate import Evaluation, evaluate
+from t2.generation.images import ImageInputs
+from t2.generation.prompts import encode_prompt, end_tokens
+from t2.generation.sampling import uniforms
+from t2.generation.scoring import AnswerTokens, Group, answer_logits, answer_tokens, micro_batches
+from t2.model.kv_cache import new_cache
+from t2.model.svf_model import SVFModel
 from t2.tasks import Problem, Task
 from t2.tasks.base import rewards_of
+from t2.training.alarms import Guard
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
-from t2.training.curves import Metrics, Row, plot
-from t2.training.guard import Guard
+from t2.training.loss import TokenStatistics, advantages, policy_loss
+from t2.training.metrics import Metrics, Row, plot
 from t2.training.options import TrainOptions
 from t2.training.policies import make_policy, svf_config
-from t2.training.reinforce import TokenStatistics, advantages, policy_loss
-from t2.training.rollouts import (
-    AnswerTokens,
-    Generator,
-    Group,
-    answer_logits,
-    answer_tokens,
-    end_tokens,
-    micro_batches,
-    shared_prefix,
-    uniforms,
-)
-from t2.vision import ImageInputs, encode_prompt
+from t2.training.rollouts import Generator
+from t2.weights.loading import Tokenizer, tokenizer_of
 from t2kernels.files import write_text
 
 
@@ -531,9 +525,10 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 
 def train(model_name: str, options: TrainOptions, *, console: Console | None = None) -> Result:
     """Loads model and task by name and trains (`t2 train`). Raises as `t2.load`, `t2.tasks.get` and `Trainer` do."""
-    from t2.loading import load
-    from t2.streaming import load_factored, streams
+    from t2.model.load import load_factored
     from t2.tasks import get, options_of
+    from t2.weights.loading import load
+    from t2.weights.streaming import streams
 
     accelerator = make_accelerator(options)
     task = get(options.task, **options_of(options.task_options))

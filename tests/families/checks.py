@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 import t2
-from t2.verify import VerificationError
+from t2.model.verify import VerificationError
 from tests.families.tiny import VOCABULARY, tiny_model
 
 TOLERANCE = 2e-3

@@ -43,19 +43,20 @@ from unittest.mock import patch
 import torch
 
 import t2
-from t2 import planning, svd
-from t2.adaptation.fewshot import read_memory
-from t2.adaptation.folder import load_bank_folder, save_bank_folder
-from t2.evaluate.cells import Cells
-from t2.evaluate.plan import load_plan
-from t2.loading import _check_gguf
-from t2.shards import INDEX, Shards
-from t2.svd import FactorCache, decompose_weights
+from t2.adaptation.bank_folder import load_bank_folder, save_bank_folder
+from t2.adaptation.few_shot import read_memory
+from t2.eval.result_cache import Cells
+from t2.eval.spec import load_plan
+from t2.model import serving_plan as planning
 from t2.tasks import get
 from t2.tasks.base import prompt_text
 from t2.tasks.images import open_image
 from t2.training.checkpoint import Base, Checkpoint, State, load_optimizer, optimizer_tensors
-from t2.training.curves import Metrics
+from t2.training.metrics import Metrics
+from t2.weights import factor_cache as svd
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.loading import _check_gguf
+from t2.weights.shards import INDEX, Shards
 from t2kernels import decompose
 from t2kernels.planner import CostModel
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig, StoppingCriteria
 
 import t2
-from t2 import attention
-from t2.attention import GrowingLayer, growing_cache
+from t2.model import attention
+from t2.model.kv_cache import GrowingLayer, growing_cache
 
 _SIZES = {
     "vocab_size": 96,

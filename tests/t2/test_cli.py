@@ -8,12 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import t2
-from t2 import cli
-from t2.demo import run_demo
-from t2.evaluation import wilson_interval
-from t2.merged_check import compare_row
-from t2.sizes import Rates
-from t2.transfer import TransferOptions, transfer
+from t2.cli import main as cli
+from t2.demo.merged_check import compare_row
+from t2.demo.run import run_demo
+from t2.experts.transfer import TransferOptions, transfer
+from t2.tasks.statistics import wilson_interval
+from t2.weights.memory_model import Rates
 from tests.t2.test_footprint import LLAMA_8B
 
 
@@ -150,7 +150,7 @@ def test_sharded_models_are_read_matrix_by_matrix(folder, cache, tmp_path, capsy
     assert run("generate", sharded, "--prompt", "a b", "--max-new-tokens", 4, "--stream", "no") == 0
     whole = capsys.readouterr().out
     files = {path.name for path in (cache / "factors").iterdir()}
-    monkeypatch.setattr("t2.streaming.load", None)  # not called
+    monkeypatch.setattr("t2.weights.streaming.load", None)  # not called
     assert run("decompose", sharded, "--verify") == 0
     assert "14 matrices" in capsys.readouterr().out
     assert run("generate", sharded, "--prompt", "a b", "--max-new-tokens", 4) == 0

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import t2
-from t2.experts import ExpertBank
+from t2.experts.expert import ExpertBank
 from tests.families.tiny import tiny_model
 
 IDS = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(0))

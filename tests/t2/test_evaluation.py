@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from t2.evaluation import better_worse, paired_p
+from t2.tasks.statistics import better_worse, paired_p
 
 
 @pytest.mark.parametrize("differences", [[1] * 5 + [-1], [1, -1, 1, 0, 0], [-1] * 8, [0, 0], [0.25, -0.5, 0.25, 0.5]])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from t2 import Expert, ExpertBank, FileFormatError, Layout
-from t2.storage import read_safetensors, write_safetensors
+from t2.weights.files import read_safetensors, write_safetensors
 
 
 @pytest.fixture

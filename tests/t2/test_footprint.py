@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from transformers import MistralConfig as Mistral
 
 import t2
-from t2.footprint import STORAGE, footprint, gpus_needed
-from t2.sizes import Rates, Work, decompose_bytes, dense_bytes, disk_bytes, factor_bytes
-from t2.svd import FactorCache, weight_key
+from t2.generation.scoring import Group
 from t2.training import Trainer
-from t2.training.rollouts import Group
+from t2.weights.estimate import STORAGE, footprint, gpus_needed
+from t2.weights.factor_cache import FactorCache, weight_key
+from t2.weights.memory_model import Rates, Work, decompose_bytes, dense_bytes, disk_bytes, factor_bytes
 from t2kernels import DenseWeight, FactoredWeight, decompose
 from tests.t2.live_bytes import LiveBytes, saved_bytes
 from tests.t2.training.toy import SayTheWord, toy_tokenizer

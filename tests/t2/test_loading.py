@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from t2 import loading
-from t2.loading import ALIASES, convert_gguf, load
-from t2.storage import FileFormatError
+from t2.weights import loading
+from t2.weights.files import FileFormatError
+from t2.weights.loading import ALIASES, convert_gguf, load
 from t2kernels.files import cache_root
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import t2
-from t2.layers import PackedLinear, RoutedLinear
-from t2.svd import FactorCache
+from t2.model.layers import PackedLinear, RoutedLinear
+from t2.weights.factor_cache import FactorCache
 from t2kernels.weights import FactoredGroup
 from tests.t2.conftest import CONFIGS
 

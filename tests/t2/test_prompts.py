@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tokenizers import processors
 
+from t2.generation.prompts import encode_prompt, prompt_batch
 from t2.tasks.base import Problem, prompt_text, user_message
-from t2.vision import encode_prompt, prompt_batch
 from tests.t2.training.toy import toy_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"

@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2 import storage
-from t2.storage import (
-    FileFormatError,
-    atomic_directory,
-    parse_json,
-    read_safetensors,
-    write_safetensors,
-)
+from t2.weights import files as storage
+from t2.weights.files import FileFormatError, atomic_directory, parse_json, read_safetensors, write_safetensors
 from t2kernels.files import cache_root
 
 
@@ -108,7 +102,7 @@ def test_unwritable_places_are_named(tmp_path):
 def test_disk_full_leaves_the_old_file_and_nothing_else(tmp_path):
     write_safetensors(tmp_path / "x", {"x": torch.ones(10)}, {})
     code = (
-        "import resource, sys, torch; from t2.storage import write_safetensors\n"
+        "import resource, sys, torch; from t2.weights.files import write_safetensors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "try: write_safetensors(sys.argv[1], {'x': torch.zeros(100_000)}, {})\n"
         "except OSError as e: print(e)"

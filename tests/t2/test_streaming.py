@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import t2
-from t2 import svd
-from t2.footprint import footprint
-from t2.shards import INDEX, StoredWeight
-from t2.sizes import decompose_bytes
-from t2.storage import FileFormatError
-from t2.streaming import Checkpoint, load_svf, streams
+from t2.model.load import load_svf
+from t2.weights import factor_cache as svd
+from t2.weights.estimate import footprint
+from t2.weights.files import FileFormatError
+from t2.weights.memory_model import decompose_bytes
+from t2.weights.shards import INDEX, StoredWeight
+from t2.weights.streaming import Checkpoint, streams
 from tests.t2.conftest import CONFIGS
 from tests.t2.live_bytes import LiveBytes
 from tests.t2.test_model import add_random_experts, assert_same_state, prompts, state
@@ -114,7 +115,7 @@ def test_local_shards_stream_by_themselves(tmp_path, checkpoint, monkeypatch):
     assert not streams("nobody/nothing", "auto")
     with pytest.raises(ValueError, match="stream: expected auto, yes or no, got 'maybe'"):
         streams(path, "maybe")
-    monkeypatch.setattr("t2.streaming.load", None)  # not called
+    monkeypatch.setattr("t2.weights.streaming.load", None)  # not called
     load_svf(path, config(tmp_path))
 
 

@@ -13,9 +13,9 @@ import time
 import pytest
 import torch
 
-from t2 import svd
-from t2.storage import FileFormatError, read_safetensors, write_safetensors
-from t2.svd import FactorCache, decompose_weights, reconstruction_error, weight_key
+from t2.weights import factor_cache as svd
+from t2.weights.factor_cache import FactorCache, decompose_weights, reconstruction_error, weight_key
+from t2.weights.files import FileFormatError, read_safetensors, write_safetensors
 from t2kernels import Factors, decompose, decomposition
 
 

@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import t2
 from t2 import Expert, Layout
-from t2.comparison import evaluate_experts
-from t2.evaluation import length_batches
-from t2.svd import decompose
-from t2.transfer import Alignment, TransferOptions, match, measure, transfer
+from t2.eval.transfer import measure
+from t2.experts.transfer import Alignment, TransferOptions, match, transfer
+from t2.generation.batching import length_batches
+from t2.generation.evaluate import evaluate_experts
+from t2.weights.factor_cache import decompose
 from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")

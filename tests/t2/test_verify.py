@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import t2
-from t2.targets import select_targets, unsuitable_layers
-from t2.verify import VerificationError
+from t2.model.verify import VerificationError
+from t2.weights.targets import select_targets, unsuitable_layers
 from tests.families.checks import off, prompts
 from tests.families.tiny import spread, tiny_model
 

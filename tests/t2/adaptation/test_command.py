@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import t2
-from t2 import cli
 from t2.adaptation import ClassifierStrategy, load_bank_folder, save_bank_folder, two_pass
+from t2.cli import main as cli
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_adapt_keeps_the_incumbent_where_no_mix_is_better(folder, bank, task, tm
 
 
 def test_an_interrupted_search_goes_on(folder, bank, task, tmp_path, capsys, monkeypatch):
-    from t2.adaptation import fewshot
+    from t2.adaptation import few_shot as fewshot
 
     inner, calls = fewshot.FewShotStrategy.evaluate, []
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import t2
 from t2.adaptation import Adaptation, FewShotOptions, FewShotStrategy, Strategy, few_shot_problems
-from t2.adaptation.decoding import greedy
-from t2.adaptation.fewshot import matrix_groups, read_memory
+from t2.adaptation.few_shot import matrix_groups, read_memory
 from t2.adaptation.search import Fitness
-from t2.storage import FileFormatError
+from t2.generation.greedy import greedy
+from t2.weights.files import FileFormatError
 from tests.t2.training.toy import SayTheWord, toy_tokenizer
 
 TASK = SayTheWord()
@@ -102,7 +102,7 @@ def test_a_model_without_a_cache_of_keys_answers_the_same(svf: t2.SVFModel, monk
     prompts = [torch.tensor(ids) for ids in ([4, 5], [4, 4, 4, 6], [7], [4, 8, 9])]
     arguments = {"new_tokens": 8, "ends": (2, 7), "pad_token": 0, "device": torch.device("cpu")}
     found = greedy(Run, prompts, [0] * 4, lambda _: nullcontext(), **arguments)
-    for module in ("t2.adaptation.decoding", "t2.attention"):
+    for module in ("t2.generation.greedy", "t2.model.attention"):
         monkeypatch.setattr(f"{module}.new_cache", lambda model: None)
         monkeypatch.setattr(f"{module}.growing_cache", lambda model: None)
     without = greedy(Run, prompts, [0] * 4, lambda _: nullcontext(), **arguments)

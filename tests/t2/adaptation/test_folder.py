@@ -6,7 +6,7 @@ import pytest
 
 import t2
 from t2.adaptation import Domain, load_bank_folder, save_bank_folder
-from t2.adaptation.folder import named_experts
+from t2.adaptation.bank_folder import named_experts
 
 LAYOUT = t2.Layout(("a", "b"), (3, 4), "f" * 64, "tiny")
 DOMAINS = {"sums": "adding numbers", "letters": ""}

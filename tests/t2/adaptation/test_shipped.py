@@ -8,8 +8,8 @@ from rich.console import Console
 
 import t2
 from t2.adaptation import load_bank_folder
-from t2.adaptation.folder import SHIPPED, bank_path
-from t2.demo_bank import bank_tasks, show_bank
+from t2.adaptation.bank_folder import SHIPPED, bank_path
+from t2.demo.bank import bank_tasks, show_bank
 
 MODEL = "smollm2-135m-instruct"
 

@@ -10,8 +10,8 @@ import torch
 
 import t2
 from t2.adaptation import load_bank_folder, save_bank_folder
-from t2.evaluate import Cells, Measuring, Plan
-from t2.evaluate.plan import parse_plan
+from t2.eval import Cells, Measuring, Plan
+from t2.eval.spec import parse_plan
 
 SEARCH = {"population": 10, "generations": 2}
 

@@ -16,13 +16,14 @@ from t2.adaptation import (
     few_shot_problems,
     two_pass,
 )
-from t2.evaluate import measure
-from t2.evaluate import measuring as module
-from t2.evaluate.lora import Adapter
-from t2.evaluate.plan import parse_plan
-from t2.evaluate.sections import dispatched
-from t2.evaluation import evaluate, paired_p, wilson_interval
+from t2.eval import measure
+from t2.eval import runner as module
+from t2.eval.lora_adapter import Adapter
+from t2.eval.sections import dispatched
+from t2.eval.spec import parse_plan
+from t2.generation.evaluate import evaluate
 from t2.tasks import get
+from t2.tasks.statistics import paired_p, wilson_interval
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from t2.evaluate import load_plan
-from t2.evaluate.cells import Cells
-from t2.evaluate.plan import parse_plan
-from t2.storage import FileFormatError
+from t2.eval import load_plan
+from t2.eval.result_cache import Cells
+from t2.eval.spec import parse_plan
+from t2.weights.files import FileFormatError
 
 TASK = {"task": "gsm8k"}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2.training.reinforce import advantages, policy_loss
+from t2.training.loss import advantages, policy_loss
 
 
 def test_advantages_are_rewards_less_their_baseline():

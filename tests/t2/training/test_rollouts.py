@@ -8,22 +8,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from t2.attention import new_cache
+from t2.generation.batching import shared_prefix
+from t2.generation.prompts import end_tokens
+from t2.generation.sampling import Sampler, draw_tokens, uniforms
+from t2.generation.scoring import Group, MicroBatch, answer_logits, answer_tokens, micro_batches, repeat_rows
+from t2.model.kv_cache import new_cache
 from t2.training.policies import Policy, make_policy
-from t2.training.rollouts import (
-    Generator,
-    Group,
-    MicroBatch,
-    Sampler,
-    answer_logits,
-    answer_tokens,
-    draw_tokens,
-    end_tokens,
-    micro_batches,
-    repeat_rows,
-    shared_prefix,
-    uniforms,
-)
+from t2.training.rollouts import Generator
 from tests.t2.training.toy import toy_model, toy_tokenizer
 
 LONG = [4, 4, 5, 4, 6, 7, 4, 8, 9]

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 import t2
 from t2 import tasks
 from t2.cli import main
-from t2.loading import tokenizer_of
-from t2.storage import FileFormatError
 from t2.tasks.images import open_image
+from t2.weights.files import FileFormatError
+from t2.weights.loading import tokenizer_of
 from tests.t2.tasks.vqa_files import okvqa_files, textvqa_files
 from tests.t2.vision.tiny import tiny_vlm
 

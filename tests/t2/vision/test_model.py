@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import t2
-from t2.attention import MARK
-from t2.layers import Packed, RoutedLinear
-from t2.targets import language_model, linear_layers, select_targets
+from t2.generation.images import collate, placeholder_tokens
+from t2.generation.prompts import encode_prompt
+from t2.model.attention import MARK
+from t2.model.layers import Packed, RoutedLinear
 from t2.tasks import Problem
-from t2.vision import collate, encode_prompt, placeholder_tokens
+from t2.weights.targets import language_model, linear_layers, select_targets
 from tests.t2.vision.tiny import COLOURS, FAMILIES, IMAGE, SIZES, VOCABULARY, batch_of, question, tiny_vlm
 
 PROBLEMS = [question(colour, size) for colour, size in zip(COLOURS, SIZES, strict=True)]

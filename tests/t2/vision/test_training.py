@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 import t2
-from t2 import evaluation
-from t2.evaluation import evaluate
+from t2.generation import evaluate as evaluation
+from t2.generation.evaluate import evaluate
+from t2.generation.images import placeholder_tokens
+from t2.generation.prompts import encode_prompt
+from t2.generation.sampling import uniforms
+from t2.generation.scoring import Group, MicroBatch, answer_logits, answer_tokens, micro_batches
 from t2.training.policies import Policy, make_policy
-from t2.training.rollouts import Generator, Group, MicroBatch, answer_logits, answer_tokens, micro_batches, uniforms
+from t2.training.rollouts import Generator
 from t2.training.trainer import Trainer
-from t2.vision import encode_prompt, placeholder_tokens
 from tests.t2.vision.tiny import COLOURS, FAMILIES, SIZES, VOCABULARY, Colours, question, tiny_vlm
 
 PROBLEMS = [question(colour, size) for colour, size in zip(COLOURS, SIZES, strict=True)]

@@ -28,8 +28,8 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from t2.loading import images_only
 from t2.tasks import Problem, Split, Task, prompt_text
+from t2.weights.loading import images_only
 
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "User:", "Assistant:", "what", "colour", "is", "it", "red", "green", "blue")
 SPECIAL = (
