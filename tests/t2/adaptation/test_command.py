@@ -7,7 +7,7 @@ import torch
 
 import t2
 from t2.adaptation import ClassifierStrategy, load_bank_folder, save_bank_folder, two_pass
-from t2.cli import main as cli
+from t2 import cli
 
 
 @pytest.fixture
