@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaCo
 
 import t2
 from t2.model import attention
+from t2.model.kv_cache import GrowingLayer, growing_cache
 
 _SIZES = {
     "vocab_size": 96,
