@@ -2,8 +2,8 @@
 
     python benchmarks/sandbox.py
 
-Prints a table and writes benchmarks/results/sandbox.json, for every tool that isolates here. tests/t2/test_sandbox.py
-runs the same programs.
+Prints a table and writes benchmarks/results/sandbox.json, for every tool that isolates here.
+tests/t2/sandbox/test_isolation.py runs the same programs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 
 import t2
 from t2.training.policies import Policy, SVFPolicy, make_policy, svf_config
-from tests.t2.training.toy import toy_model
+from tests.t2.toy import toy_model
 
 IDS = torch.tensor([[4, 5, 6, 7], [4, 8, 9, 2]])
 

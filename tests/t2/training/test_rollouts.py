@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from t2.generation.batching import shared_prefix
 from t2.generation.prompts import eos_ids_of
-from t2.generation.sampling import Sampler, draw_tokens, uniforms
+from t2.generation.sampling import UniformSampler, draw_tokens, uniforms
 from t2.generation.scoring import (
     MicroBatch,
     PromptGroup,
@@ -22,7 +22,7 @@ from t2.generation.scoring import (
 from t2.model.kv_cache import new_cache
 from t2.training.policies import Policy, make_policy
 from t2.training.rollouts import RolloutGenerator
-from tests.t2.training.toy import toy_model, toy_tokenizer
+from tests.t2.toy import toy_model, toy_tokenizer
 
 LONG = [4, 4, 5, 4, 6, 7, 4, 8, 9]
 PROMPTS = [torch.tensor(ids) for ids in ([4, 5], [4, 4, 4, 6], [7], [4, 8, 9])]
@@ -55,7 +55,7 @@ def test_the_sampler_draws_each_token_as_often_as_it_should():
     scores = 2 * torch.randn(1, 11)
     count = 20_000
     grid = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
-    drawn = Sampler(grid, 3, 0.7)(torch.zeros(count, 3, dtype=torch.int64), scores.expand(count, -1)).argmax(-1)
+    drawn = UniformSampler(grid, 3, 0.7)(torch.zeros(count, 3, dtype=torch.int64), scores.expand(count, -1)).argmax(-1)
     shares = torch.bincount(drawn, minlength=11) / count
     torch.testing.assert_close(shares, torch.softmax(scores[0] / 0.7, -1), atol=2 / count, rtol=0)
 
@@ -63,7 +63,7 @@ def test_the_sampler_draws_each_token_as_often_as_it_should():
 def test_the_sampler_draws_only_what_is_possible():
     scores = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(3, -1)
     edges = torch.tensor([[0.0], [0.5], [1.0 - 1e-16]], dtype=torch.float64)
-    drawn = Sampler(edges, 1, 1.0)(torch.zeros(3, 1, dtype=torch.int64), scores).argmax(-1)
+    drawn = UniformSampler(edges, 1, 1.0)(torch.zeros(3, 1, dtype=torch.int64), scores).argmax(-1)
     assert set(drawn.tolist()) <= {1, 3}
 
 

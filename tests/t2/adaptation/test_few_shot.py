@@ -15,7 +15,7 @@ from t2.adaptation.search import Fitness
 from t2.generation.cached_batch import SVFRunner
 from t2.generation.decode import DecodeOptions, complete
 from t2.weights.files import FileFormatError
-from tests.t2.training.toy import SayTheWord, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_tokenizer
 
 TASK = SayTheWord()
 PROBLEMS = TASK.problems("train")
