@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import t2
-from t2.adaptation import ClassifierStrategy, load_bank_folder, save_bank_folder, two_pass
 from t2 import cli
+from t2.adaptation import ClassifierStrategy, load_bank_folder, save_bank_folder, two_pass
 
 
 @pytest.fixture
