@@ -106,13 +106,13 @@ def test_attention_is_put_back(calls):
     model = make_model()
     svf = wrap(model)
     assert model.config._attn_implementation == "sdpa"  # families read what it says
-    svf.merge(None).generate(**padded_prompts(), max_new_tokens=3, min_new_tokens=3)
+    svf.merged_copy(None).generate(**padded_prompts(), max_new_tokens=3, min_new_tokens=3)
     make_model().generate(**padded_prompts(), max_new_tokens=3, min_new_tokens=3)  # another model of the process
     assert not calls
     svf.generate(**padded_prompts(), experts=None, max_new_tokens=3, min_new_tokens=3)
     assert calls
     calls.clear()
-    svf.detach().generate(**padded_prompts(), max_new_tokens=3, min_new_tokens=3)
+    svf.unload().generate(**padded_prompts(), max_new_tokens=3, min_new_tokens=3)
     assert not calls
 
 
@@ -121,7 +121,7 @@ def test_a_chosen_attention_stays():
     model.set_attn_implementation("eager")
     svf = wrap(model)
     assert model.config._attn_implementation == "eager"
-    assert svf.detach().config._attn_implementation == "eager"
+    assert svf.unload().config._attn_implementation == "eager"
 
 
 def test_gradients_run_through_transformers_attention(calls):
