@@ -2,8 +2,8 @@
 
     python benchmarks/sandbox.py
 
-Prints a table and writes benchmarks/results/sandbox.json, for every tool that isolates here. tests/t2/test_sandbox.py
-runs the same programs.
+Prints a table and writes benchmarks/results/sandbox.json, for every tool that isolates here.
+tests/t2/sandbox/test_isolation.py runs the same programs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from t2.sandbox import Limits, Result, runner
+from t2.sandbox import Limits, ProgramResult, runner
 from t2.weights.machine import machine
 from t2kernels.files import write_text
 
@@ -300,7 +300,7 @@ class Outcome:
 
     name: str
     backend: str
-    result: Result
+    result: ProgramResult
     most_processes: int
     broken: list[str]
 

@@ -1,7 +1,8 @@
 """What a model costs before any of its weights is read: disk, memory, time, and the GPUs it fits.
 
 Everything follows from the config: the skeleton on the meta device has the shapes, `t2/weights/memory_model.py` the
-formulas. `tests/t2/test_footprint.py` compares them with what packing, saving, and a step of the trainer really hold.
+formulas. `tests/t2/weights/test_estimate.py` compares them with what packing, saving, and a step of the trainer really
+hold.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 import t2
-from tests.t2.training.toy import toy_model
+from tests.t2.toy import toy_model
 
 EXPERTS = ("red", "green", "classifier")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import t2
+from t2 import cli
 from t2.adaptation import ClassifierStrategy, load_bank_folder, save_bank_folder, two_pass
-from t2.cli import app as cli
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_errors_are_one_line_and_exit_code_2(folder, bank, task, tmp_path, capsy
         (("adapt", folder, *task, "--output", "x.bin", "--bank", bank), "output: expected a file named *.safetensors"),
         ((*adapt[:4], "--task-options", "[", *adapt[6:], "--bank", bank), "task_options: expected a JSON object"),
         ((*prompt, "--bank", bank), "adapt: expected prompt or classifier beside a bank"),
-        ((*prompt, "--bank", bank, "--adapt", "prompt", "--expert", "x"), "expert: expected none with adapt"),
+        ((*prompt, "--bank", bank, "--adapt", "prompt", "--expert", "x"), "expert: expected none with --adapt"),
         ((*prompt, "--bank", bank, "--adapt", "prompt", "--domains", "a=b"), "domains: expected none beside a bank"),
         ((*prompt, "--candidates", "a=b", "--adapt", "prompt", "--domains", "a"), "domains: expected NAME=DESCRIPTION"),
     ]:

@@ -6,7 +6,7 @@ import torch
 import t2
 from t2.adaptation import ClassifierStrategy, Domain, PromptStrategy
 from t2.adaptation.dispatch import CONTENT_FREE
-from tests.t2.training.toy import SayTheWord, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_tokenizer
 
 DOMAINS = {"red": "say one", "green": "cat"}
 PROMPTS = ["say red", [{"role": "user", "content": "dog cat two"}], SayTheWord().problems("test")[2], "say say blue"]

@@ -5,7 +5,7 @@ import torch
 
 import t2
 from t2.adaptation.labels import label_scores, label_tokens
-from tests.t2.training.toy import toy_tokenizer
+from tests.t2.toy import toy_tokenizer
 
 PROMPTS = [torch.tensor(ids) for ids in ([4, 4, 5, 6], [4, 4, 5, 6, 7, 9], [4, 4, 7], [4, 4, 12, 13, 8])]
 LABELS = {

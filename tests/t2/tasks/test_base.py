@@ -11,7 +11,7 @@ import torch
 
 from t2.generation.evaluate import evaluate
 from t2.tasks.base import Problem, Task, rewards_of, scores_of
-from tests.t2.training.toy import toy_tokenizer
+from tests.t2.toy import toy_tokenizer
 
 
 class Mine(Task):

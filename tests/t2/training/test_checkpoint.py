@@ -15,7 +15,7 @@ from t2.training import Trainer, TrainOptions
 from t2.training.checkpoint import Base, Checkpoint, State, optimizer_tensors
 from t2.training.metrics import Metrics
 from t2.weights.files import FileFormatError, read_safetensors, write_safetensors
-from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
 
 DEEP = "[" * 100_000
 

@@ -15,7 +15,7 @@ from t2.generation.scoring import Group, MicroBatch, answer_logits, answer_token
 from t2.model.kv_cache import new_cache
 from t2.training.policies import Policy, make_policy
 from t2.training.rollouts import Generator
-from tests.t2.training.toy import toy_model, toy_tokenizer
+from tests.t2.toy import toy_model, toy_tokenizer
 
 LONG = [4, 4, 5, 4, 6, 7, 4, 8, 9]
 PROMPTS = [torch.tensor(ids) for ids in ([4, 5], [4, 4, 4, 6], [7], [4, 8, 9])]

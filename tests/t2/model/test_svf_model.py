@@ -12,34 +12,9 @@ import t2
 from t2.model.layers import PackedLinear, RoutedLinear
 from t2.weights.factor_cache import FactorCache
 from t2kernels.weights import FactoredGroup
-from tests.t2.conftest import CONFIGS
+from tests.t2.tiny_lm import CONFIGS, add_random_experts, assert_same_state, prompts, state, wrap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
-
-
-def wrap(model, cache_dir, **options):
-    return t2.SVFModel(model, t2.SVFConfig(cache_dir=cache_dir, progress=False, **options))
-
-
-def add_random_experts(svf, count, std=0.3):
-    for i in range(count):
-        svf.add_expert(f"e{i}", t2.Expert.random(svf.layout, std=std, seed=i))
-    return [f"e{i}" for i in range(count)]
-
-
-def prompts(batch, length=6, seed=1):
-    return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_state(model, before):
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    for name, tensor in before.items():
-        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
 
 
 @pytest.mark.parametrize("family", CONFIGS)

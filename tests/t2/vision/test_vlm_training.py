@@ -18,7 +18,7 @@ from t2.generation.scoring import Group, MicroBatch, answer_logits, answer_token
 from t2.training.policies import Policy, make_policy
 from t2.training.rollouts import Generator
 from t2.training.trainer import Trainer
-from tests.t2.vision.tiny import COLOURS, FAMILIES, SIZES, VOCABULARY, Colours, question, tiny_vlm
+from tests.t2.vision.tiny_vlm import COLOURS, FAMILIES, SIZES, VOCABULARY, Colours, question, tiny_vlm
 
 PROBLEMS = [question(colour, size) for colour, size in zip(COLOURS, SIZES, strict=True)]
 ANSWERS = ([[10, 2], [11, 12, 2]], [[8]], [[2], [9, 10, 11, 2], [12, 2]])

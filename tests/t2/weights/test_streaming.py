@@ -19,10 +19,9 @@ from t2.weights.files import FileFormatError
 from t2.weights.memory_model import decompose_bytes
 from t2.weights.shards import INDEX, StoredWeight
 from t2.weights.streaming import Checkpoint, streams
-from tests.t2.conftest import CONFIGS
-from tests.t2.live_bytes import LiveBytes
-from tests.t2.test_model import add_random_experts, assert_same_state, prompts, state
-from tests.t2.test_svd import flipped
+from tests.t2.tiny_lm import CONFIGS, add_random_experts, assert_same_state, prompts, state
+from tests.t2.weights.live_bytes import LiveBytes
+from tests.t2.weights.test_factor_cache import flipped
 
 
 @pytest.fixture

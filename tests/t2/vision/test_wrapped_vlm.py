@@ -16,7 +16,7 @@ from t2.model.attention import MARK
 from t2.model.layers import Packed, RoutedLinear
 from t2.tasks import Problem
 from t2.weights.targets import language_model, linear_layers, select_targets
-from tests.t2.vision.tiny import COLOURS, FAMILIES, IMAGE, SIZES, VOCABULARY, batch_of, question, tiny_vlm
+from tests.t2.vision.tiny_vlm import COLOURS, FAMILIES, IMAGE, SIZES, VOCABULARY, batch_of, question, tiny_vlm
 
 PROBLEMS = [question(colour, size) for colour, size in zip(COLOURS, SIZES, strict=True)]
 TOWER = {"llava_next": "model.language_model", "qwen2_5_vl": "model.language_model"}

@@ -11,14 +11,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import t2
-from t2.cli import app as cli
+from t2 import cli
 from t2.cli.app import COMMANDS
 from t2.demo.merged_check import compare_row
 from t2.demo.run import run_demo
 from t2.experts.transfer import TransferOptions, transfer
 from t2.tasks.statistics import wilson_interval
 from t2.weights.memory_model import Rates
-from tests.t2.test_footprint import LLAMA_8B
+from tests.t2.weights.test_estimate import LLAMA_8B
 
 
 @pytest.fixture(autouse=True)

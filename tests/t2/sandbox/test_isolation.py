@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[3]))
 from benchmarks.sandbox import PROGRAMS, Host, attack, programs_alive
 from t2.sandbox import Limits, SandboxUnavailable, backend, run_program, run_programs, runner
 
@@ -118,7 +118,7 @@ def test_programs_run_in_parallel_and_answers_keep_their_order():
 def test_programs_die_with_a_killed_caller():
     code = "from t2.sandbox import *; print(backend(), flush=True); "
     code += "run_program('import time; time.sleep(600)', Limits(timeout=600))"
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
     assert caller.stdout.readline().strip() == backend()  # the probe, which runs programs too, is done
     wait_for(lambda: programs_alive() == 1)

@@ -15,7 +15,7 @@ from t2.experts.transfer import Alignment, TransferOptions, match, transfer
 from t2.generation.batching import length_batches
 from t2.generation.evaluate import evaluate_experts
 from t2.weights.factor_cache import decompose
-from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 KINDS = {"self_attn.q_proj": 6, "self_attn.k_proj": 3, "self_attn.o_proj": 6, "mlp.up_proj": 6, "mlp.down_proj": 6}

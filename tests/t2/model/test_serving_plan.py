@@ -12,7 +12,7 @@ import torch
 import t2
 from t2.model import serving_plan as planning
 from t2kernels.planner import CostModel
-from tests.t2.test_model import add_random_experts, prompts, wrap
+from tests.t2.tiny_lm import add_random_experts, prompts, wrap
 from tests.t2kernels.test_planner import model
 
 

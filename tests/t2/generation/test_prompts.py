@@ -7,7 +7,7 @@ from tokenizers import processors
 
 from t2.generation.prompts import encode_prompt, prompt_batch
 from t2.tasks.base import Problem, prompt_text, user_message
-from tests.t2.training.toy import toy_tokenizer
+from tests.t2.toy import toy_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 PROBLEMS = [Problem((user_message("say red"),)), Problem((user_message("one two three four"),))]

@@ -18,8 +18,8 @@ from t2.weights.estimate import STORAGE, footprint, gpus_needed
 from t2.weights.factor_cache import FactorCache, weight_key
 from t2.weights.memory_model import Rates, Work, decompose_bytes, dense_bytes, disk_bytes, factor_bytes
 from t2kernels import DenseWeight, FactoredWeight, decompose
-from tests.t2.live_bytes import LiveBytes, saved_bytes
-from tests.t2.training.toy import SayTheWord, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_tokenizer
+from tests.t2.weights.live_bytes import LiveBytes, saved_bytes
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -123,7 +123,7 @@ def test_llama_3_70b_needs_more_than_one_small_gpu(plan_of):
 
 @pytest.mark.parametrize("name", ["llama-3-8b", "llama-3-70b"])
 def test_the_plans_of_the_docs_are_these(name):
-    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    benchmarks = Path(__file__).parents[3] / "benchmarks"
     written = json.loads((benchmarks / "results" / f"plan-{name}.json").read_text())
     plan = json.loads(json.dumps(footprint(benchmarks / "configs" / f"{name}.json").to_dict()))
     for facts in (written, plan):

@@ -15,7 +15,7 @@ from t2.adaptation.few_shot import matrix_groups, read_memory
 from t2.adaptation.search import Fitness
 from t2.generation.greedy import greedy
 from t2.weights.files import FileFormatError
-from tests.t2.training.toy import SayTheWord, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_tokenizer
 
 TASK = SayTheWord()
 PROBLEMS = TASK.problems("train")

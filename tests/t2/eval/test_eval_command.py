@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from t2.cli import app as cli
+from t2 import cli
 from t2.eval import document
 from t2.eval import runner as measuring
 

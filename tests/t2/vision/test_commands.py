@@ -17,7 +17,7 @@ from t2.tasks.images import open_image
 from t2.weights.files import FileFormatError
 from t2.weights.loading import tokenizer_of
 from tests.t2.tasks.vqa_files import okvqa_files, textvqa_files
-from tests.t2.vision.tiny import tiny_vlm
+from tests.t2.vision.tiny_vlm import tiny_vlm
 
 LOADED = ("llava_next", "idefics3", "qwen2_5_vl")  # SmolVLM2's own processor needs torchvision, for its videos
 
