@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/t2 demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --quiet
+	$(BIN)/python -m pytest --quiet --numprocesses logical --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --quiet -m slow

@@ -158,7 +158,7 @@ def train(folder: Path, peak: AnonymousPeak, *, checkpointing: bool) -> dict[str
         "loaded": loaded,
         "rollout_peak": drawing,
         "update_peak": peak.peak,
-        "factors": sum(target.layer.weight.nbytes for target in svf._targets.values()),
+        "factors": sum(target.layer.weight.nbytes for target in svf.decomposed.layers.values()),
         "rollout_seconds": answered - start,
         "update_seconds": time.perf_counter() - answered,
         "reward": row["reward"],

@@ -29,14 +29,15 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from t2.generation.greedy import Answer
+
 import t2
 from t2.adaptation import FewShotOptions, FewShotResult, FewShotStrategy, few_shot_problems, load_bank_folder
 from t2.adaptation.search import Fitness
 from t2.demo import baselines as peers
 from t2.experts.layout import Layout
 from t2.generation.batching import pad
-from t2.generation.greedy import Answer
-from t2.generation.prompts import end_tokens
+from t2.generation.prompts import eos_ids_of
 from t2.tasks import get
 from t2.weights.factor_cache import FactorCache
 from t2.weights.machine import machine
@@ -90,7 +91,7 @@ class Published:
     @torch.inference_mode()
     def _generate(self, strategy: FewShotStrategy) -> list[Answer]:
         ids, mask = pad(strategy.prompts, self.tokenizer.pad_token_id, left=True)
-        ends, likelihoods = end_tokens(self.dense, self.tokenizer), _Likelihoods()
+        ends, likelihoods = eos_ids_of(self.dense, self.tokenizer), _Likelihoods()
         options = GenerationConfig(
             max_new_tokens=strategy.new_tokens,
             do_sample=False,

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from t2.experts import transfer
     from t2.experts.expert import Expert, ExpertBank
     from t2.experts.layout import Layout
+    from t2.model.config import SVFConfig
     from t2.model.load import load_factored, load_svf
-    from t2.model.svf_model import SVFConfig, SVFModel
+    from t2.model.svf_model import SVFModel
     from t2.weights.files import FileFormatError
     from t2.weights.loading import load
 
@@ -43,7 +44,7 @@ __getattr__, __dir__ = lazy_names(
         "ExpertBank": "t2.experts.expert",
         "FileFormatError": "t2.weights.files",
         "Layout": "t2.experts.layout",
-        "SVFConfig": "t2.model.svf_model",
+        "SVFConfig": "t2.model.config",
         "SVFModel": "t2.model.svf_model",
         "adaptation": "",
         "eval": "",

@@ -44,7 +44,7 @@ from transformers.initialization import no_init_weights
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-import t2.model.svf_model  # noqa: E402
+import t2.model.decomposed  # noqa: E402
 from t2 import Expert, SVFConfig, SVFModel  # noqa: E402
 from t2.weights.targets import linear_layers  # noqa: E402
 from t2kernels import DenseWeight, FactoredWeight, Factors  # noqa: E402
@@ -192,13 +192,13 @@ def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
     else:
         keys = (f"{index:064x}" for index in range(1 << 20))
         with (
-            patch.object(t2.model.svf_model, "decompose", lambda weight: factors("", weight)),
-            patch.object(t2.model.svf_model, "weight_key", lambda weight: next(keys)),
-            patch.object(t2.model.svf_model, "STORAGE_DTYPES", GPU_STORAGE_DTYPES),
+            patch.object(t2.model.decomposed, "decompose", lambda weight: factors("", weight)),
+            patch.object(t2.model.decomposed, "weight_key", lambda weight: next(keys)),
+            patch.object(t2.model.decomposed, "STORAGE_DTYPES", GPU_STORAGE_DTYPES),
         ):
             svf = SVFModel(model, config)
     if svf.sigma.device.type != "cpu":  # `detach`, `merge` and, on a CPU, plans need them
-        for target in svf._targets.values():
+        for target in svf.decomposed.layers.values():
             target.weight = None
     return svf
 

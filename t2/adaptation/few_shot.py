@@ -35,9 +35,9 @@ from t2.adaptation.search import (
 from t2.experts.expert import Expert
 from t2.experts.layout import Layout
 from t2.generation.batching import length_batches
-from t2.generation.greedy import Answer, greedy
-from t2.generation.prefill import Wrapped
-from t2.generation.prompts import encode, end_tokens
+from t2.generation.cached_batch import SVFRunner
+from t2.generation.decode import Completion, DecodeOptions, complete
+from t2.generation.prompts import encode, eos_ids_of
 from t2.model.svf_model import SVFModel
 from t2.tasks.base import Problem, Split, Task, scores_of
 from t2.tasks.classify import BASE, Prompt
@@ -191,7 +191,8 @@ class FewShotStrategy(Strategy):
         self.result: FewShotResult | None = None
         self._memory_file = memory
         self.prompts = [encode(problem, tokenizer) for problem in self.problems]
-        self._ends = end_tokens(svf.model, tokenizer)
+        eos_ids, pad_token = eos_ids_of(svf.model, tokenizer), int(tokenizer.pad_token_id)
+        self._decode_options = DecodeOptions(self.new_tokens, tuple(eos_ids), pad_token, svf.sigma.device)
         self._new_search()  # says what does not fit before any work
         self._read_memory()
 
@@ -249,28 +250,26 @@ class FewShotStrategy(Strategy):
         """The fitness of normalised candidates [N, D]."""
         return self.fitness(self.population_answers(candidates))
 
-    def population_answers(self, candidates: Tensor) -> list[list[Answer]]:
+    def population_answers(self, candidates: Tensor) -> list[list[Completion]]:
         """Greedy answers to the problems, by candidate [N, D]: all in one batch, as far as the token budget goes."""
         z = list(self.vectors(candidates).to(self.svf.sigma.device))
         rows = [(c, p) for c in range(len(z)) for p in range(len(self.prompts))]
-        found: dict[tuple[int, int], Answer] = {}
+        found: dict[tuple[int, int], Completion] = {}
         lengths = [len(self.prompts[p]) + self.new_tokens for _, p in rows]
         for indices in length_batches(lengths, self.options.token_budget):
             batch = [rows[index] for index in indices]
-            answers = greedy(
-                Wrapped(self.svf),
+            answers = complete(
+                SVFRunner(self.svf),
                 [self.prompts[p] for _, p in batch],
-                [c for c, _ in batch],
-                lambda rows: self.svf.route([z[i] for i in rows]),
-                new_tokens=self.new_tokens,
-                ends=self._ends,
-                pad_token=int(self.tokenizer.pad_token_id),
-                device=self.svf.sigma.device,
+                self._decode_options,
+                candidates=[c for c, _ in batch],
+                route=lambda rows: self.svf.route([z[i] for i in rows]),
+                likelihoods=True,
             )
             found.update(zip(batch, answers, strict=True))
         return [[found[c, p] for p in range(len(self.prompts))] for c in range(len(z))]
 
-    def fitness(self, answers: Sequence[Sequence[Answer]]) -> list[Fitness]:
+    def fitness(self, answers: Sequence[Sequence[Completion]]) -> list[Fitness]:
         """Of each candidate, from its answers to the problems."""
         texts = [
             str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for row in answers for answer in row

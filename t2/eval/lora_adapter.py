@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from t2.generation.greedy import greedy
-from t2.generation.prompts import end_tokens
+from t2.generation.decode import DecodeOptions, complete
+from t2.generation.prompts import eos_ids_of
 from t2.weights.loading import load
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
-class _Running:
+class _PeftRunner:
     model: nn.Module
 
     @property
@@ -50,27 +49,18 @@ class LoraAdapter:
         self.identity = " ".join(digests)
 
     @cached_property
-    def _loaded(self) -> tuple[_Running, list[int], int]:
+    def _loaded(self) -> tuple[_PeftRunner, tuple[int, ...], int]:
         try:
             from peft import PeftModel
         except ImportError as error:
             raise ImportError("lora: needs the package peft: pip install 't2kernels[train]'") from error
         model, tokenizer = load(self.name)
-        ends = end_tokens(model, tokenizer)
+        eos_ids = tuple(eos_ids_of(model, tokenizer))
         adapted = PeftModel.from_pretrained(model, str(self.folder), use_safetensors=True).eval()
-        return _Running(adapted), ends, int(tokenizer.pad_token_id)
+        return _PeftRunner(adapted), eos_ids, int(tokenizer.pad_token_id)
 
     def answers(self, prompts: Sequence[Tensor], room: int) -> list[Tensor]:
-        """Greedy answers to prompts, as token ids [length]."""
-        running, ends, pad_token = self._loaded
-        found = greedy(
-            running,
-            prompts,
-            [0] * len(prompts),
-            lambda _: nullcontext(),
-            new_tokens=room,
-            ends=ends,
-            pad_token=pad_token,
-            device=torch.device("cpu"),
-        )
-        return [answer.tokens for answer in found]
+        """Greedy completions of prompts, as token ids [length]."""
+        runner, eos_ids, pad_token = self._loaded
+        found = complete(runner, prompts, DecodeOptions(room, eos_ids, pad_token, torch.device("cpu")))
+        return [completion.tokens for completion in found]

@@ -14,7 +14,7 @@ from torch import Tensor
 from t2.experts.layout import Layout
 
 
-class _Streams:
+class Streams:
     """The streams that have used one piece of GPU memory, for others to wait for; nothing on another device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class SlotBuffer:
         self.holds = (0,) * length
         self.busy = False
         self.was_read = False
-        self.streams = _Streams(device)
+        self.streams = Streams(device)
 
 
 class SlotBuffers:
@@ -127,8 +127,8 @@ class SlotTable:
         self._set_streams()
 
     def _set_streams(self) -> None:
-        self._written = _Streams(self.sigma.device)
-        self._released = [_Streams(self.sigma.device) for _ in self._references]
+        self._written = Streams(self.sigma.device)
+        self._released = [Streams(self.sigma.device) for _ in self._references]
 
     @property
     def in_use(self) -> int:
@@ -172,7 +172,7 @@ class SlotTable:
             torch.cuda.synchronize(self.table.device)
         self.table = torch.cat([self.table, torch.empty_like(self.table)])
         self._references += [0] * len(self._references)
-        self._released += [_Streams(self.sigma.device) for _ in self._released]
+        self._released += [Streams(self.sigma.device) for _ in self._released]
         self.generation += 1
         self._give_views()
 

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from t2.experts.registry import ExpertChoice
 from t2.generation.batching import length_batches
-from t2.generation.greedy import greedy
-from t2.generation.prefill import Wrapped
-from t2.generation.prompts import encode, encode_prompt, end_tokens
-from t2.model.svf_model import ExpertChoice, SVFModel
+from t2.generation.cached_batch import SVFRunner
+from t2.generation.decode import DecodeOptions, complete
+from t2.generation.prompts import encode, encode_prompt, eos_ids_of
+from t2.model.svf_model import SVFModel
 from t2.tasks import Problem, Task
 from t2.tasks.base import scores_of
 from t2.tasks.statistics import wilson_interval
@@ -118,8 +119,8 @@ def evaluate_experts(
         raise ValueError("experts: expected at least one, got none")
     choices, room = list(experts.values()), new_tokens or task.max_new_tokens
     prompts = [encode(problem, tokenizer) for problem in problems]
-    fill = int(tokenizer.pad_token_id)
-    ends = end_tokens(svf.model, tokenizer)
+    eos_ids, pad_token = eos_ids_of(svf.model, tokenizer), int(tokenizer.pad_token_id)
+    options = DecodeOptions(room, tuple(eos_ids), pad_token, svf.sigma.device)
 
     def route(candidates: Sequence[int]) -> AbstractContextManager[None]:
         return svf.route([choices[candidate] for candidate in candidates])
@@ -127,15 +128,12 @@ def evaluate_experts(
     answers, done = [[""] * len(prompts) for _ in choices], 0
     for indices in length_batches([len(prompt) + room for prompt in prompts], token_budget // len(choices)):
         rows = [(index, candidate) for index in indices for candidate in range(len(choices))]
-        found = greedy(
-            Wrapped(svf),
+        found = complete(
+            SVFRunner(svf),
             [prompts[index] for index, _ in rows],
-            [candidate for _, candidate in rows],
-            route,
-            new_tokens=room,
-            ends=ends,
-            pad_token=fill,
-            device=svf.sigma.device,
+            options,
+            candidates=[candidate for _, candidate in rows],
+            route=route,
         )
         for (index, candidate), answer in zip(rows, found, strict=True):
             answers[candidate][index] = str(tokenizer.decode(answer.tokens, skip_special_tokens=True))

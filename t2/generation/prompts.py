@@ -57,8 +57,8 @@ def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return encode_prompt(problem, tokenizer)[0]
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the generation config's and the tokenizer's."""
+def eos_ids_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The EOS ids that end a completion: the generation config's and the tokenizer's."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     return sorted({int(token) for token in (*ends, tokenizer.eos_token_id) if token is not None})

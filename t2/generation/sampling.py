@@ -40,11 +40,11 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> T
     return (block * BLOCK + torch.searchsorted(within, rest, right=True))[:, 0]
 
 
-class Sampler(LogitsProcessor):
-    """For transformers' own `generate`: leaves each row's drawn token as the only possible one.
+class UniformSampler(LogitsProcessor):
+    """`draw_tokens` for transformers' own `generate`: leaves each row's drawn token as the only possible one.
 
     uniforms: [rows, tokens] float64 in [0, 1).
-    width: of the padded prompts that come before the answers.
+    width: tokens of the padded prompts.
     """
 
     def __init__(self, uniforms: Tensor, width: int, temperature: float) -> None:

@@ -78,8 +78,8 @@ class RoutedLinear(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Always a TypeError: factors and slots are shared with other layers."""
         raise TypeError(
-            "a wrapped model can be neither copied nor pickled: SVFModel.merge(expert) gives a plain copy, detach() "
-            "the base model back"
+            "a wrapped model can be neither copied nor pickled: SVFModel.merged_copy(expert) gives a plain copy, "
+            "unload() the base model back"
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from t2.model.svf_model import SVFConfig, SVFModel
+from t2.model.config import SVFConfig
+from t2.model.svf_model import SVFModel
 from t2.weights.loading import Tokenizer, load, padded_left
 from t2.weights.streaming import Checkpoint, Stream, checkpoint_folder, streams
 

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from t2.experts.expert import Expert
 from t2.experts.layout import Layout, layout_of
+from t2.model.config import SVFConfig
 from t2.model.layers import PackedLinear
-from t2.model.svf_model import SVFConfig, SVFModel
+from t2.model.svf_model import SVFModel
 from t2.training.checkpoint import Base
 from t2.training.options import TrainOptions
 from t2.training.parametrisation import initial_parameters, z_from

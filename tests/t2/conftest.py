@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -34,15 +31,6 @@ def tiny_model() -> Callable[..., nn.Module]:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No factors or cost model of another test."""
     monkeypatch.setenv("T2_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """What small models are fastest with."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -10,11 +10,6 @@ from tests.t2.toy import toy_model
 EXPERTS = ("red", "green", "classifier")
 
 
-@pytest.fixture(autouse=True)
-def _toy_model(own_cache: None, one_thread: None) -> None:
-    pass
-
-
 @pytest.fixture
 def make_svf() -> Callable[..., t2.SVFModel]:
     """The toy model with three random experts that change its words."""

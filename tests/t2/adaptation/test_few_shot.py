@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +12,8 @@ import t2
 from t2.adaptation import Adaptation, FewShotOptions, FewShotStrategy, Strategy, few_shot_problems
 from t2.adaptation.few_shot import matrix_groups, read_memory
 from t2.adaptation.search import Fitness
-from t2.generation.greedy import greedy
+from t2.generation.cached_batch import SVFRunner
+from t2.generation.decode import DecodeOptions, complete
 from t2.weights.files import FileFormatError
 from tests.t2.toy import SayTheWord, toy_tokenizer
 
@@ -54,7 +54,7 @@ def test_a_population_in_one_batch_is_candidates_one_at_a_time(make, granularity
     found = strategy.evaluate(candidates)
     right_somewhere = False
     for index, vector in enumerate(z):
-        plain = strategy.svf.merge(vector)
+        plain = strategy.svf.merged_copy(vector)
         own = [answer_alone(plain, prompt, 9) for prompt in strategy.prompts]
         texts = [strategy.tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in own]
         scores = TASK.scores(PROBLEMS, texts)
@@ -75,18 +75,19 @@ def test_answers_do_not_depend_on_who_leaves_the_batch(tiny_model, family: str):
     z = [t2.Expert.random(svf.layout, std=0.3, seed=seed).z for seed in range(3)]
     rows = [(c, p) for c in range(3) for p in range(5)]
     ends = tuple(range(0, 96, 9))  # an answer ends after nine tokens or so
-    arguments = {"new_tokens": 24, "ends": ends, "pad_token": 0, "device": torch.device("cpu")}
-
-    class Run:
-        model, transformer = svf, svf.model
-
-    together = greedy(
-        Run, [prompts[p] for _, p in rows], [c for c, _ in rows], lambda cs: svf.route([z[c] for c in cs]), **arguments
+    options, runner = DecodeOptions(24, ends, 0, torch.device("cpu")), SVFRunner(svf)
+    together = complete(
+        runner,
+        [prompts[p] for _, p in rows],
+        options,
+        candidates=[c for c, _ in rows],
+        route=lambda cs: svf.route([z[c] for c in cs]),
+        likelihoods=True,
     )
     lengths = [len(answer.tokens) for answer in together]
     assert min(lengths) < 6 and max(lengths) > 10
     for (c, p), answer in zip(rows, together, strict=True):
-        (alone,) = greedy(Run, [prompts[p]], [0], lambda cs, c=c: svf.route(z[c]), **arguments)
+        (alone,) = complete(runner, [prompts[p]], options, route=lambda cs, c=c: svf.route(z[c]), likelihoods=True)
         assert answer.tokens.tolist() == alone.tokens.tolist()
         assert answer.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-4)
         generated = svf.generate(
@@ -96,16 +97,18 @@ def test_answers_do_not_depend_on_who_leaves_the_batch(tiny_model, family: str):
 
 
 def test_a_model_without_a_cache_of_keys_answers_the_same(svf: t2.SVFModel, monkeypatch):
-    class Run:
-        model, transformer = svf, svf.model
-
     prompts = [torch.tensor(ids) for ids in ([4, 5], [4, 4, 4, 6], [7], [4, 8, 9])]
-    arguments = {"new_tokens": 8, "ends": (2, 7), "pad_token": 0, "device": torch.device("cpu")}
-    found = greedy(Run, prompts, [0] * 4, lambda _: nullcontext(), **arguments)
-    for module in ("t2.generation.greedy", "t2.model.attention"):
-        monkeypatch.setattr(f"{module}.new_cache", lambda model: None)
-        monkeypatch.setattr(f"{module}.growing_cache", lambda model: None)
-    without = greedy(Run, prompts, [0] * 4, lambda _: nullcontext(), **arguments)
+    candidates, z = [0, 1, 2, 1], [t2.Expert.random(svf.layout, std=0.3, seed=seed).z for seed in range(3)]
+    options = DecodeOptions(8, (2, 7), 0, torch.device("cpu"))
+
+    def answers():
+        route = lambda rows: svf.route([z[i] for i in rows])  # noqa: E731
+        return complete(SVFRunner(svf), prompts, options, candidates=candidates, route=route, likelihoods=True)
+
+    found = answers()
+    monkeypatch.setattr("t2.generation.decode.new_cache", lambda model: None)
+    monkeypatch.setattr("t2.generation.decode.growing_cache", lambda model: None)
+    without = answers()
     assert [a.tokens.tolist() for a in found] == [a.tokens.tolist() for a in without]
     assert [a.log_likelihood for a in found] == pytest.approx([a.log_likelihood for a in without], abs=1e-4)
 
@@ -126,7 +129,7 @@ class Judged(SayTheWord):
 def test_never_worse_than_the_base_and_every_single_expert(make, make_svf, method: str, name: str):
     svf = make_svf(NAMES)
     choice = None if name == "base" else name
-    plain = svf.merge(choice)
+    plain = svf.merged_copy(choice)
     strategy = make(svf)
     own = {strategy.tokenizer.decode(answer_alone(plain, p, 3)[0], skip_special_tokens=True) for p in strategy.prompts}
     strategy = make(svf, task=Judged(own.__contains__), options={"search": method})

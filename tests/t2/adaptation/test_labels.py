@@ -39,7 +39,7 @@ def test_scores_are_those_of_each_label_alone(svf: t2.SVFModel, labels: tuple[st
     found = label_scores(
         svf, PROMPTS, label_tokens(labels, toy_tokenizer()), pad_token=0, expert=expert, token_budget=budget
     )
-    plain = svf.merge(expert)
+    plain = svf.merged_copy(expert)
     expected = torch.stack([reference(plain, prompt, labels) for prompt in PROMPTS])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(PROMPTS)), atol=1e-5, rtol=0)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import t2
 from t2.adaptation import load_bank_folder, save_bank_folder
@@ -14,15 +13,6 @@ from t2.eval import EvalRunner, EvalSpec, ResultCache
 from t2.eval.spec import parse_spec
 
 SEARCH = {"population": 10, "generations": 2}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("T2_CACHE", str(tmp_path / "cache"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from t2.generation.evaluate import evaluate_experts
 from t2.weights.factor_cache import decompose
 from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
 
-pytestmark = pytest.mark.usefixtures("own_cache")
 KINDS = {"self_attn.q_proj": 6, "self_attn.k_proj": 3, "self_attn.o_proj": 6, "mlp.up_proj": 6, "mlp.down_proj": 6}
 GPT2 = {"attn.c_attn": 6, "attn.c_proj": 6, "mlp.c_fc": 6, "mlp.c_proj": 6}
 

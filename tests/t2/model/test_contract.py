@@ -45,9 +45,9 @@ def close(got, want, bound=1e-3):
 def test_models_that_come_back_from_a_cast_one_have_its_dtype(dtype, cache, whole, own_cache):
     svf = wrap(cache=cache)
     svf.add_expert("e", expert(svf, std=0.05))
-    plain = svf.merge("e")
+    plain = svf.merged_copy("e")
     (svf if whole else svf.model).to(dtype)
-    for model, want in ((svf.merge("e"), plain), (svf.detach(), tiny_model("llama"))):
+    for model, want in ((svf.merged_copy("e"), plain), (svf.unload(), tiny_model("llama"))):
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         close(logits(model), logits(want), 0.1)
 
@@ -189,8 +189,8 @@ def test_an_output_embedding_follows_its_weight(tie):
     plain.resize_token_embeddings(100)
     assert logits(svf).shape[-1] == 100
     close(logits(svf)[..., :96], logits(plain)[..., :96])
-    close(logits(svf.merge(None))[..., :96], logits(plain)[..., :96])
-    given = svf.detach()
+    close(logits(svf.merged_copy(None))[..., :96], logits(plain)[..., :96])
+    given = svf.unload()
     assert given is model and type(given.lm_head) is nn.Linear
     assert not any("packed" in name for name in given.state_dict())
 
@@ -235,7 +235,7 @@ def test_hooks_of_a_layer_still_run():
     svf.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, y: seen.append("after"))
     logits(svf)
     assert seen == ["before", "after"]
-    logits(svf.detach())
+    logits(svf.unload())
     assert seen == ["before", "after"] * 2
 
 
@@ -278,7 +278,7 @@ def test_the_bank_is_what_is_served():
     assert torch.equal(logits(svf, experts="e"), logits(svf, experts=first))
     svf.bank.add("e", second, replace=True)
     assert torch.equal(logits(svf, experts="e"), logits(svf, experts=second))
-    close(logits(svf, experts="e"), logits(svf.merge("e")))
+    close(logits(svf, experts="e"), logits(svf.merged_copy("e")))
     svf.bank.remove("e")
     with pytest.raises(ValueError, match="expert: expected one of"):
         logits(svf, experts="e")
@@ -288,10 +288,10 @@ def test_the_bank_is_what_is_served():
     first.z.mul_(2)  # the caller's own
     svf.bank["e"].z.mul_(2)
     assert torch.equal(logits(svf, experts="e"), want)
-    close(logits(svf.merge("e")), want)
+    close(logits(svf.merged_copy("e")), want)
     with pytest.raises(AttributeError):
         svf.bank = ExpertBank(svf.layout)
-    in_use = svf._table.in_use
+    in_use = svf.slot_table.in_use
     with pytest.raises(ValueError, match="name: expected one not yet"):
         svf.bank.add("e", second)
-    assert svf._table.in_use == in_use
+    assert svf.slot_table.in_use == in_use

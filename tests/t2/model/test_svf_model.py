@@ -26,7 +26,7 @@ def test_mixed_batch_is_the_merged_models(tiny_model, cache_dir, family):
     logits = svf(input_ids=ids, experts=experts).logits
     base_logits = svf(input_ids=ids).logits
     for row, expert in enumerate(experts):
-        plain = svf.merge(expert)
+        plain = svf.merged_copy(expert)
         assert not any(isinstance(module, RoutedLinear) for module in plain.modules())
         torch.testing.assert_close(logits[row], plain(input_ids=ids[row : row + 1]).logits[0], atol=2e-3, rtol=1e-3)
     assert torch.equal(logits[1], base_logits[1])
@@ -77,7 +77,7 @@ def test_generate_routes_every_row(tiny_model, cache_dir, family, options):
         assert likelihood(experts) > likelihood([names[1], names[0], None])
         return
     for row, expert in enumerate(experts):
-        plain = svf.merge(expert).generate(input_ids=ids[row : row + 1], max_new_tokens=8, **options)
+        plain = svf.merged_copy(expert).generate(input_ids=ids[row : row + 1], max_new_tokens=8, **options)
         width = plain.shape[1]
         assert torch.equal(out[row * k : (row + 1) * k, :width], plain)
 
@@ -88,7 +88,7 @@ def test_padded_prompts_of_different_lengths(tiny_model, cache_dir):
     ids, mask = prompts(2, 9), torch.ones(2, 9, dtype=torch.int64)
     ids[0, :4], mask[0, :4] = 0, 0
     out = svf.generate(input_ids=ids, attention_mask=mask, experts=names, max_new_tokens=6)
-    alone = svf.merge(names[0]).generate(input_ids=ids[:1, 4:], max_new_tokens=6)
+    alone = svf.merged_copy(names[0]).generate(input_ids=ids[:1, 4:], max_new_tokens=6)
     assert torch.equal(out[0, 4 : 4 + alone.shape[1]], alone[0])
 
 
@@ -99,7 +99,7 @@ def test_storage_formats(tiny_model, cache_dir, dtype):
     ids = prompts(4)
     logits = svf(input_ids=ids, experts=names).logits
     worst = max(
-        (logits[row] - svf.merge(name)(input_ids=ids[row : row + 1]).logits[0]).abs().max()
+        (logits[row] - svf.merged_copy(name)(input_ids=ids[row : row + 1]).logits[0]).abs().max()
         for row, name in enumerate(names)
     )
     assert worst < {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 1.0, torch.int8: 2.0}[dtype]
@@ -119,17 +119,17 @@ def test_detach_and_merge_at_one_give_the_base_bit_for_bit(tiny_model, cache_dir
     ids = prompts(2)
     expected = model(input_ids=ids).logits
     svf = wrap(model, cache_dir, cache=cache)
-    assert_same_state(svf.merge(None), before)
-    merged = svf.merge(None).state_dict()
+    assert_same_state(svf.merged_copy(None), before)
+    merged = svf.merged_copy(None).state_dict()
     assert all(torch.equal(merged[name].signbit(), tensor.signbit()) for name, tensor in before.items())
     svf.add_expert("e", t2.Expert.random(svf.layout))
     svf.generate(input_ids=ids, experts=["e", None], max_new_tokens=3)
-    base = svf.detach()
+    base = svf.unload()
     assert base is model
     assert_same_state(base, before)
     assert parameters == {name: id(p) for name, p in base.named_parameters()}
     assert torch.equal(base(input_ids=ids).logits, expected)
-    with pytest.raises(RuntimeError, match="detached"):
+    with pytest.raises(RuntimeError, match="unloaded"):
         svf.generate(input_ids=ids, experts=["e", None])
 
 
@@ -146,7 +146,7 @@ def test_merged_model_saves_and_loads(tiny_model, cache_dir, tmp_path):
     (name,) = add_random_experts(svf, 1)
     with pytest.raises(TypeError, match=r"save_pretrained: .*merge\(expert\)"):
         svf.save_pretrained(tmp_path / "wrapped")
-    merged = svf.merge(name)
+    merged = svf.merged_copy(name)
     merged.save_pretrained(tmp_path / "merged")
     loaded = type(merged).from_pretrained(tmp_path / "merged")
     assert_same_state(loaded, state(merged))
@@ -167,19 +167,19 @@ def test_experts_come_and_go_while_others_are_in_use(tiny_model, cache_dir):
         svf(input_ids=ids, experts=names)
     changed = svf(input_ids=ids, experts=[names[1], "new39"]).logits
     assert not torch.allclose(changed[0], expected[1])
-    plain = svf.merge("new39")(input_ids=ids[1:]).logits[0]
+    plain = svf.merged_copy("new39")(input_ids=ids[1:]).logits[0]
     torch.testing.assert_close(changed[1], plain, atol=2e-3, rtol=1e-3)
 
 
 def test_slots_are_given_back(tiny_model, cache_dir):
     svf = wrap(tiny_model(), cache_dir)
     names = add_random_experts(svf, 2)
-    before = svf._table.in_use
+    before = svf.slot_table.in_use
     for i in range(50):
         svf(input_ids=prompts(2), experts=[{names[0]: i / 50, names[1]: 1.0}, names[0]])
     with pytest.raises(ValueError, match="nobody"):
         svf(input_ids=prompts(2), experts=[{names[0]: 1.0}, "nobody"])
-    assert svf._table.in_use == before == 3
+    assert svf.slot_table.in_use == before == 3
 
 
 def test_threads_route_on_their_own_while_a_third_changes_the_bank(tiny_model, cache_dir):
@@ -221,7 +221,7 @@ def test_gradient_reaches_z_and_matches_the_dense_model(tiny_model, cache_dir):
     z = t2.Expert.random(svf.layout).z.requires_grad_()
     svf(input_ids=ids, labels=ids, experts=[z, None]).loss.backward()
     cache = FactorCache(cache_dir)
-    dense = svf.merge(None)
+    dense = svf.merged_copy(None)
     total = 0.0
     for name, window in ((n, svf.layout.window(n)) for n in svf.layout.names):
         factors = cache.load(svf.weight_keys[name])
@@ -405,12 +405,12 @@ class TestBadInput:
         last = cache_dir / f"{list(svf.weight_keys.values())[-1]}.safetensors"
         whole = last.read_bytes()
         last.write_bytes(whole[:-8])
-        for call in (svf.detach, lambda: svf.merge(None)):
+        for call in (svf.unload, lambda: svf.merged_copy(None)):
             with pytest.raises(t2.FileFormatError, match=last.name):
                 call()
         assert torch.equal(svf(input_ids=ids).logits, expected)
         last.write_bytes(whole)
-        svf.detach()
+        svf.unload()
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: data.replace(b"t2-factors", b"t2-factory")])
@@ -432,7 +432,7 @@ def test_factors_of_another_matrix_are_not_used(tiny_model, cache_dir):
     mine.write_bytes(other.read_bytes())
     with pytest.warns(RuntimeWarning, match=mine.name):
         assert torch.equal(wrap(tiny_model(), cache_dir)(input_ids=ids).logits, expected)
-    svf.detach()
+    svf.unload()
 
 
 def test_autocast_and_inference_mode(tiny_model, cache_dir):
@@ -459,7 +459,7 @@ def test_wrapped_model_can_be_cast(tiny_model, cache_dir):
     svf = wrap(tiny_model(), cache_dir, dtype=torch.int8)
     names = add_random_experts(svf, 2)
     svf.to(torch.bfloat16)
-    assert svf._table.table.dtype == torch.float32
+    assert svf.slot_table.table.dtype == torch.float32
     logits = svf(input_ids=prompts(2), experts=names).logits
     assert logits.dtype == torch.bfloat16 and bool(torch.isfinite(logits).all())
 
@@ -472,8 +472,8 @@ def test_layers_beside_the_targets_are_packed_and_given_back(tiny_model, cache_d
     svf = wrap(model, cache_dir, target_modules="mlp")
     assert not any(type(m) in (nn.Linear, Conv1D) for m in svf.model.modules())
     torch.testing.assert_close(svf(input_ids=prompts(3)).logits, logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(svf.merge(None)(input_ids=prompts(3)).logits, logits)
-    base = svf.detach()
+    torch.testing.assert_close(svf.merged_copy(None)(input_ids=prompts(3)).logits, logits)
+    base = svf.unload()
     assert {k: v.data_ptr() for k, v in base.named_parameters()}.keys() == dict(before.named_parameters()).keys()
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), before.parameters(), strict=True))
     assert torch.equal(base(input_ids=prompts(3)).logits, logits)
@@ -486,7 +486,7 @@ def test_packing_can_be_left_off(tiny_model, cache_dir):
 
 def test_a_merged_model_keeps_its_tied_embedding(tiny_model, cache_dir):
     svf = wrap(tiny_model("gpt2"), cache_dir)
-    merged = svf.merge(t2.Expert.random(svf.layout, seed=1))
+    merged = svf.merged_copy(t2.Expert.random(svf.layout, seed=1))
     assert merged.lm_head.weight is merged.transformer.wte.weight
     assert merged.lm_head.weight is not svf.model.transformer.wte.weight
 

@@ -34,7 +34,7 @@ def mixed_off_merged(svf):
     kept = batch["attention_mask"].bool()
     with torch.no_grad():
         got = svf(**batch, experts=names).logits
-        want = torch.stack([svf.merge(name)(**batch).logits[row] for row, name in enumerate(names)])
+        want = torch.stack([svf.merged_copy(name)(**batch).logits[row] for row, name in enumerate(names)])
     return off(got[kept], want[kept])
 
 
@@ -104,7 +104,7 @@ def test_experts_that_gather_tokens_stay_dense():
     names = with_experts(svf)
     with torch.no_grad():
         got = svf(input_ids=IDS, decoder_input_ids=IDS, experts=names).logits
-        want = [svf.merge(n)(input_ids=IDS, decoder_input_ids=IDS).logits[row] for row, n in enumerate(names)]
+        want = [svf.merged_copy(n)(input_ids=IDS, decoder_input_ids=IDS).logits[row] for row, n in enumerate(names)]
     assert off(got, torch.stack(want)) < 1e-4
 
 

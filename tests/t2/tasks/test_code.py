@@ -10,6 +10,7 @@ from t2.tasks.code import definition, extract_code
 from t2.weights.files import FileFormatError
 
 isolating = pytest.mark.skipif(all(runner.why_not(name) for name in runner.BACKENDS), reason="nothing isolates here")
+pytestmark = pytest.mark.usefixtures("sandbox_turn")
 LIMITS = Limits(timeout=20)
 
 MBPP_PRO = [

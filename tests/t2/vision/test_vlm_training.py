@@ -14,9 +14,9 @@ from t2.generation.evaluate import evaluate
 from t2.generation.images import placeholder_tokens
 from t2.generation.prompts import encode_prompt
 from t2.generation.sampling import uniforms
-from t2.generation.scoring import Group, MicroBatch, answer_logits, answer_tokens, micro_batches
+from t2.generation.scoring import MicroBatch, PromptGroup, completion_logits, completion_tokens, micro_batches
 from t2.training.policies import Policy, make_policy
-from t2.training.rollouts import Generator
+from t2.training.rollouts import RolloutGenerator
 from t2.training.trainer import Trainer
 from tests.t2.vision.tiny_vlm import COLOURS, FAMILIES, SIZES, VOCABULARY, Colours, question, tiny_vlm
 
@@ -34,15 +34,15 @@ def moved_policy(family: str, options: Any) -> tuple[Policy, Any]:
     return policy, processor
 
 
-def groups_of(processor: Any) -> tuple[Group, ...]:
+def groups_of(processor: Any) -> tuple[PromptGroup, ...]:
     encoded = [encode_prompt(problem, processor) for problem in PROBLEMS]
     return tuple(
-        Group(ids, tuple(torch.tensor(a) for a in answers), (0.1,) * len(answers), (1,) * len(answers), inputs)
+        PromptGroup(ids, tuple(torch.tensor(a) for a in answers), (0.1,) * len(answers), (1,) * len(answers), inputs)
         for (ids, inputs), answers in zip(encoded, ANSWERS, strict=True)
     )
 
 
-def one_by_one(policy: Policy, groups: tuple[Group, ...]) -> Tensor:
+def one_by_one(policy: Policy, groups: tuple[PromptGroup, ...]) -> Tensor:
     """Every answer behind its own prompt and image; positions are the model's own."""
     rows = []
     for group in groups:
@@ -65,13 +65,13 @@ def one_by_one(policy: Policy, groups: tuple[Group, ...]) -> Tensor:
 def test_logits_and_gradients_are_those_of_answers_one_by_one(make_options, family, method, share_prefix):
     policy, processor = moved_policy(family, make_options(method=method))
     groups = groups_of(processor)
-    tokens = answer_tokens(MicroBatch(groups), 0, torch.device("cpu"))
+    tokens = completion_tokens(MicroBatch(groups), 0, torch.device("cpu"))
     weights = torch.randn(len(tokens.targets), len(VOCABULARY), generator=torch.Generator().manual_seed(2))
     found = []
     for together in (True, False):
         with policy.learning():
             logits = (
-                answer_logits(policy, tokens, share_prefix=share_prefix) if together else one_by_one(policy, groups)
+                completion_logits(policy, tokens, share_prefix=share_prefix) if together else one_by_one(policy, groups)
             )
             (logits * weights).sum().backward()
         policy.finish_gradients()
@@ -85,17 +85,17 @@ def test_logits_and_gradients_are_those_of_answers_one_by_one(make_options, fami
 @families
 def test_answers_with_a_shared_prefix_are_those_alone(make_options, family):
     policy, processor = moved_policy(family, make_options())
-    generator = Generator(policy, torch.device("cpu"), 0, (2,))
+    generator = RolloutGenerator(policy, torch.device("cpu"), 0, (2,))
     prompts, images = zip(*(encode_prompt(problem, processor) for problem in PROBLEMS), strict=True)
-    shared = generator.answers(prompts, 5, images=images, samples=2)
+    shared = generator.completions(prompts, 5, images=images, samples=2)
     draw = uniforms(0, 0, range(3), 2, 5)
-    drawn = generator.answers(prompts, 5, images=images, samples=2, draw=draw)
+    drawn = generator.completions(prompts, 5, images=images, samples=2, uniforms=draw)
     model = policy.transformer
     for i in range(3):
-        ((alone,),) = generator.answers(prompts[i : i + 1], 5, images=images[i : i + 1])
+        ((alone,),) = generator.completions(prompts[i : i + 1], 5, images=images[i : i + 1])
         assert all(answer.tolist() == alone.tolist() for answer in shared[i])
-        (again,) = generator.answers(
-            prompts[i : i + 1], 5, images=images[i : i + 1], samples=2, draw=draw[2 * i : 2 * i + 2]
+        (again,) = generator.completions(
+            prompts[i : i + 1], 5, images=images[i : i + 1], samples=2, uniforms=draw[2 * i : 2 * i + 2]
         )
         assert [a.tolist() for a in again] == [a.tolist() for a in drawn[i]]
         with policy.learning(), torch.no_grad():
@@ -108,12 +108,12 @@ def test_answers_with_a_shared_prefix_are_those_alone(make_options, family):
 
 def test_text_and_images_meet_in_one_batch(make_options):
     policy, processor = moved_policy("qwen2_5_vl", make_options())
-    generator = Generator(policy, torch.device("cpu"), 0, (2,))
+    generator = RolloutGenerator(policy, torch.device("cpu"), 0, (2,))
     text = t2.tasks.Problem(({"role": "user", "content": "what is it"},))
     prompts, images = zip(*(encode_prompt(problem, processor) for problem in (text, *PROBLEMS)), strict=True)
-    found = generator.answers(prompts, 4, images=images, samples=2)
-    (alone,) = generator.answers(prompts[:1], 4, images=images[:1], samples=2)
-    (plain,) = generator.answers(
+    found = generator.completions(prompts, 4, images=images, samples=2)
+    (alone,) = generator.completions(prompts[:1], 4, images=images[:1], samples=2)
+    (plain,) = generator.completions(
         prompts[:1], 4, samples=3
     )  # after other numbers of rows: nothing is kept between calls
     assert found[0][0].tolist() == alone[0].tolist()
@@ -142,7 +142,7 @@ def test_one_step_moves_z_and_nothing_else(make_options, family, objective):
     moved = trainer.policy.parameters[0].detach()
     assert result.finished and result.state.step == 1 and (moved - 1).abs().max() > 1e-4
     svf = trainer.policy.svf
-    found = svf.detach().state_dict()
+    found = svf.unload().state_dict()
     assert all(torch.equal(found[name], before[name]) for name in before)
     assert (t2.Expert.load(trainer.options.output / "last.safetensors").z - 1).abs().max() > 1e-4
 
@@ -172,12 +172,12 @@ def test_checkpointed_steps_are_the_same(make_options):
 @families
 def test_evaluation_reads_images_a_few_at_a_time(make_options, family, monkeypatch):
     policy, processor = moved_policy(family, make_options())
-    generator = Generator(policy, torch.device("cpu"), 0, (2,))
+    generator = RolloutGenerator(policy, torch.device("cpu"), 0, (2,))
     task, seen = Colours(), []
 
     def answer(prompts, room, images=()):
         seen.append(len(images))
-        return [answers[0] for answers in generator.answers(prompts, room, images=images)]
+        return [answers[0] for answers in generator.completions(prompts, room, images=images)]
 
     problems, counts = task.problems("test"), []
     whole = evaluate(answer, task, problems, processor, announce=counts.append)

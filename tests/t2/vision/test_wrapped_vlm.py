@@ -61,7 +61,7 @@ def test_what_comes_before_the_language_model_is_untouched(family: str):
     assert not any(hasattr(module, MARK) for module in before.values())
     assert sum(isinstance(module, RoutedLinear) for module in model.modules()) == 14
     assert model.config.to_dict() == config.to_dict()
-    found = svf.detach().state_dict()
+    found = svf.unload().state_dict()
     assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
 
 
@@ -77,7 +77,7 @@ def test_z_of_one_is_the_base_and_merges_back(family: str, targets: str):
         torch.testing.assert_close(svf(**batch).logits[kept], base[kept], atol=1e-3, rtol=1e-3)
         ones = t2.Expert(torch.ones(svf.layout.R), svf.layout)
         torch.testing.assert_close(svf(**batch, experts=ones).logits[kept], base[kept], atol=1e-3, rtol=1e-3)
-        assert torch.equal(svf.merge(None)(**batch).logits, base)
+        assert torch.equal(svf.merged_copy(None)(**batch).logits, base)
 
 
 @families
@@ -94,7 +94,7 @@ def test_a_mixed_batch_is_each_request_alone_with_its_merged_model(family: str):
         answers = svf.generate(**batch, experts=experts, **options)[:, batch["input_ids"].shape[1] :]
         base = svf(**batch).logits
     for row, (problem, expert) in enumerate(zip(PROBLEMS, experts, strict=True)):
-        plain = svf.merge(expert)
+        plain = svf.merged_copy(expert)
         alone = batch_of(processor, [problem])
         length = alone["input_ids"].shape[1]
         with torch.no_grad():
@@ -126,7 +126,7 @@ def test_the_gradient_of_z_is_autograds_through_the_dense_weights(family: str):
     z = (1 + 0.2 * torch.randn(svf.layout.R, generator=torch.Generator().manual_seed(0))).requires_grad_()
     direction = torch.randn(len(VOCABULARY), generator=torch.Generator().manual_seed(1))
     (svf(**batch, experts=z).logits[:, -1] @ direction).sum().backward()
-    plain = svf.merge(None).double()
+    plain = svf.merged_copy(None).double()
     dense = z.detach().double().requires_grad_()
     weights = {}
     for name in svf.layout.names:

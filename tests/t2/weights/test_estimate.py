@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from transformers import MistralConfig as Mistral
 
 import t2
-from t2.generation.scoring import Group
+from t2.generation.scoring import PromptGroup
 from t2.training import Trainer
 from t2.weights.estimate import STORAGE, footprint, gpus_needed
 from t2.weights.factor_cache import FactorCache, weight_key
@@ -204,14 +204,14 @@ def wrapped(config, tmp_path, dtype=torch.float32, storage=torch.int8):
 def test_a_served_model_is_as_large_as_planned(plan_of, tmp_path, family, storage):
     plan = plan_of(FAMILIES[family].to_dict(), dtype=torch.float16)
     svf = wrapped(FAMILIES[family], tmp_path, torch.float16, storage)
-    table = svf._table.table.untyped_storage().data_ptr()  # of which layers have views
+    table = svf.slot_table.table.untyped_storage().data_ptr()  # of which layers have views
     held = {t.untyped_storage().data_ptr(): t.nbytes for t in (*svf.parameters(), *svf.buffers())}
     del held[table]
-    for module in svf._packed.values():  # kept for merge and detach
+    for module in svf.decomposed.packed.values():  # kept for merge and detach
         held |= {p.untyped_storage().data_ptr(): p.nbytes for p in module.parameters()}
     rotary = sum(buffer.nbytes for name, buffer in svf.named_buffers() if "inv_freq" in name)
     assert sum(held.values()) - rotary == plan.factors(storage) + plan.rest(storage)
-    assert svf._table.table.nbytes + svf.sigma.nbytes == plan.slots
+    assert svf.slot_table.table.nbytes + svf.sigma.nbytes == plan.slots
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,14 +235,14 @@ def updated(tmp_path, options, config, dtype, prompts, answers, prompt_tokens, n
     svf = wrapped(config, tmp_path, dtype, getattr(torch, options.factor_dtype))
     trainer = Trainer(svf, toy_tokenizer(), SayTheWord(), options)
     groups = [
-        Group(
+        PromptGroup(
             torch.randint(3, 14, (prompt_tokens,)),
             tuple(torch.randint(3, 14, (new_tokens,)) for _ in range(answers // prompts)),
             tuple(torch.randn(answers // prompts).tolist()),
         )
         for _ in range(prompts)
     ]
-    groups[0] = Group(groups[0].prompt[3:], groups[0].answers, groups[0].weights)  # padding
+    groups[0] = PromptGroup(groups[0].prompt[3:], groups[0].answers, groups[0].weights)  # padding
     with LiveBytes() as live:
         trainer._update(groups)
     return live.peak

@@ -83,7 +83,7 @@ def test_streamed_is_loaded_whole_to_the_bit(tmp_path, checkpoint, family, store
     add_random_experts(whole, 2)
     experts = [names[0], None, {names[0]: 0.5, names[1]: 0.5}]
     assert torch.equal(logits(svf, experts), logits(whole, experts))
-    for mine, theirs in ((svf.merge("e0"), whole.merge("e0")), (svf.detach(), whole.detach())):
+    for mine, theirs in ((svf.merged_copy("e0"), whole.merged_copy("e0")), (svf.unload(), whole.unload())):
         assert_same_state(mine, state(theirs))
     assert_same_state(svf.model, before)
     assert (svf.model.lm_head.weight is svf.model.get_input_embeddings().weight) == model.config.tie_word_embeddings
@@ -159,7 +159,7 @@ def test_the_dense_model_is_never_in_memory(tmp_path, checkpoint, monkeypatch):
         with LiveBytes() as live:
             svf, _ = load_svf(path, options, stream=way)
         peaks[way] = live.peak
-    weights = [target.layer.weight for target in svf._targets.values()]
+    weights = [target.layer.weight for target in svf.decomposed.layers.values()]
     dense = sum(4 * w.in_features * w.out_features for w in weights)
     plan = footprint(path, dtype=torch.float32)
     bound = plan.serving(torch.int8) + decompose_bytes(256, 96, torch.float32)
@@ -265,12 +265,12 @@ def test_damaged_factors_of_a_streamed_model_are_computed_again(tmp_path, checkp
     path = checkpoint()
     svf, _ = load_svf(path, config(tmp_path))
     names = add_random_experts(svf, 2)
-    expected, merged = logits(svf, names), state(svf.merge(names[0]))
+    expected, merged = logits(svf, names), state(svf.merged_copy(names[0]))
     for name, damage in (("q_proj", lambda file: flipped(file, "u")), ("down_proj", truncate)):
         file = tmp_path / "factors" / f"{svf.weight_keys[next(n for n in svf.weight_keys if name in n)]}.safetensors"
         damage(file)
         with pytest.warns(RuntimeWarning, match=rf"{file.name}.*computed again"):
-            assert_same_state(svf.merge(names[0]), merged)
+            assert_same_state(svf.merged_copy(names[0]), merged)
         damage(file)
         with pytest.warns(RuntimeWarning, match=rf"{file.name}.*computed again"):
             again, _ = load_svf(path, config(tmp_path))

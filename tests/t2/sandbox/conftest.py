@@ -4,5 +4,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _toy_model(own_cache: None, one_thread: None) -> None:
+def _turn(sandbox_turn: None) -> None:
     pass
