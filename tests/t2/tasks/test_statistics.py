@@ -32,8 +32,6 @@ def test_mcnemar_equals_the_sum_of_binomial_coefficients(better, worse):
     expected = min(1.0, 2 * sum(math.comb(count, k) for k in range(min(better, worse) + 1)) / 2**count)
     first, second = [0.0] * better + [1.0] * worse, [1.0] * better + [0.0] * worse
     assert paired_p(first, second) == pytest.approx(expected, rel=1e-12)
-        expected, rel=1e-12
-    )
 
 
 def test_mcnemar_of_the_exact2x2_vignette():
