@@ -127,7 +127,7 @@ class Footprint:
         return 4 * 4 * self.expert
 
     def activations(self, rows: int, new: int, keys: int, *, checkpointing: bool = False) -> float:
-        """Bytes that a forward pass keeps for the backward pass, without logits; for layers that run again, their inputs.
+        """Bytes that a forward pass keeps for its backward pass, without logits; of layers run again, their inputs.
 
         Raises:
             ValueError: the formula does not describe this kind of model.
