@@ -25,10 +25,10 @@ from t2.adaptation.base import Adaptation, Strategy, mixed
 from t2.adaptation.search import (
     FewShotOptions,
     Fitness,
-    Found,
     Generation,
     Memory,
     Search,
+    SearchProgress,
     make_search,
     run_search,
 )
@@ -169,7 +169,7 @@ class FewShotStrategy(Strategy):
         incumbent: Strategy | str = BASE,
         new_tokens: int | None = None,
         memory: Path | None = None,
-        announce: Callable[[Found], object] = lambda found: None,
+        announce: Callable[[SearchProgress], object] = lambda found: None,
     ) -> None:
         super().__init__(svf, tokenizer)
         names = svf.bank.names if experts is None else list(experts)
@@ -320,7 +320,7 @@ class FewShotStrategy(Strategy):
         )
         return self.result
 
-    def _after(self, found: Found) -> None:
+    def _after(self, found: SearchProgress) -> None:
         self._write_memory()
         self.announce(found)
 

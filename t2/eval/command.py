@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from t2.adaptation.bank_folder import load_bank_folder
 from t2.adaptation.command import open_model
-from t2.eval.lora_adapter import Adapter
+from t2.eval.lora_adapter import LoraAdapter
 from t2.eval.plots import write_plots
-from t2.eval.report import document, summary
-from t2.eval.result_cache import Cells
-from t2.eval.runner import Announce, Measuring
-from t2.eval.sections import SECTIONS, Section, measure
-from t2.eval.spec import load_plan
+from t2.eval.report import SECTIONS, Section, document, summary
+from t2.eval.result_cache import ResultCache
+from t2.eval.runner import Announce, EvalRunner
+from t2.eval.sections import measure
+from t2.eval.spec import load_spec
 from t2.weights.machine import machine
 from t2kernels.files import write_text
 
@@ -47,16 +47,16 @@ def run_evaluation(
         ValueError, FileNotFoundError, FileFormatError: the plan, the bank or a file of the plan is not what it should
             be.
     """
-    console, planned, folder = console or Console(), load_plan(plan), load_bank_folder(bank)
-    adapter = None if planned.lora is None else Adapter(model, planned.lora)
+    console, planned, folder = console or Console(), load_spec(plan), load_bank_folder(bank)
+    adapter = None if planned.lora is None else LoraAdapter(model, planned.lora)
     svf, tokenizer = open_model(model, dtype, folder, bf16_products=bf16_products)
     with _progress(console) as announce:
-        measuring = Measuring(
+        measuring = EvalRunner(
             svf,
             tokenizer,
             folder,
             planned,
-            Cells(output / "cells"),
+            ResultCache(output / "cells"),
             adapter=adapter,
             token_budget=token_budget,
             announce=announce,

@@ -29,7 +29,7 @@ class _PeftRunner:
         return cast(PreTrainedModel, cast(Any, self.model).get_base_model())
 
 
-class Adapter:
+class LoraAdapter:
     """Answers of a model with a LoRA adapter, in float32. The model is loaded when it is first needed.
 
     Args:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
-TITLES = {
+Section = Literal["table1", "table2", "dispatch", "times", "alphas", "sizes", "variants"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
+TITLES: dict[str, str] = {
     "table1": "Fine-tuned (table 1)",
     "table2": "Adaptation (table 2)",
     "dispatch": "Dispatcher",

@@ -18,7 +18,7 @@ Key = Mapping[str, Any]
 """All that a value depends on, as JSON holds it; "kind" and "label" are also in the name of its file."""
 
 
-class Cells:
+class ResultCache:
     """Values by key, in the files of a folder. Writes are atomic; a damaged file counts as a miss."""
 
     def __init__(self, folder: Path) -> None:

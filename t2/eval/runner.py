@@ -24,10 +24,11 @@ from t2.adaptation import (
 from t2.adaptation.bank_folder import CLASSIFIER
 from t2.adaptation.base import mixed
 from t2.adaptation.few_shot import alone, keeper, mean_weights
-from t2.adaptation.search import Fitness, Found, Granularity
-from t2.eval.lora_adapter import Adapter
-from t2.eval.result_cache import Cells, Key, tensor_digest, texts_digest
-from t2.eval.spec import Plan
+from t2.adaptation.options import Granularity
+from t2.adaptation.search import Fitness, SearchProgress
+from t2.eval.lora_adapter import LoraAdapter
+from t2.eval.result_cache import Key, ResultCache, tensor_digest, texts_digest
+from t2.eval.spec import EvalSpec
 from t2.experts.expert import Expert
 from t2.experts.layout import Layout, fingerprint
 from t2.generation.evaluate import Evaluation, evaluate, evaluate_experts
@@ -44,12 +45,12 @@ Announce = Callable[[str, int, int], object]
 """(what is under way, how much of it is done, of how much)"""
 
 
-class Missing(Exception):
+class MissingResult(Exception):
     """A value is not there, and was not to be measured now."""
 
 
 @dataclass(frozen=True)
-class Judged:
+class ResolvedTask:
     """A task of the plan. problems: those of its test split that count."""
 
     label: str
@@ -68,7 +69,7 @@ class Judged:
             raise ValueError(f"{self.label}: few_shot_from {self.few_shot_from}: {error}") from error
 
 
-class Measuring:
+class EvalRunner:
     """Measures for a plan with a model that has the bank's experts.
 
     Args:
@@ -90,10 +91,10 @@ class Measuring:
         svf: SVFModel,
         tokenizer: PreTrainedTokenizerBase,
         bank: BankFolder,
-        plan: Plan,
-        cells: Cells,
+        plan: EvalSpec,
+        cells: ResultCache,
         *,
-        adapter: Adapter | None = None,
+        adapter: LoraAdapter | None = None,
         token_budget: int = 16384,
         announce: Announce = lambda what, done, total: None,
     ) -> None:
@@ -106,10 +107,10 @@ class Measuring:
         self.svf, self.tokenizer, self.bank, self.plan, self.cells = svf, tokenizer, bank, plan, cells
         self.adapter, self.token_budget, self.announce = adapter, token_budget, announce
         self.allowed = True
-        """Whether what is not there is measured; a `Missing` says so otherwise."""
+        """Whether what is not there is measured; a `MissingResult` says so otherwise."""
         self.experts = {name: tensor_digest(expert.z) for name, expert in bank.experts.items()}
         self.classifier = None if bank.classifier is None else tensor_digest(bank.classifier.z)
-        self._judged: dict[str, Judged] = {}
+        self._judged: dict[str, ResolvedTask] = {}
         self._base = {
             "model": svf.layout.base_model,
             "fingerprint": svf.layout.fingerprint,
@@ -117,7 +118,7 @@ class Measuring:
             "bf16_products": svf.svf_config.bf16_products,
         }
 
-    def judged(self, label: str) -> Judged:
+    def judged(self, label: str) -> ResolvedTask:
         """A task of the plan by its label.
 
         Raises:
@@ -134,7 +135,7 @@ class Measuring:
                 raise ValueError(f"{label}: expected a task with test problems, got none of {planned.task}")
             room = planned.max_new_tokens or task.max_new_tokens
             identity = {"task": planned.task, "options": dict(planned.options), "new_tokens": room}
-            self._judged[label] = Judged(label, task, problems, room, planned.few_shot_from, identity)
+            self._judged[label] = ResolvedTask(label, task, problems, room, planned.few_shot_from, identity)
         return self._judged[label]
 
     def _cell(self, key: Key, value: Callable[[], Any]) -> Any:
@@ -142,7 +143,7 @@ class Measuring:
         if found is not None:
             return found
         if not self.allowed:
-            raise Missing(f"{key['kind']} {key['label']}")
+            raise MissingResult(f"{key['kind']} {key['label']}")
         return self.cells.put(key, value())
 
     # Answers
@@ -161,7 +162,7 @@ class Measuring:
             known = {column: self.cells.find(key) for column, key in keys.items()}
             missing = {column: choices[distinct[column]] for column, value in known.items() if value is None}
             if missing and not self.allowed:
-                raise Missing(f"answers {label}")
+                raise MissingResult(f"answers {label}")
             if missing:
                 names = ", ".join(distinct[column] for column in missing)
                 answered = evaluate_experts(
@@ -202,7 +203,7 @@ class Measuring:
             scores += self._cell(key, answered)["scores"]
         return scores
 
-    def _answers_key(self, judged: Judged, problems: Sequence[Problem], column: str) -> Key:
+    def _answers_key(self, judged: ResolvedTask, problems: Sequence[Problem], column: str) -> Key:
         return {
             "kind": "answers",
             "label": judged.label,
@@ -332,7 +333,7 @@ class Measuring:
             what = f"{label}: search with {size} problems, seed {seed}"
             self.announce(what, 0, options.generations)
 
-            def announce(so_far: Found) -> None:
+            def announce(so_far: SearchProgress) -> None:
                 done = len(so_far.generations)
                 self.announce(f"{what}, {so_far.fitness.score:.0%}", done, options.generations)
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from t2.eval.runner import Measuring, Missing
+from t2.eval.report import SECTIONS, Section
+from t2.eval.runner import EvalRunner, MissingResult
 from t2.experts.expert import Expert
 from t2.model.svf_model import ExpertChoice
 from t2.tasks.classify import BASE, OTHERS
 from t2.tasks.statistics import better_worse, paired_p, wilson_interval
 
-Section = Literal["table1", "table2", "dispatch", "times", "alphas", "sizes", "variants"]
-SECTIONS: tuple[Section, ...] = get_args(Section)
 
-
-def measure(measuring: Measuring, only: Iterable[Section] = SECTIONS) -> dict[str, Any]:
+def measure(measuring: EvalRunner, only: Iterable[Section] = SECTIONS) -> dict[str, Any]:
     """The sections asked for; of the others those that were measured before, as a whole.
 
     A section that the plan has nothing for is left out. An interruption loses a few problems' answers at most: the
@@ -37,7 +35,7 @@ def measure(measuring: Measuring, only: Iterable[Section] = SECTIONS) -> dict[st
         measuring.allowed = name in chosen
         try:
             section = _MADE[name](measuring)
-        except Missing:
+        except MissingResult:
             continue
         finally:
             measuring.allowed = True
@@ -46,7 +44,7 @@ def measure(measuring: Measuring, only: Iterable[Section] = SECTIONS) -> dict[st
     return found
 
 
-def _columns(measuring: Measuring, label: str, chosen: Sequence[Section]) -> dict[str, ExpertChoice]:
+def _columns(measuring: EvalRunner, label: str, chosen: Sequence[Section]) -> dict[str, ExpertChoice]:
     """All that answers a task's problems for these sections, so that it does so as rows of the same batches."""
     plan, columns = measuring.plan, dict[str, ExpertChoice]()
     if "table2" in chosen or ("table1" in chosen and label in plan.seen):
@@ -65,12 +63,12 @@ def _columns(measuring: Measuring, label: str, chosen: Sequence[Section]) -> dic
     return columns
 
 
-def _singles(measuring: Measuring) -> dict[str, ExpertChoice]:
+def _singles(measuring: EvalRunner) -> dict[str, ExpertChoice]:
     """The base and each expert."""
     return {BASE: None, **{name: name for name in measuring.bank.experts}}
 
 
-def _mixes(measuring: Measuring, label: str) -> dict[str, ExpertChoice]:
+def _mixes(measuring: EvalRunner, label: str) -> dict[str, ExpertChoice]:
     """Few-shot columns of table 2."""
     plan, seed = measuring.plan, measuring.plan.few_shot_seeds[0]
     made: dict[str, ExpertChoice] = {}
@@ -88,12 +86,12 @@ def _after(incumbent: str, name: str) -> str:
     return name if incumbent == BASE else f"{incumbent}, {name}"
 
 
-def _variants(measuring: Measuring, label: str) -> dict[str, ExpertChoice]:
+def _variants(measuring: EvalRunner, label: str) -> dict[str, ExpertChoice]:
     made: dict[str, ExpertChoice] = {}
     for variant, files in measuring.plan.variants.items():
         if label in files:
             if not measuring.allowed and not Path(files[label]).is_file():
-                raise Missing(files[label])
+                raise MissingResult(files[label])
             expert = Expert.load(files[label])
             made[f"variant {variant}"] = measuring.widened(expert, f"variants.{variant}.{label}")
     return made
@@ -116,7 +114,7 @@ def figures(scores: Sequence[float], base: Sequence[float] | None = None) -> dic
     return found
 
 
-def _row(measuring: Measuring, label: str, columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def _row(measuring: EvalRunner, label: str, columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The columns of a task, the base first."""
     base = columns[BASE]
     found = {name: figures(scores, None if name == BASE else base) for name, scores in columns.items()}
@@ -124,7 +122,7 @@ def _row(measuring: Measuring, label: str, columns: Mapping[str, Sequence[float]
     return {"task": judged.task.name, "problems": len(judged.problems), "columns": found}
 
 
-def _table1(measuring: Measuring) -> dict[str, Any]:
+def _table1(measuring: EvalRunner) -> dict[str, Any]:
     rows = {}
     for label in measuring.plan.seen:
         columns = measuring.scores(label, _singles(measuring))
@@ -132,7 +130,7 @@ def _table1(measuring: Measuring) -> dict[str, Any]:
     return rows
 
 
-def _with_lora(measuring: Measuring, label: str, columns: dict[str, list[float]]) -> dict[str, list[float]]:
+def _with_lora(measuring: EvalRunner, label: str, columns: dict[str, list[float]]) -> dict[str, list[float]]:
     return columns | ({"LoRA": measuring.lora(label)} if measuring.adapter is not None else {})
 
 
@@ -145,7 +143,7 @@ def dispatched(labels: Sequence[str], columns: Mapping[str, Sequence[float]]) ->
     return [columns[label][index] for index, label in enumerate(labels)]
 
 
-def _table2(measuring: Measuring) -> dict[str, Any]:
+def _table2(measuring: EvalRunner) -> dict[str, Any]:
     plan, rows = measuring.plan, {}
     for label in plan.tasks:
         mixes = _mixes(measuring, label)
@@ -160,7 +158,7 @@ def _table2(measuring: Measuring) -> dict[str, Any]:
     return rows
 
 
-def _dispatch(measuring: Measuring) -> dict[str, Any]:
+def _dispatch(measuring: EvalRunner) -> dict[str, Any]:
     """Confusion matrices by strategy: rows are tasks, columns what their prompts were taken for."""
     plan = measuring.plan
     labels = [*measuring.bank.experts, OTHERS]
@@ -180,18 +178,18 @@ def _dispatch(measuring: Measuring) -> dict[str, Any]:
     return {"labels": labels, "strategies": found}
 
 
-def _times(measuring: Measuring) -> dict[str, Any]:
+def _times(measuring: EvalRunner) -> dict[str, Any]:
     return {label or "mixed batch": measuring.times(label) for label in (None, *measuring.plan.timed)}
 
 
-def _alphas(measuring: Measuring) -> dict[str, Any]:
+def _alphas(measuring: EvalRunner) -> dict[str, Any]:
     """Weights of the mixes of table 2, with the first size and incumbent."""
     plan = measuring.plan
     first = plan.few_shot[0], plan.few_shot_seeds[0], plan.incumbents[0]
     return {label: measuring.settled(label, *first) for label in plan.tasks}
 
 
-def _sizes(measuring: Measuring) -> dict[str, Any]:
+def _sizes(measuring: EvalRunner) -> dict[str, Any]:
     """Accuracy by task, incumbent, size and seed, and the base's."""
     plan, rows = measuring.plan, {}
     for label, incumbent in itertools.product(plan.ablated, plan.incumbents):
@@ -219,7 +217,7 @@ def _sizes(measuring: Measuring) -> dict[str, Any]:
     return rows
 
 
-def _variants_section(measuring: Measuring) -> dict[str, Any]:
+def _variants_section(measuring: EvalRunner) -> dict[str, Any]:
     rows = {}
     for label in measuring.plan.seen:
         if variants := _variants(measuring, label):
@@ -229,7 +227,7 @@ def _variants_section(measuring: Measuring) -> dict[str, Any]:
     return rows
 
 
-_MADE: dict[Section, Callable[[Measuring], dict[str, Any]]] = {
+_MADE: dict[Section, Callable[[EvalRunner], dict[str, Any]]] = {
     "table1": _table1,
     "table2": _table2,
     "dispatch": _dispatch,

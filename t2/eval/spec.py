@@ -7,8 +7,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from t2.adaptation.dispatch import Calibration
-from t2.adaptation.search import FewShotOptions
+from t2.adaptation.options import Calibration, FewShotOptions
+from t2.adaptation.strategies import PASS_ONE
 from t2.tasks import Split
 from t2.tasks.classify import BASE, RESERVED
 from t2.weights.files import FileFormatError, check_regular, file_errors
@@ -16,11 +16,11 @@ from t2kernels.files import strict_json
 
 MOST = (1 << 31) - 1
 """Largest number in a plan."""
-INCUMBENTS = (BASE, "prompt", "classifier")
+INCUMBENTS = (BASE, *PASS_ONE)
 
 
 @dataclass(frozen=True)
-class TaskPlan:
+class TaskSpec:
     """A task and how its problems are used."""
 
     task: str
@@ -37,12 +37,12 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalSpec:
     """The keys of the file; all but `seen` may be left out. Paths are those of the command line."""
 
-    seen: Mapping[str, TaskPlan]
+    seen: Mapping[str, TaskSpec]
     """Tasks by the name of the expert of the bank that is for them."""
-    unseen: Mapping[str, TaskPlan] = field(default_factory=dict)
+    unseen: Mapping[str, TaskSpec] = field(default_factory=dict)
     """Tasks that no expert was trained on, by any other name."""
     problems: int = 200
     """Test problems of a task."""
@@ -79,7 +79,7 @@ class Plan:
     """Tasks that have a batch of their own, beside the mixed one of the seen tasks; all if none are given."""
 
     @property
-    def tasks(self) -> dict[str, TaskPlan]:
+    def tasks(self) -> dict[str, TaskSpec]:
         """Seen ones, then unseen ones."""
         return {**self.seen, **self.unseen}
 
@@ -94,7 +94,7 @@ class Plan:
         return tuple(self.tasks) if self.times_tasks is None else self.times_tasks
 
 
-def load_plan(path: str | Path) -> Plan:
+def load_spec(path: str | Path) -> EvalSpec:
     """Reads a plan.
 
     Raises:
@@ -110,12 +110,12 @@ def load_plan(path: str | Path) -> Plan:
     except ValueError as error:
         raise FileFormatError(f"plan: expected JSON, got {path}: {error}") from error
     with file_errors(f"plan {path}"):
-        return parse_plan(content)
+        return parse_spec(content)
 
 
-def parse_plan(content: Any) -> Plan:
+def parse_spec(content: Any) -> EvalSpec:
     """A plan from what its JSON holds; ValueError names the key that is wrong."""
-    given = dict(_object("plan", content, Plan))
+    given = dict(_object("plan", content, EvalSpec))
     for name in ("seen", "unseen"):
         if name in given:
             tasks = _object(name, given[name])
@@ -150,13 +150,13 @@ def parse_plan(content: Any) -> Plan:
         _check("incumbents", known and len(set(named)) == len(named), f"some of {', '.join(INCUMBENTS)}", named)
         given["incumbents"] = tuple(named)
     given["search"] = _search(given.get("search", {}))
-    plan = Plan(**given)
+    plan = EvalSpec(**given)
     _check("search.margin", plan.incumbents == (BASE,) or plan.search.margin > 0, "one above 0 for incumbents", 0)
     _check_names(plan)
     return plan
 
 
-def _check_names(plan: Plan) -> None:
+def _check_names(plan: EvalSpec) -> None:
     _check("seen", bool(plan.seen), "at least one task", "none")
     both = set(plan.seen) & set(plan.unseen)
     _check("unseen", not both, "names that no seen task has", sorted(both))
@@ -170,8 +170,8 @@ def _check_names(plan: Plan) -> None:
         _check(f"variants.{label}", not unknown, f"seen tasks ({', '.join(plan.seen)})", sorted(unknown))
 
 
-def _task(name: str, content: Any) -> TaskPlan:
-    given = dict(_object(name, content, TaskPlan))
+def _task(name: str, content: Any) -> TaskSpec:
+    given = dict(_object(name, content, TaskSpec))
     _check(f"{name}.task", isinstance(given["task"], str) and bool(given["task"]), "the name of a task", given["task"])
     _object(f"{name}.options", given.get("options", {}))
     for key in ("problems", "max_new_tokens"):
@@ -179,7 +179,7 @@ def _task(name: str, content: Any) -> TaskPlan:
             _integer(f"{name}.{key}", given[key])
     split = given.get("few_shot_from", "train")
     _check(f"{name}.few_shot_from", split in ("train", "validation", "test"), "train, validation or test", split)
-    return TaskPlan(**given)
+    return TaskSpec(**given)
 
 
 def _search(content: Any) -> FewShotOptions:

@@ -305,7 +305,7 @@ def svf_config(options: TrainOptions) -> SVFConfig:
     """How a model is wrapped for these options."""
     return SVFConfig(
         target_modules=target_modules(options),
-        dtype=getattr(torch, options.dtype),
+        dtype=getattr(torch, options.factor_dtype),
         bf16_products=options.bf16_products,
     )
 

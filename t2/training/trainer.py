@@ -33,7 +33,7 @@ from t2.model.kv_cache import new_cache
 from t2.model.svf_model import SVFModel
 from t2.tasks import Problem, Task
 from t2.tasks.base import rewards_of
-from t2.training.alarms import Guard
+from t2.training.alarms import AlarmMonitor
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
 from t2.training.loss import TokenStatistics, advantages, policy_loss
 from t2.training.metrics import Metrics, Row, plot
@@ -114,7 +114,7 @@ class Trainer:
         device = self.policy.parameters[0].device
         self.generator = RolloutGenerator(self.policy, device, int(tokenizer.pad_token_id), tuple(eos_ids))
         self.optimizer = torch.optim.Adam(self.policy.parameters, lr=options.learning_rate)
-        self.guard = Guard(options.entropy_alarm, options.kl_alarm)
+        self.guard = AlarmMonitor(options.entropy_alarm, options.kl_alarm)
         self.state = State()
         self.best = [parameter.detach().clone() for parameter in self.policy.parameters]
         self.metrics = self._start()
@@ -310,7 +310,7 @@ class Trainer:
         answers = options.prompts_per_step * options.samples_per_prompt
         kl_weight = options.kl_coefficient / answers if self._rewarded else 0.0
         with_base = kl_weight > 0 or (self.state.step + 1) % options.validate_every == 0
-        if options.skip_even_prompts or not with_base:
+        if options.skip_zero_advantage or not with_base:
             groups = [group for group in groups if any(group.weights)]
         total, loss_sum = TokenStatistics(), 0.0
         self.optimizer.zero_grad()

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from t2.eval import load_plan
-from t2.eval.result_cache import Cells
-from t2.eval.spec import parse_plan
+from t2.eval import load_spec
+from t2.eval.result_cache import ResultCache
+from t2.eval.spec import parse_spec
 from t2.weights.files import FileFormatError
 
 TASK = {"task": "gsm8k"}
 
 
 def test_defaults_are_those_of_the_paper():
-    plan = parse_plan({"seen": {"a": TASK}, "unseen": {"b": TASK}})
+    plan = parse_spec({"seen": {"a": TASK}, "unseen": {"b": TASK}})
     assert plan.problems == 200 and plan.few_shot == (10,) and plan.few_shot_sizes == (3, 5, 10, 20)
     assert plan.search.population == 32 and plan.search.elite_ratio == 0.2
     assert list(plan.tasks) == ["a", "b"] and plan.ablated == ("b",) and plan.timed == ("a", "b")
@@ -56,17 +56,17 @@ def test_defaults_are_those_of_the_paper():
 )
 def test_errors_name_the_key(content, text):
     with pytest.raises(ValueError, match=text):
-        parse_plan(content)
+        parse_spec(content)
 
 
 def test_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="plan: expected a JSON file"):
-        load_plan(tmp_path / "none.json")
+        load_spec(tmp_path / "none.json")
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ValueError, match="plan: expected JSON, got"):
-        load_plan(tmp_path / "plan.json")
+        load_spec(tmp_path / "plan.json")
     shipped = Path(__file__).parents[3] / "benchmarks" / "eval_plan.json"
-    plan = load_plan(shipped)
+    plan = load_spec(shipped)
     assert list(plan.seen) == ["sums", "reading", "logic"] and len(plan.unseen) >= 3
     assert json.loads(shipped.read_text())["seen"]["sums"] == {
         "task": plan.seen["sums"].task,
@@ -80,12 +80,12 @@ def test_files(tmp_path):
 def test_files_that_are_no_plan_are_named(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(FileFormatError, match=r"plan\.json: "):
-        load_plan(tmp_path / "plan.json")
+        load_spec(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize("change", ["{", "[]", "[" * 100_000, {"value": 2}, {"key": {}}, {"digest": "x"}])
 def test_a_damaged_cell_is_named_and_measured_anew(tmp_path, change):
-    cells, key = Cells(tmp_path), {"kind": "score", "label": "a"}
+    cells, key = ResultCache(tmp_path), {"kind": "score", "label": "a"}
     assert cells.find(key) is None and cells.put(key, {"right": (1, 0)}) == {"right": [1, 0]} == cells.find(key)
     path = cells.path(key)
     path.write_text(change if isinstance(change, str) else json.dumps(json.loads(path.read_text()) | change))
