@@ -33,7 +33,7 @@ def truth(query, key, value, allowed=None, scale=None):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_float64(instruction_set, dtype, shape, masked):
+def test_equals_float64(extreme_set, dtype, shape, masked):
     query, key, value = problem(*shape, dtype)
     allowed = None
     if masked:
