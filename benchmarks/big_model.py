@@ -1,4 +1,4 @@
-"""A model of Llama-3-8B's shapes from shards to a training step on a small machine, against `t2 decompose --plan`.
+"""A model of Llama-3-8B's shapes from shards to a training step on a small machine, against `t2 estimate`.
 
     python benchmarks/big_model.py                       # a vocabulary of 128,256, stacks of 1 and 3 layers
     python benchmarks/big_model.py --vocabulary 4096
@@ -133,10 +133,10 @@ def options(folder: Path, checkpointing: bool) -> TrainOptions:
         output=folder / "run",
         prompts_per_step=WORK.prompts_per_step,
         samples_per_prompt=WORK.samples_per_prompt,
-        dtype="int8",
+        factor_dtype="int8",
         model_dtype="bfloat16",
         gradient_checkpointing=checkpointing,
-        skip_even_prompts=False,
+        skip_zero_advantage=False,
         trackers=(),
     )
 

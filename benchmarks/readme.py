@@ -668,7 +668,7 @@ def gigabytes(size: float) -> str:
 
 
 def big_plans() -> str:
-    """What either model takes, and where it fits, by `t2 decompose --plan`."""
+    """What either model takes, and where it fits, by `t2 estimate`."""
     plans = {name: read(file) for name, file in PLANNED.items()}
     rows = [
         ["parameters per expert", *(f"{p['parameters_per_expert']:,}" for p in plans.values())],

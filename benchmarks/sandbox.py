@@ -27,7 +27,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from t2.sandbox import Limits, Result, runner
+from t2.sandbox import Limits, ProgramResult, runner
 from t2.weights.machine import machine
 from t2kernels.files import write_text
 
@@ -300,7 +300,7 @@ class Outcome:
 
     name: str
     backend: str
-    result: Result
+    result: ProgramResult
     most_processes: int
     broken: list[str]
 

@@ -63,7 +63,7 @@ _ELSE = {"name": "mixture", "tasks": {"general": GENERAL, "puzzles": _PUZZLES}}
 TASKS["classifier"] = "classify", {"tasks": _BY_NAME | {"others": _ELSE}, "domains": DOMAINS}
 TASKS["all"] = "mixture", {"tasks": _BY_NAME}
 SHARED = ("--samples-per-prompt", "8", "--kl-coefficient", "0.01", "--learning-rate", "1e-3", "--decay", "--trackers")
-FACTORS = ("--dtype", "bfloat16", "--bf16-products")
+FACTORS = ("--factor-dtype", "bfloat16", "--bf16-products")
 EXPERTS = {
     "sums": "--cold-start-steps 60 --steps 100 --prompts-per-step 64 --max-new-tokens 6 --validate-every 10",
     "reading": "--cold-start-steps 30 --steps 50 --prompts-per-step 32 --max-new-tokens 8 --validate-every 5",

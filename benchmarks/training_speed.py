@@ -37,7 +37,7 @@ MODEL = "smollm2-135m-instruct"
 TASK, TASK_OPTIONS = "reasoning-gym:chain_sum", '{"config": {"min_terms": 2, "max_terms": 2, "max_digits": 2}}'
 METHODS = {
     "SVF": {"method": "svf"},
-    "SVF, bfloat16 factors and products": {"method": "svf", "dtype": "bfloat16", "bf16_products": True},
+    "SVF, bfloat16 factors and products": {"method": "svf", "factor_dtype": "bfloat16", "bf16_products": True},
     "SVF, MLP alone": {"method": "svf", "target_modules": ("mlp",)},
     "LoRA r=16 (PEFT)": {"method": "lora"},
     "W' built, dW' projected (published)": {"method": "dense-compose"},
@@ -61,7 +61,7 @@ def work(name: str) -> None:
             prompts_per_step=PROMPTS,
             samples_per_prompt=SAMPLES,
             max_new_tokens=TOKENS,
-            skip_even_prompts=False,  # every step does all the work that one can have
+            skip_zero_advantage=False,  # every step does all the work that one can have
             validate_every=10**9,
             save_every=10**9,
             steps=10**9 - 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -42,12 +43,23 @@ MODULES = {
     "t2.training.curves": ("t2.training.metrics",),
     "t2.training.reinforce": ("t2.training.loss",),
     "t2.transfer": ("t2.experts.transfer", "t2.eval.transfer"),
-    "t2.verify": ("t2.model.verify",),
+    "t2.verify": ("t2.model.verify", "t2.model.probe"),
     "t2.vision": ("t2.generation.images", "t2.generation.prompts"),
 }
 """Where the names of an old module are now: the modules that are searched, in this order."""
 
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "Adapter": "LoraAdapter",
+    "Cells": "ResultCache",
+    "Found": "SearchProgress",
+    "Guard": "AlarmMonitor",
+    "Measuring": "EvalRunner",
+    "Missing": "MissingResult",
+    "Plan": "EvalSpec",
+    "TaskPlan": "TaskSpec",
+    "load_plan": "load_spec",
+    "parse_plan": "parse_spec",
+}
 """New names of classes and functions that the modules above had under another one."""
 
 
@@ -57,12 +69,11 @@ class _Renamed(ModuleType):
     def __getattr__(self, name: str) -> Any:
         homes = MODULES[self.__name__]
         if not name.startswith("__"):
-            for home in homes:
-                found = getattr(importlib.import_module(home), NAMES.get(name, name), None)
+            for home, now in itertools.product(homes, dict.fromkeys((name, NAMES.get(name, name)))):
+                found = getattr(importlib.import_module(home), now, None)
                 if found is not None:
-                    new = f"{home}.{NAMES.get(name, name)}"
                     warnings.warn(
-                        f"{self.__name__}.{name} is now {new}; the old path goes with the next release",
+                        f"{self.__name__}.{name} is now {home}.{now}; the old path goes with the next release",
                         DeprecationWarning,
                         stacklevel=2,
                     )

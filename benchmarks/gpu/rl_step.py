@@ -83,11 +83,11 @@ def options(work: Work, output: Path) -> TrainOptions:
         output=output,
         prompts_per_step=work.prompts_per_step,
         samples_per_prompt=work.samples_per_prompt,
-        dtype="int8",
+        factor_dtype="int8",
         model_dtype="bfloat16",
         gradient_checkpointing=True,
         token_budget=work.rows * (work.prompt_tokens + work.new_tokens),  # all completions at once
-        skip_even_prompts=False,
+        skip_zero_advantage=False,
         trackers=(),
     )
 

@@ -125,7 +125,7 @@ def named_experts(pairs: Sequence[str], descriptions: Mapping[str, str] | None =
     for pair in pairs:
         name, equals, files[name] = pair.partition("=")
         if not (name and equals and files[name]) or name in experts:
-            raise ValueError(f"experts: expected NAME=FILE, each name once, got {pair!r}")
+            raise ValueError(f"candidates: expected NAME=FILE, each name once, got {pair!r}")
         experts[name] = Expert.load(Path(files[name]).expanduser())
     classifier = experts.pop(CLASSIFIER, None)
     given = dict(descriptions or {})

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from t2.adaptation.bank_folder import BankFolder
 from t2.adaptation.dispatch import ClassifierStrategy
-from t2.adaptation.two_pass import TwoPass, as_problem, two_pass
+from t2.adaptation.inference import TwoPass, as_problem, two_pass
 from t2.generation.batching import pad
 from t2.generation.prompts import encode
 from t2.model.svf_model import SVFModel

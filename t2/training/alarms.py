@@ -8,7 +8,7 @@ from t2.training.checkpoint import State
 
 
 @dataclass(frozen=True)
-class Guard:
+class AlarmMonitor:
     """Alarms on entropy and KL, at most one every `patience` steps.
 
     entropy: the least share of its first value. kl: the most nats a token above its first value.

@@ -33,7 +33,7 @@ from t2.model.kv_cache import new_cache
 from t2.model.svf_model import SVFModel
 from t2.tasks import Problem, Task
 from t2.tasks.base import rewards_of
-from t2.training.alarms import Guard
+from t2.training.alarms import AlarmMonitor
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
 from t2.training.loss import TokenStatistics, advantages, policy_loss
 from t2.training.metrics import Metrics, Row, plot
@@ -46,7 +46,7 @@ from t2kernels.files import write_text
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. `expert` is the best checkpoint by validation score: a file, or a folder for LoRA."""
+    """The outcome of a run. `expert` is the best checkpoint by validation score: a file, or a folder for LoRA."""
 
     finished: bool
     expert: Path
@@ -114,7 +114,7 @@ class Trainer:
         device = self.policy.parameters[0].device
         self.generator = RolloutGenerator(self.policy, device, int(tokenizer.pad_token_id), tuple(eos_ids))
         self.optimizer = torch.optim.Adam(self.policy.parameters, lr=options.learning_rate)
-        self.guard = Guard(options.entropy_alarm, options.kl_alarm)
+        self.guard = AlarmMonitor(options.entropy_alarm, options.kl_alarm)
         self.state = State()
         self.best = [parameter.detach().clone() for parameter in self.policy.parameters]
         self.metrics = self._start()
@@ -240,7 +240,7 @@ class Trainer:
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _indices(self) -> list[int]:
-        """Which problems the next step takes: every one once before any comes again, in an order of the seed."""
+        """Indices of the next step's examples: every one once before any comes again, in an order of the seed."""
         count, size = len(self.problems), self.options.prompts_per_step
         epoch, place = divmod(self.state.step * size, count)
         indices: list[int] = []
@@ -310,7 +310,7 @@ class Trainer:
         answers = options.prompts_per_step * options.samples_per_prompt
         kl_weight = options.kl_coefficient / answers if self._rewarded else 0.0
         with_base = kl_weight > 0 or (self.state.step + 1) % options.validate_every == 0
-        if options.skip_even_prompts or not with_base:
+        if options.skip_zero_advantage or not with_base:
             groups = [group for group in groups if any(group.weights)]
         total, loss_sum = TokenStatistics(), 0.0
         self.optimizer.zero_grad()

@@ -45,8 +45,8 @@ import torch
 import t2
 from t2.adaptation.bank_folder import load_bank_folder, save_bank_folder
 from t2.adaptation.few_shot import read_memory
-from t2.eval.result_cache import Cells
-from t2.eval.spec import load_plan
+from t2.eval.result_cache import ResultCache
+from t2.eval.spec import load_spec
 from t2.model import serving_plan as planning
 from t2.tasks import get
 from t2.tasks.base import prompt_text
@@ -426,7 +426,7 @@ def plan_file(folder: Path) -> list[Path]:
 
 
 def read_plan(path: Path) -> str:
-    plan = load_plan(path)
+    plan = load_spec(path)
     require(bool(plan.seen) and all(isinstance(each.task, str) for each in plan.tasks.values()), "no tasks")
     require(all(type(n) is int and n >= 1 for n in (plan.problems, *plan.few_shot, *plan.few_shot_sizes)), "no sizes")
     require(math.isfinite(plan.search.margin + plan.search.low + plan.search.high), "bounds are not finite")
@@ -533,12 +533,12 @@ CELL = {"kind": "scores", "label": "sums", "dtype": "float32"}
 
 
 def cell_file(folder: Path) -> list[Path]:
-    Cells(folder).put(CELL, {"scores": [1.0, 0.0], "seconds": 1.5, "texts": ["a", "b"]})
-    return [Cells(folder).path(CELL)]
+    ResultCache(folder).put(CELL, {"scores": [1.0, 0.0], "seconds": 1.5, "texts": ["a", "b"]})
+    return [ResultCache(folder).path(CELL)]
 
 
 def read_cell(path: Path) -> str:
-    found = Cells(path.parent).find(CELL)
+    found = ResultCache(path.parent).find(CELL)
     require(found in (None, {"scores": [1.0, 0.0], "seconds": 1.5, "texts": ["a", "b"]}), "another value")
     return "the value of before, or a miss with a warning"
 

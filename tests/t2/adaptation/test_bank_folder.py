@@ -107,8 +107,8 @@ def test_experts_by_name(tmp_path, experts):
     assert bank.domains == (Domain("sums", "from the file"), Domain("letters")) and bank.classifier is not None
     assert named_experts(pairs, {"sums": "mine"}).domains[0].description == "mine"
     for given, text in [
-        ([pairs[0], pairs[0]], "experts: expected NAME=FILE, each name once"),
-        (["sums"], "experts: expected NAME=FILE"),
+        ([pairs[0], pairs[0]], "candidates: expected NAME=FILE, each name once"),
+        (["sums"], "candidates: expected NAME=FILE"),
         ([], "domains: expected at least one"),
     ]:
         with pytest.raises(ValueError, match=text):

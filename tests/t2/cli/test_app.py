@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import t2
 from t2 import cli
+from t2.cli.app import COMMANDS
 from t2.demo.merged_check import compare_row
 from t2.demo.run import run_demo
 from t2.experts.transfer import TransferOptions, transfer
@@ -30,10 +34,51 @@ def run(*args):
     return stop.value.code
 
 
-@pytest.mark.parametrize("command", ["demo", "decompose", "generate", "transfer"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command, capsys):
     assert run(command, "--help") == 0
     assert f"Example: t2 {command} " in capsys.readouterr().out
+
+
+def test_help_imports_no_command():
+    script = (
+        "import sys\nfrom t2.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    print(*sys.modules, file=sys.stderr)\n"
+    )
+    for arguments in (["--help"], ["train", "--help"], ["adapt", "--help"], ["eval", "--help"]):
+        ended = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        loaded = set(ended.stderr.split())
+        assert ended.returncode == 0 and not loaded & {"torch", "transformers", "numpy"}, ended.stderr
+        expected = {f"t2.cli.{name}" for name in arguments[:1] if name in COMMANDS}
+        assert {f"t2.cli.{name}" for name in COMMANDS} & loaded == expected
+    assert "usage: t2 eval" in ended.stdout
+
+
+def test_version_and_module():
+    ended = subprocess.run([sys.executable, "-m", "t2", "--version"], capture_output=True, text=True)
+    assert ended.returncode == 0 and re.fullmatch(r"t2 \d+\.\d+.*\n", ended.stdout)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_their_options(shell, capsys):
+    assert not run("--tyro-print-completion", shell)
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS) and "--factor-dtype" in script and "--kl-coefficient" in script
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (("demo", "--dtype", "int8"), "--factor-dtype"),
+        (("decompose", "m", "--plan"), "t2 estimate MODEL"),
+        (("eval", "m", "--plan=x"), "--spec"),
+        (("generate", "m", "--experts", "a=b"), "--candidates"),
+        (("train", "m", "--no-skip_even_prompts"), "--no-skip-zero-advantage"),
+    ],
+)
+def test_old_option_names_give_the_new_ones(old, new, capsys):
+    assert run(*old) == 2
+    assert new in capsys.readouterr().err
 
 
 def test_decompose_fills_the_cache_once_and_verifies(folder, cache, capsys):
@@ -160,11 +205,11 @@ def test_sharded_models_are_read_matrix_by_matrix(folder, cache, tmp_path, capsy
     assert len(list((cache / "factors").iterdir())) == 28
 
 
-def test_plan_needs_the_config_alone(folder, cache, tmp_path, capsys, monkeypatch):
+def test_estimate_needs_the_config_alone(folder, cache, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Rates, "measure", classmethod(lambda cls: cls(1e9, 1e10, 1e11)))
-    path, found = tmp_path / "config.json", tmp_path / "plan.json"
+    path, found = tmp_path / "config.json", tmp_path / "estimate.json"
     path.write_text(json.dumps(LLAMA_8B))
-    assert run("decompose", path, "--plan", "--model-dtype", "bfloat16", "--new-tokens", 100, "--json", found) == 0
+    assert run("estimate", path, "--model-dtype", "bfloat16", "--new-tokens", 100, "--json", found) == 0
     printed = " ".join(capsys.readouterr().out.split())
     for text in ("224 matrices; an expert is 720,896 numbers", "1.394 times", "14336 x 4096", "answers of 100 each"):
         assert text in printed
@@ -172,16 +217,15 @@ def test_plan_needs_the_config_alone(folder, cache, tmp_path, capsys, monkeypatc
     assert facts["parameters_per_expert"] == 720_896 and facts["work"]["new_tokens"] == 100
     assert facts["decompose"]["seconds"] > 0 and facts["model_dtype"] == "bfloat16"
     (folder / "model.safetensors").unlink()
-    assert run("decompose", folder, "--plan", "--target-modules", "q_proj", "v_proj") == 0
+    assert run("estimate", folder, "--target-modules", "q_proj", "v_proj") == 0
     assert "4 matrices" in capsys.readouterr().out
     path.write_text(json.dumps({"model_type": "gpt2"}))
-    assert run("decompose", path, "--plan") == 0
+    assert run("estimate", path) == 0
     assert "activations of gpt2 models are not known here" in " ".join(capsys.readouterr().out.split())
     assert not cache.exists()
     for args, text in (
-        ((folder, "--json", found), "json: expected none without --plan"),
-        ((tmp_path / "absent.json", "--plan"), "absent.json does not exist"),
-        ((path, "--plan", "--new-tokens", 0), "new_tokens: expected an integer >= 1, got 0"),
+        ((tmp_path / "absent.json",), "absent.json does not exist"),
+        ((path, "--new-tokens", 0), "new_tokens: expected an integer >= 1, got 0"),
     ):
-        assert run("decompose", *args) == 2
+        assert run("estimate", *args) == 2
         assert text in " ".join(capsys.readouterr().err.split())

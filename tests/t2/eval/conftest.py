@@ -9,8 +9,8 @@ import pytest
 
 import t2
 from t2.adaptation import load_bank_folder, save_bank_folder
-from t2.eval import Cells, Measuring, Plan
-from t2.eval.spec import parse_plan
+from t2.eval import EvalRunner, EvalSpec, ResultCache
+from t2.eval.spec import parse_spec
 
 SEARCH = {"population": 10, "generations": 2}
 
@@ -58,18 +58,18 @@ def content(task: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def plan(content: dict[str, Any]) -> Plan:
-    return parse_plan(content)
+def plan(content: dict[str, Any]) -> EvalSpec:
+    return parse_spec(content)
 
 
 @pytest.fixture
-def measuring(folder: Path, bank: Path, plan: Plan, tmp_path: Path) -> Callable[..., Measuring]:
+def measuring(folder: Path, bank: Path, plan: EvalSpec, tmp_path: Path) -> Callable[..., EvalRunner]:
     """A new process' measuring, over the same cells."""
 
-    def make(plan: Plan = plan, **options: Any) -> Measuring:
+    def make(plan: EvalSpec = plan, **options: Any) -> EvalRunner:
         model, tokenizer = t2.load(folder)
         svf, loaded = t2.SVFModel(model, t2.SVFConfig(progress=False)), load_bank_folder(bank)
         loaded.add_to(svf)
-        return Measuring(svf, tokenizer, loaded, plan, Cells(tmp_path / "cells"), **options)
+        return EvalRunner(svf, tokenizer, loaded, plan, ResultCache(tmp_path / "cells"), **options)
 
     return make

@@ -19,7 +19,7 @@ def run(*args):
 @pytest.fixture
 def command(folder, bank, content, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    return ("eval", folder, "--bank", bank, "--plan", tmp_path / "plan.json", "--output", tmp_path / "out")
+    return ("eval", folder, "--bank", bank, "--spec", tmp_path / "plan.json", "--output", tmp_path / "out")
 
 
 def test_writes_results_tables_and_plots(command, tmp_path, capsys):
@@ -51,10 +51,10 @@ def test_only_some_sections_and_an_interruption(command, tmp_path, capsys, monke
 
     monkeypatch.setattr(measuring, "evaluate_experts", interrupted)
     assert run(*command, "--only", "table1") == 130
-    assert "goes on from" in capsys.readouterr().out
+    assert "continues from" in capsys.readouterr().out
     assert not (tmp_path / "out" / "results.json").exists()
     monkeypatch.setattr(measuring, "evaluate_experts", inner)
-    assert run(*command, "--only", "table1", "dispatch", "--dtype", "bfloat16", "--bf16-products") == 0
+    assert run(*command, "--only", "table1", "dispatch", "--factor-dtype", "bfloat16", "--bf16-products") == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["sections"]) == ["table1", "dispatch"] and results["bf16_products"] is True
 

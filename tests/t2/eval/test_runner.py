@@ -18,9 +18,9 @@ from t2.adaptation import (
 )
 from t2.eval import measure
 from t2.eval import runner as module
-from t2.eval.lora_adapter import Adapter
+from t2.eval.lora_adapter import LoraAdapter
 from t2.eval.sections import dispatched
-from t2.eval.spec import parse_plan
+from t2.eval.spec import parse_spec
 from t2.generation.evaluate import evaluate
 from t2.tasks import get
 from t2.tasks.statistics import paired_p, wilson_interval
@@ -54,7 +54,7 @@ def calls(monkeypatch):
 
 def alone(running, label, name):
     """Scores of one expert by itself, one prompt after the other."""
-    judged = running.judged(label)
+    judged = running.task(label)
 
     def answer(prompts, room):
         found = []
@@ -96,7 +96,7 @@ def test_dispatched_columns_are_real_two_pass_answers(measuring, plan):
     columns = measure(running, ["table2"])["table2"]
     chosen = set()
     for label in plan.tasks:
-        judged = running.judged(label)
+        judged = running.task(label)
         for name, kind in (("prompt", PromptStrategy), ("classifier", ClassifierStrategy)):
             strategy = kind(running.svf, running.tokenizer, running.bank.domains)
             both = two_pass(
@@ -114,7 +114,7 @@ def test_the_few_shot_column_is_the_search_of_the_train_split(measuring, plan):
     running = measuring()
     found = measure(running, ["table2", "alphas", "sizes"])
     for label in plan.tasks:
-        judged = running.judged(label)
+        judged = running.task(label)
         problems = few_shot_problems(judged.task, 4, split="train", seed=0)
         options = FewShotOptions(population=10, generations=2, seed=0)
         strategy = FewShotStrategy(
@@ -131,8 +131,8 @@ def test_the_few_shot_column_is_the_search_of_the_train_split(measuring, plan):
 
 
 def test_a_margin_leaves_the_base(measuring, content):
-    cautious = parse_plan(content | {"search": content["search"] | {"margin": 100.0}})
-    taken, kept = (measure(measuring(plan), ["alphas"])["alphas"] for plan in (parse_plan(content), cautious))
+    cautious = parse_spec(content | {"search": content["search"] | {"margin": 100.0}})
+    taken, kept = (measure(measuring(plan), ["alphas"])["alphas"] for plan in (parse_spec(content), cautious))
     assert any(each["mean_alpha"]["base"] < 1 for each in taken.values())
     for each in kept.values():
         assert [name for name, weight in each["mean_alpha"].items() if weight] == ["base"]
@@ -144,10 +144,10 @@ def test_each_incumbent_has_columns_from_the_same_search(measuring, content, cal
     likely = torch.tensor([[0.0, -2.0, 3.0]])  # "d"
     monkeypatch.setattr(ClassifierStrategy, "label_scores", lambda self, prompts: likely.repeat(len(prompts), 1))
     content = content | {"few_shot_per_layer": granularity == "layer"}
-    plain = measure(measuring(parse_plan(content)), ["table2", "sizes"])
+    plain = measure(measuring(parse_spec(content)), ["table2", "sizes"])
     searches = [call for call in calls if call[0] == "search"]
     calls.clear()
-    several = parse_plan(
+    several = parse_spec(
         content | {"incumbents": ["base", "classifier"], "search": content["search"] | {"margin": 1.0}}
     )
     running = measuring(several)
@@ -160,7 +160,7 @@ def test_each_incumbent_has_columns_from_the_same_search(measuring, content, cal
         assert set(columns) - set(plain["table2"][label]["columns"]) == {
             name for name in columns if name.startswith("classifier, few-shot 4")
         }
-        judged = running.judged(label)
+        judged = running.task(label)
         classifier = ClassifierStrategy(running.svf, running.tokenizer, running.bank.domains)
         for incumbent, name in (("base", "few-shot 4"), (classifier, "classifier, few-shot 4")):
             strategy = FewShotStrategy(
@@ -183,7 +183,7 @@ def test_each_incumbent_has_columns_from_the_same_search(measuring, content, cal
 
 
 def test_the_incumbent_of_a_classifier_needs_one(measuring, content, bank):
-    plan = parse_plan(content | {"incumbents": ["classifier"], "search": content["search"] | {"margin": 1.0}})
+    plan = parse_spec(content | {"incumbents": ["classifier"], "search": content["search"] | {"margin": 1.0}})
     (bank / "classifier.safetensors").unlink()
     with pytest.raises(ValueError, match="incumbents: expected a bank with a classification expert"):
         measuring(plan)
@@ -254,7 +254,7 @@ def test_a_changed_plan_measures_what_it_touches(measuring, content, calls):
     other = copy.deepcopy(content)
     other["seen"]["d"]["max_new_tokens"] = 2
     other["dispatch_prompts"] = 4
-    measure(measuring(parse_plan(other)), ["table1"])
+    measure(measuring(parse_spec(other)), ["table1"])
     assert calls == [("answers", (3, get(content["seen"]["d"]["task"], **content["seen"]["d"]["options"]).name))]
 
 
@@ -292,11 +292,11 @@ def test_an_adapter_is_a_column(measuring, plan, folder, tmp_path):
         if "lora" in name:
             parameter.data.normal_(std=2.0)
     adapted.eval().save_pretrained(tmp_path / "lora")
-    running = measuring(replace(plan, lora="x"), adapter=Adapter(str(folder), tmp_path / "lora"))
+    running = measuring(replace(plan, lora="x"), adapter=LoraAdapter(str(folder), tmp_path / "lora"))
     found = measure(running, ["table1"])["table1"]
     differs = False
     for label in plan.seen:
-        judged = running.judged(label)
+        judged = running.task(label)
 
         def answer(prompts, room):
             rows = (
@@ -311,7 +311,7 @@ def test_an_adapter_is_a_column(measuring, plan, folder, tmp_path):
     assert differs
     (tmp_path / "lora" / "adapter_model.safetensors").rename(tmp_path / "lora" / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match=r"lora: expected a folder with .*adapter_model.safetensors"):
-        Adapter(str(folder), tmp_path / "lora")
+        LoraAdapter(str(folder), tmp_path / "lora")
 
 
 def test_variants_of_fewer_matrices(measuring, content, folder, tmp_path):
@@ -320,11 +320,11 @@ def test_variants_of_fewer_matrices(measuring, content, folder, tmp_path):
     expert = t2.Expert.random(mlp.layout, std=2.0, seed=3)
     expert.save(tmp_path / "mlp.safetensors")
     content["variants"] = {"mlp": {"a": str(tmp_path / "mlp.safetensors")}}
-    running = measuring(parse_plan(content))
+    running = measuring(parse_spec(content))
     found = measure(running, ["variants"])["variants"]
     assert list(found) == ["a"] and list(found["a"]["columns"]) == ["base", "expert of the bank", "mlp"]
     mlp.add_expert("mlp", expert)
-    judged = running.judged("a")
+    judged = running.task("a")
     out = [
         mlp.generate(module.encode(p, running.tokenizer)[None], experts=["mlp"], max_new_tokens=4)
         for p in judged.problems
@@ -337,14 +337,14 @@ def test_variants_of_fewer_matrices(measuring, content, folder, tmp_path):
     other = t2.Layout(expert.layout.names, expert.layout.ranks, "0" * 64, "other")
     t2.Expert(expert.z, other).save(tmp_path / "mlp.safetensors")
     with pytest.raises(ValueError, match=r"variants.mlp.a: expected an expert of matrices of this model"):
-        measure(measuring(parse_plan(content)), ["variants"])
+        measure(measuring(parse_spec(content)), ["variants"])
     (tmp_path / "mlp.safetensors").unlink()
-    assert set(measure(measuring(parse_plan(content)), ["table1"])) == {"table1"}
+    assert set(measure(measuring(parse_spec(content)), ["table1"])) == {"table1"}
 
 
 def test_few_shot_problems_of_a_task_with_a_test_split_alone(measuring, content):
     content["unseen"]["new"]["few_shot_from"] = "test"
-    judged = measuring(parse_plan(content)).judged("new")
+    judged = measuring(parse_spec(content)).task("new")
     drawn = judged.few_shot(3, 0)
     assert len(drawn) == 3 and not set(map(id, drawn)) & set(map(id, judged.problems))
     with pytest.raises(ValueError, match="new: few_shot_from test: few_shot: expected 1 to"):
@@ -354,4 +354,4 @@ def test_few_shot_problems_of_a_task_with_a_test_split_alone(measuring, content)
 def test_a_seen_task_needs_its_expert(measuring, content):
     content["seen"]["x"] = content["seen"].pop("d")
     with pytest.raises(ValueError, match=r"seen: expected names of experts \(a, d\), got x"):
-        measuring(parse_plan(content))
+        measuring(parse_spec(content))

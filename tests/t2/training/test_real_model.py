@@ -22,7 +22,8 @@ SUMS = {"config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits"
 def start(output: Path, *more: str) -> subprocess.Popen[bytes]:
     command = "train smollm2-135m-instruct --task reasoning-gym:chain_sum --max-new-tokens 6 --prompts-per-step 4"
     command += f" --samples-per-prompt 4 --steps {STEPS} --cold-start-steps {COLD} --validate-every 5"
-    command += " --validation-size 16 --test-size 16 --dtype bfloat16 --bf16-products --kl-coefficient 0.01 --trackers"
+    command += " --validation-size 16 --test-size 16 --factor-dtype bfloat16 --bf16-products"
+    command += " --kl-coefficient 0.01 --trackers"
     arguments = [*command.split(), "--task-options", json.dumps(SUMS), "--output", str(output), *more]
     return subprocess.Popen([sys.executable, "-m", "t2", *arguments], stdout=subprocess.DEVNULL)
 

@@ -17,7 +17,7 @@ def make_options(make_options: Callable[..., TrainOptions]) -> Callable[..., Tra
         steps=1,
         prompts_per_step=3,
         samples_per_prompt=3,
-        skip_even_prompts=False,
+        skip_zero_advantage=False,
         validate_every=1,
         validation_size=4,
         test_size=0,

@@ -232,7 +232,7 @@ def test_activations_are_as_planned(plan_of, tmp_path, family, dtype):
 
 def updated(tmp_path, options, config, dtype, prompts, answers, prompt_tokens, new_tokens):
     """Peak of live bytes in one update of the trainer on random answers: a micro-batch of these sizes."""
-    svf = wrapped(config, tmp_path, dtype, getattr(torch, options.dtype))
+    svf = wrapped(config, tmp_path, dtype, getattr(torch, options.factor_dtype))
     trainer = Trainer(svf, toy_tokenizer(), SayTheWord(), options)
     groups = [
         PromptGroup(
@@ -257,7 +257,7 @@ def test_an_update_holds_what_is_planned(plan_of, tmp_path, make_options, dtype,
     work = Work(prompt_tokens, new_tokens, prompts, answers // prompts)
     plan = plan_of(config.to_dict(), dtype=getattr(torch, dtype))
     planned = plan.update(work, prompts, answers, checkpointing=checkpointing)
-    options = make_options(dtype="int8", model_dtype=dtype, gradient_checkpointing=checkpointing)
+    options = make_options(factor_dtype="int8", model_dtype=dtype, gradient_checkpointing=checkpointing)
     measured = updated(tmp_path, options, config, getattr(torch, dtype), prompts, answers, prompt_tokens, new_tokens)
     print(f"{dtype} {vocabulary} {checkpointing}: planned {planned:.0f}, measured {measured}, {planned / measured:.3f}")
     assert 0.95 * measured <= planned <= 1.25 * measured
