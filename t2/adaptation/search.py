@@ -112,7 +112,7 @@ class CrossEntropy(Search):
 
 
 class CMA(Search):
-    """CMA-ES of the package cma, told the candidates as clamped to the bounds, and ranks, as a fitness is two numbers."""
+    """CMA-ES of the package cma; it gets candidates as clamped to the bounds, and ranks, as fitness has two parts."""
 
     def __init__(self, first: Tensor, options: FewShotOptions, centre: float) -> None:
         super().__init__(first, options)
