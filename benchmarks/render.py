@@ -22,7 +22,7 @@ from benchmarks.serving import fidelity, memory, plans, throughput
 from benchmarks.tasks import humaneval, sandbox
 from benchmarks.training import big_model, step_speed, train_experts
 
-Block = tuple[Callable[..., Table], str] | tuple[Callable[..., Table], str, str]
+Block = tuple[Callable[..., Table], *tuple[str, ...]]
 """Function that builds a table, and the result files it takes."""
 
 H200 = "gpu-h200.json"

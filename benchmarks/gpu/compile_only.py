@@ -59,7 +59,8 @@ def compiling(
     before = launch.kernels
     driver.set_active(_NoGpu(target, device))
     names = ("product", "pull", "gather")
-    launch.kernels = SimpleNamespace(**{name: _Compile(getattr(kernels, name), made, wanted) for name in names})
+    replaced: Any = SimpleNamespace(**{name: _Compile(getattr(kernels, name), made, wanted) for name in names})
+    launch.kernels = replaced
     try:
         yield made
     finally:
@@ -75,7 +76,7 @@ def using_tile(tile: Tile) -> Iterator[list[Launch]]:
         seen.append(own)
         return tile
 
-    launch.tile_for = take
+    launch.tile_for = take  # type: ignore[assignment]
     try:
         yield seen
     finally:

@@ -13,7 +13,7 @@ from t2 import Expert, SVFConfig, SVFModel
 EXPERTS = [["a", None, "b"], ["b", "a", None]]
 
 
-def small_model(device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+def small_model(device: torch.device, dtype: torch.dtype) -> Any:
     config = LlamaConfig(
         hidden_size=256,
         intermediate_size=512,
@@ -26,7 +26,8 @@ def small_model(device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device, dtype).eval()
+    model: Any = LlamaForCausalLM(config)
+    return model.to(device, dtype).eval()
 
 
 def wrapped(device: torch.device, dtype: torch.dtype) -> SVFModel:
@@ -42,7 +43,7 @@ def static_cache(device: torch.device) -> dict[str, Any]:
     torch._dynamo.utils.counters.clear()
     svf = wrapped(device, torch.float32)
     ids = torch.randint(3, 512, (3, 9), generator=torch.Generator().manual_seed(1)).to(device)
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     same, graphs = [], []
     for experts in EXPERTS:
         expected = svf.generate(ids, experts=experts, **options)
@@ -61,7 +62,7 @@ def regional(device: torch.device) -> dict[str, Any]:
     ids = torch.randint(3, 512, (3, 9), generator=torch.Generator().manual_seed(2)).to(device)
     with torch.no_grad():
         expected = [svf(ids, experts=experts, use_cache=False).logits for experts in EXPERTS]
-        for layer in svf.model.model.layers:
+        for layer in svf.model.get_submodule("model.layers").children():
             layer.compile()
         found = [svf(ids, experts=EXPERTS[0], use_cache=False).logits]
         graphs = [torch._dynamo.utils.counters["stats"]["unique_graphs"]]

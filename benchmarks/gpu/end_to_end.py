@@ -269,6 +269,7 @@ class GatheredLoRA(Subject):
         self._layers = []
         with torch.no_grad():
             for name, linear in linear_layers(self.model).items():
+                assert isinstance(linear, nn.Linear)
                 self._layers.append(GatheredLinear(linear, ids))
                 self.model.set_submodule(name, self._layers[-1])
 
@@ -296,12 +297,13 @@ class Decoder:
     def __init__(self, model: nn.Module, config: LlamaConfig, device: torch.device, rows: int, sizes: Sizes) -> None:
         self.model, self.filled = model, sizes.filled
         head_dim = config.hidden_size // config.num_attention_heads
-        self.cache = StaticCache(config=config, max_cache_len=sizes.cache)
-        self.cache.early_initialization(rows, config.num_key_value_heads, head_dim, torch.bfloat16, device)
+        cache: Any = StaticCache(config=config, max_cache_len=sizes.cache)
+        cache.early_initialization(rows, config.num_key_value_heads, head_dim, torch.bfloat16, device)
         g = torch.Generator(device).manual_seed(rows)
-        for layer in self.cache.layers:
+        for layer in cache.layers:
             layer.keys[:, :, : sizes.filled].normal_(generator=g)
             layer.values[:, :, : sizes.filled].normal_(generator=g)
+        self.cache: Any = cache
         self._first = torch.randint(3, config.vocab_size, (rows, 1), device=device, generator=g)
         self.token, self.position = self._first.clone(), torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._places = torch.arange(sizes.cache, device=device)

@@ -55,7 +55,8 @@ class Results:
 
 def _line(value: Any) -> str:
     if isinstance(value, dict) and "seconds" in value:
-        return f"{value['seconds'] * 1e6:.2f} us (min {value.get('min', value['seconds']) * 1e6:.2f})"
+        seconds, least = value["seconds"], value["min"] if "min" in value else value["seconds"]
+        return f"{seconds * 1e6:.2f} us (min {least * 1e6:.2f})"
     return str(value)[:300]
 
 

@@ -60,7 +60,7 @@ def peft_lora(layer: Layer, x: Tensor, ids: Tensor) -> Callable[[], Any]:
     model = get_peft_model(nn.Sequential(linear), config, adapter_name="expert0")
     for i in range(1, int(ids.max()) + 1):
         model.add_adapter(f"expert{i}", config)
-    lora = model.base_model.model[0]
+    lora: Any = model.get_submodule("base_model.model.0")
     names = [f"expert{int(i)}" for i in ids]
     return lambda: lora(x, adapter_names=names)
 

@@ -45,8 +45,9 @@ TEXT_PACKAGES = ("transformers", "peft")
 
 
 def text_windows(tokenizer: Any, tokens: int) -> Tensor:
-    text = "\n\n".join(str(metadata(package).get_payload()) for package in TEXT_PACKAGES)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    readmes: list[Any] = [metadata(package) for package in TEXT_PACKAGES]
+    text = "\n\n".join(str(readme.get_payload()) for readme in readmes)
+    ids: Tensor = tokenizer(text, return_tensors="pt")["input_ids"][0]
     count = min(tokens, len(ids)) // WINDOW
     return ids[: count * WINDOW].reshape(count, WINDOW)
 

@@ -62,7 +62,7 @@ def smollm2_decompose() -> None:
 def smollm2_serve(storage: str) -> object:
     model, tokenizer = t2.load(MODEL)
     batch = chat_batch(tokenizer, list(QUESTIONS))
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
     if storage == "dense":
         model.generate(**batch, **options)  # type: ignore[operator]
         return model
@@ -114,10 +114,10 @@ PHASES: dict[str, Callable[[], object]] = {
     "SmolLM2: load": smollm2_load,
     "SmolLM2: load and decompose": smollm2_decompose,
     "SmolLM2: serve, dense float32": lambda: smollm2_serve("dense"),
-    **{f"SmolLM2: serve, factors {s}": (lambda s=s: smollm2_serve(s)) for s in STORAGE},  # type: ignore[misc]
+    **{f"SmolLM2: serve, factors {s}": (lambda s=s: smollm2_serve(s)) for s in STORAGE},
     "Llama-3-8B layer: make and decompose": llama_decompose,
     "Llama-3-8B layer: dense bfloat16": lambda: llama_layer("dense"),
-    **{f"Llama-3-8B layer: factors {s}": (lambda s=s: llama_layer(s)) for s in STORAGE},  # type: ignore[misc]
+    **{f"Llama-3-8B layer: factors {s}": (lambda s=s: llama_layer(s)) for s in STORAGE},
 }
 
 

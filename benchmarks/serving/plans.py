@@ -18,7 +18,7 @@ import t2
 from benchmarks.common.tables import RESULTS, Table, write_results
 from t2.throughput import machine
 
-WORK = {
+WORK: dict[str, dict[str, Any]] = {
     "32 requests with 32 experts": {"experts": 32, "prompt_tokens": 40, "new_tokens": 64},
     "the same, weights within 1%": {"experts": 32, "prompt_tokens": 40, "new_tokens": 64, "max_weight_error": 0.01},
     "the same, weights within 5%": {"experts": 32, "prompt_tokens": 40, "new_tokens": 64, "max_weight_error": 0.05},

@@ -102,6 +102,7 @@ def main(new_tokens: int = 64, rounds: int = 3, results: Path = RESULTS / "cpu-s
     out = Console()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    dense: Any
     dense, tokenizer = t2.load(MODEL)
     served = {f"ours {name}": wrapped(len(QUESTIONS), options) for name, options in STORAGE.items()}
     suffixes = sorted({name.rpartition(".")[2] for name in served["ours float32"].layout.names})

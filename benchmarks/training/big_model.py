@@ -49,7 +49,7 @@ WORK = Work(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_pr
 
 
 def config(layers: int, vocabulary: int) -> LlamaConfig:
-    return LlamaConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=layers,
@@ -61,6 +61,7 @@ def config(layers: int, vocabulary: int) -> LlamaConfig:
         bos_token_id=1,
         eos_token_id=2,
     )
+    return LlamaConfig(**settings)
 
 
 def make(folder: Path, layers: int, vocabulary: int) -> None:

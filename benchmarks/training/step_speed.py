@@ -86,7 +86,8 @@ class Worker:
         assert self.process.stdout is not None
         while line := self.process.stdout.readline():
             if line.startswith("{"):
-                return json.loads(line)  # type: ignore[no-any-return]
+                found: dict[str, float] = json.loads(line)
+                return found
         raise RuntimeError(f"the method's process ended with exit code {self.process.wait()}")
 
     def step(self) -> dict[str, float]:
