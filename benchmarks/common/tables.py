@@ -53,10 +53,10 @@ def write_results(path: Path, results: Any) -> None:
     write_text(path, json.dumps(results, indent=1) + "\n")
 
 
-def with_interval(found: Mapping[str, Any], digits: int = 0) -> str:
+def with_interval(found: Mapping[str, Any]) -> str:
     """Accuracy with its 95% interval, like "61.0% (54 to 68)"."""
     low, high = found["interval"]
-    return f"{found['accuracy']:.1%} ({100 * low:.{digits}f} to {100 * high:.{digits}f})"
+    return f"{found['accuracy']:.1%} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def machine_and_limits(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ and one attention function, so they differ in their linear layers alone. Every r
 in the factored paths, and an adapter of its own in the LoRA path. After the capture the rows get other experts, and the
 replayed step is compared with an eager one.
 
-On a GPU each path runs in a process of its own: a capture that fails leaves its process unusable. All of them import
+On a GPU each path runs in a process of its own, since a failed capture leaves its process unusable. All of them import
 and compile their kernels at the same time; then they are measured one after the other.
 """
 
@@ -343,9 +343,9 @@ class Replay:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def make_replay(decoder: Decoder, device: torch.device, graphs: bool) -> Replay:
-    """Warms the step up, and captures it."""
-    if device.type != "cuda" or not graphs:
+def make_replay(decoder: Decoder, device: torch.device) -> Replay:
+    """Warms the step up, and captures it on a GPU."""
+    if device.type != "cuda":
         eager = Replay(lambda: None, False)
 
         def run() -> None:
@@ -420,12 +420,12 @@ def start_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: bool) -> dict[str, Any]:
+def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes) -> dict[str, Any]:
     """Seconds of a decode step; of the factored paths also whether a replay follows a change of experts."""
     device = decoder.token.device
     found: dict[str, Any] = {}
     with subject.serving(rows):
-        replay = make_replay(decoder, device, graphs)
+        replay = make_replay(decoder, device)
         decoder.reset()
         seconds = seconds_of(replay.run, sizes.replays, device)
         decoder.reset()
@@ -459,32 +459,6 @@ def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: 
             found["other_experts"] = difference(replayed, decoder.step())
             found["change_by_experts"] = float((replayed.float() - first.float()).abs().max())
     return found
-
-
-def _decode_or_eager(
-    results: Store, title: str, subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: bool
-) -> dict[str, Any]:
-    """`decode`; where the capture fails and leaves the process usable, without CUDA graphs."""
-    try:
-        return decode(subject, decoder, rows, sizes, graphs)
-    except RuntimeError as error:
-        text = f"{type(error).__name__}: {error}"[:500]
-        results.once(f"end to end | capture {rows} | {title}", lambda: {"error": text})
-        if not graphs or not usable(decoder.token.device):
-            raise
-    return decode(subject, decoder, rows, sizes, graphs=False)
-
-
-def usable(device: torch.device) -> bool:
-    """True if the process can go on after an error; a failed capture or an illegal access spoils it."""
-    try:
-        torch.randn(1, device=device)
-        wait(device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
 
 
 def difference(a: Tensor, b: Tensor) -> dict[str, Any]:
@@ -563,19 +537,16 @@ def run_path(
     device: torch.device,
     config: LlamaConfig,
     sizes: Sizes,
-    graphs: bool = True,
 ) -> None:
     """Makes all measurements of one path, each stored at once."""
     title, start = TITLES[path], time.perf_counter()
-    said = _figures(results, path, device, config, sizes, graphs)
+    said = _measure_path(results, path, device, config, sizes)
     start_peak(device)
     end = time.perf_counter() - start
     print(f"{title}: {', '.join(said)} ({end:.1f} s in all)", file=sys.stderr, flush=True)
 
 
-def _figures(
-    results: Store, path: str, device: torch.device, config: LlamaConfig, sizes: Sizes, graphs: bool
-) -> list[str]:
+def _measure_path(results: Store, path: str, device: torch.device, config: LlamaConfig, sizes: Sizes) -> list[str]:
     """Measures and stores; returns what to print."""
     title, start = TITLES[path], time.perf_counter()
     start_peak(device)
@@ -589,7 +560,7 @@ def _figures(
         decoder = Decoder(subject.model, config, device, rows, sizes)
         found = results.once(
             f"end to end | decode {rows} | {title}",
-            functools.partial(_decode_or_eager, results, title, subject, decoder, rows, sizes, graphs),
+            functools.partial(decode, subject, decoder, rows, sizes),
         )
         said.append(f"{rows} rows {found.get('seconds', float('nan')) * 1e3:.2f} ms")
         if path != "lora" and rows in sizes.eager_rows:
@@ -610,23 +581,17 @@ def _figures(
 
 
 class Printed:
-    """A store that prints each measurement as a line of JSON, errors too; one that spoils the process is raised.
+    """Store that prints each measurement as a line of JSON, errors too; an error that spoils the process is raised."""
 
-    done: names that need no measurement any more.
-    """
-
-    def __init__(self, device: torch.device, done: Sequence[str] = ()) -> None:
-        self._device, self._done = device, set(done)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
-        if name in self._done:
-            return {}
         try:
             found = measure()
         except Exception as error:  # kernels may fail in their own ways
             traceback.print_exc()
-            if not usable(self._device):
-                raise
+            wait(self._device)  # raises again if the process is spoilt
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps({"name": name, "value": found}), flush=True)
         return found
@@ -645,7 +610,6 @@ class PathProcess:
             text=True,
         )
         self.ready = threading.Event()
-        self.found: dict[str, dict[str, Any]] = {}
         self._store: Store | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -662,7 +626,7 @@ class PathProcess:
             elif "ready" in said:
                 self.ready.set()
             elif self._store is not None:
-                self.found[said["name"]] = self._store.once(said["name"], lambda said=said: said["value"])
+                self._store.once(said["name"], lambda said=said: said["value"])
         self.ready.set()
 
     def run(self, results: Store, seconds: float) -> bool:
@@ -719,13 +683,9 @@ def measure(
         for process in processes:  # all compile before anything is timed
             process.ready.wait(max(0.0, start + sizes.seconds - time.perf_counter()))
         print(f"end to end: {len(processes)} paths ready after {time.perf_counter() - start:.1f} s", flush=True)
-        failed = [process for process in processes if not process.run(results, left())]
-        for process in failed:
-            title = TITLES[process.path]
-            print(f"{title}: failed, or took too long; the rest of it again, without CUDA graphs", flush=True)
-            results.once(f"end to end | failed | {title}", lambda: {"error": "see the log; then without CUDA graphs"})
-            again = [*options, "--no-graphs", "--unprepared", "--done", *process.found]
-            PathProcess(process.path, again).run(results, left())
+        for process in processes:
+            if not process.run(results, left()):
+                results.once(f"end to end | failed | {TITLES[process.path]}", lambda: {"error": "see the log"})
     finally:
         for process in processes:
             process.stop()
@@ -745,17 +705,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Child process of `python -m benchmarks.gpu.run --stages end_to_end`.")
     parser.add_argument("--child", choices=PATHS, required=True)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--unprepared", action="store_true", help="do not compile kernels first")
-    parser.add_argument("--done", nargs="*", default=[], help="measurements to skip")
-    parser.add_argument("--no-graphs", action="store_true")
     options = parser.parse_args()
     config, sizes = llama_config(options.smoke), SMOKE if options.smoke else Sizes()
     device = pick_device(options.smoke)
-    if not options.unprepared:
-        prepare(options.child, device, config, sizes)
+    prepare(options.child, device, config, sizes)
     print(json.dumps({"ready": True}), flush=True)
     if sys.stdin.readline():
-        run_path(Printed(device, options.done), options.child, device, config, sizes, graphs=not options.no_graphs)
+        run_path(Printed(device), options.child, device, config, sizes)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def compare(measured: dict[int, dict[str, Any]], folder: Path, vocabulary: int, 
     found: dict[str, Any] = {}
     for name in ("loaded", "rollout_peak", "update_peak"):
         layer = (last[name] - first[name]) / (many - few)
-        stacks = {layers: figures[name] for layers, figures in measured.items()}
+        stacks = {layers: phases[name] for layers, phases in measured.items()}
         stacks[LAYERS] = first[name] + (LAYERS - few) * layer
         plans = {}
         for layers in stacks:
@@ -250,7 +250,7 @@ def memory_table(results: Any) -> Table:
         rows.append(["loading", layers, f"{run['loading_peak'] / 1e9:.2f}", ""])
     for label, run, phase in (
         ("loaded, int8", "train", "loaded"),
-        ("drawing answers", "train", "rollout_peak"),
+        ("rollout", "train", "rollout_peak"),
         ("update", "train", "update_peak"),
         ("update, layers run again", "train, layers run again", "update_peak"),
     ):

@@ -72,7 +72,7 @@ OF_ALL = {
 }
 """The classification expert, and one adapter for all domains, which experts are compared with."""
 COMPARED = "--steps 24 --prompts-per-step 32 --validate-every 24"
-"""Every run of the comparison has the same prompts and the same number of answers to them."""
+"""Options of every run of the comparison: same prompts, same number of completions."""
 VARIANTS = {
     "svf": "--cold-start-steps 12 --max-new-tokens 6",
     "lora": "--cold-start-steps 12 --max-new-tokens 6 --method lora --cold-start-learning-rate 1e-3",
