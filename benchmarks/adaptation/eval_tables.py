@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.common.tables import Table
-from t2.evaluate.tables import TITLES, tables
+from t2.eval.report import TITLES, tables
 
 
 def eval_text(results: Any) -> Table:

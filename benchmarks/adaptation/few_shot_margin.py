@@ -27,13 +27,13 @@ from tqdm import tqdm
 import t2
 from benchmarks.common.tables import RESULTS, ROOT, Table
 from t2.adaptation import ClassifierStrategy, FewShotStrategy, few_shot_problems, load_bank_folder
-from t2.adaptation.fewshot import keeper
-from t2.adaptation.folder import CLASSIFIER
+from t2.adaptation.bank_folder import CLASSIFIER
+from t2.adaptation.few_shot import keeper
 from t2.adaptation.search import Fitness
-from t2.evaluate.cells import tensor_digest
+from t2.eval.result_cache import tensor_digest
 from t2.tasks import get
 from t2.tasks.classify import BASE
-from t2.throughput import machine
+from t2.weights.machine import machine
 from t2kernels.files import write_text
 
 MODEL = "smollm2-135m-instruct"

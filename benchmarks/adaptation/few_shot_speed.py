@@ -26,16 +26,17 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import t2
 from benchmarks.common.tables import RESULTS, Table, write_results
-from t2 import peers
 from t2.adaptation import FewShotOptions, FewShotResult, FewShotStrategy, few_shot_problems, load_bank_folder
-from t2.adaptation.decoding import Answer
 from t2.adaptation.search import Fitness
-from t2.layout import Layout
-from t2.svd import FactorCache
-from t2.targets import weight_matrix
+from t2.demo import baselines
+from t2.experts.layout import Layout
+from t2.generation.batching import pad
+from t2.generation.decode import Completion
+from t2.generation.prompts import eos_ids_of
 from t2.tasks import get
-from t2.throughput import machine
-from t2.training.rollouts import end_tokens, pad
+from t2.weights.factor_cache import FactorCache
+from t2.weights.machine import machine
+from t2.weights.targets import weight_matrix
 
 MODEL = "smollm2-135m-instruct"
 TASK = "reasoning-gym:chain_sum"
@@ -64,11 +65,11 @@ class Published:
     tokenizer: Any
     in_place: bool
 
-    def population_answers(self, strategy: FewShotStrategy, candidates: Tensor) -> list[list[Answer]]:
+    def population_answers(self, strategy: FewShotStrategy, candidates: Tensor) -> list[list[Completion]]:
         answers = []
         for z in strategy.vectors(candidates):
             if self.in_place:
-                peers.rebuild(self.dense, self.factors, strategy.svf.layout, z)
+                baselines.rebuild(self.dense, self.factors, strategy.svf.layout, z)
             else:
                 self._compose(strategy.svf.layout, z)
             answers.append(self._generate(strategy))
@@ -81,9 +82,9 @@ class Published:
             weight_matrix(self.dense.get_submodule(name)).copy_(composed)
 
     @torch.inference_mode()
-    def _generate(self, strategy: FewShotStrategy) -> list[Answer]:
+    def _generate(self, strategy: FewShotStrategy) -> list[Completion]:
         ids, mask = pad(strategy.prompts, self.tokenizer.pad_token_id, left=True)
-        ends, likelihoods = end_tokens(self.dense, self.tokenizer), _Likelihoods()
+        ends, likelihoods = eos_ids_of(self.dense, self.tokenizer), _Likelihoods()
         options = GenerationConfig(
             max_new_tokens=strategy.new_tokens,
             do_sample=False,
@@ -101,7 +102,7 @@ class Published:
         for tokens, log_p in zip(out[:, ids.shape[1] :], steps, strict=True):
             ended = torch.isin(tokens, torch.tensor(ends)).nonzero()
             length = int(ended[0]) + 1 if len(ended) else len(tokens)
-            answers.append(Answer(tokens[:length].clone(), float(log_p[:length].double().mean())))
+            answers.append(Completion(tokens[:length].clone(), float(log_p[:length].double().mean())))
         return answers
 
 
@@ -110,11 +111,11 @@ class SearchTrace:
     """Result of a search, and its completions by candidate and problem."""
 
     result: FewShotResult
-    answers: dict[tuple[bytes, int], Answer]
+    answers: dict[tuple[bytes, int], Completion]
 
 
 def run_search(strategy: FewShotStrategy, published: Published | None) -> SearchTrace:
-    answers: dict[tuple[bytes, int], Answer] = {}
+    answers: dict[tuple[bytes, int], Completion] = {}
 
     def evaluate(candidates: Tensor) -> list[Fitness]:
         found = (

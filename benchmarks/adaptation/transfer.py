@@ -32,12 +32,13 @@ from transformers.utils import logging
 import t2
 from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
 from t2 import tasks
-from t2.layout import layout_of
-from t2.storage import raw_bytes
-from t2.svd import FactorCache, decompose_weights
-from t2.targets import select_targets, weight_matrix
-from t2.throughput import machine
-from t2.transfer import Alignment, TransferOptions, match, measure, transfer
+from t2.eval.transfer import measure
+from t2.experts.layout import layout_of
+from t2.experts.transfer import Alignment, TransferOptions, match, transfer
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.files import raw_bytes
+from t2.weights.machine import machine
+from t2.weights.targets import select_targets, weight_matrix
 from t2kernels import Factors
 from t2kernels.files import replacing
 
@@ -126,7 +127,7 @@ class Experts:
 def line_up(source: Experts, target: t2.SVFModel) -> dict[str, Any] | None:
     """Agreement of both bases' singular vectors and of each expert's weight changes; None if shapes differ.
 
-    "vectors": by kind of matrix, "same" and "near" of `t2.transfer.Alignment` in PARTS parts of all positions, and
+    "vectors": by kind of matrix, "same" and "near" of `Alignment` in PARTS parts of all positions, and
     "same_chance", that of unrelated weights. "changes": the cosine of the weight change that an expert makes on its own
     base and the one it makes on the other, over all matrices, ordered and shuffled.
     """

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from t2.sizes import Work
 from t2.tasks import Problem, Split, Task
+from t2.weights.memory_model import Work
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 

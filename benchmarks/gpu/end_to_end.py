@@ -37,7 +37,7 @@ from transformers.initialization import no_init_weights
 
 from benchmarks.common.tables import ROOT
 from t2 import Expert, SVFConfig, SVFModel
-from t2.targets import linear_layers
+from t2.weights.targets import linear_layers
 from t2kernels import DenseWeight, FactoredWeight, Factors
 
 ATTENTION = "benchmark_attention"
@@ -178,7 +178,7 @@ def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
     """Wraps the model with random factors in place of a decomposition; on a GPU its dense weights are freed."""
     svf = SVFModel(model, config, factors=RandomFactors())
     if svf.sigma.device.type != "cpu":  # `detach`, `merge` and, on a CPU, plans need them
-        for target in svf._targets.values():
+        for target in svf.decomposed.layers.values():
             target.weight = None
     return svf
 

@@ -13,7 +13,6 @@ from benchmarks.gpu.harness import Results
 
 SCRIPT = """
 import torch
-from benchmarks.common.tables import ROOT
 from benchmarks.gpu.harness import GROUPS, Clock, Layers
 from benchmarks.gpu.kernels import ours
 device = torch.device("cuda")

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.gpu import end_to_end
 from benchmarks.gpu.end_to_end import RANK, SMOKE, Decoder, Dense, Sizes, Store, Subject
-from t2.targets import linear_layers
+from t2.weights.targets import linear_layers
 
 LAYERS = 8
 

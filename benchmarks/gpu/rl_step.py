@@ -1,4 +1,4 @@
-"""One step of REINFORCE on a model of Llama-3-8B's shapes on one GPU, against the memory that `t2.footprint` plans.
+"""One step of REINFORCE on a model of Llama-3-8B's shapes on one GPU, against the planned memory (`t2 estimate`).
 
 int8 factors, activation checkpointing, 2 prompts x 4 completions of 128 + 64 tokens, through the trainer's own code.
 Weights and factors are random. The first step compiles the kernels; the second one is reported. The plan adds weights,
@@ -19,9 +19,9 @@ from transformers import LlamaConfig
 from benchmarks.common.random_task import SPECIAL, Parity, word_tokenizer
 from benchmarks.gpu.end_to_end import Store, dense_model, factored_model, llama_config, peak_bytes, start_peak, wait
 from t2 import SVFConfig
-from t2.footprint import footprint
-from t2.sizes import Work
 from t2.training import Trainer, TrainOptions
+from t2.weights.estimate import footprint
+from t2.weights.memory_model import Work
 
 WORK = Work(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
 SMOKE_WORK = Work(prompt_tokens=8, new_tokens=4, prompts_per_step=2, samples_per_prompt=2)
@@ -33,11 +33,11 @@ def options(work: Work, output: Path) -> TrainOptions:
         output=output,
         prompts_per_step=work.prompts_per_step,
         samples_per_prompt=work.samples_per_prompt,
-        dtype="int8",
+        factor_dtype="int8",
         model_dtype="bfloat16",
         gradient_checkpointing=True,
         token_budget=work.rows * (work.prompt_tokens + work.new_tokens),  # all completions at once
-        skip_even_prompts=False,
+        skip_zero_advantage=False,
         trackers=(),
     )
 

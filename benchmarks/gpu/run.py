@@ -169,7 +169,7 @@ def main() -> None:
     begin = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     results, failed = options.out / "results.json", []
-    for module in ("transformers", "t2.model", "t2kernels.triton.launch"):  # imported once, for all forks
+    for module in ("transformers", "t2.model.svf_model", "t2kernels.triton.launch"):  # imported once, for all forks
         try:
             importlib.import_module(module)
         except ImportError as error:

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.common.interleave import CACHE_BYTES, in_turns
-from t2.attention import GrowingLayer, attention
+from t2.model.attention import attention
+from t2.model.kv_cache import GrowingLayer
 
 HEADS = {"SmolLM2": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}  # query heads, key heads, head_dim
 

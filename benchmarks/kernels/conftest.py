@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from t2.throughput import machine
+from t2.weights.machine import machine
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.common.tables import RESULTS, Table, write_results
-from t2.throughput import machine
+from t2.weights.machine import machine
 from t2kernels import decompose
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (1024, 4096), (4096, 4096))
@@ -89,7 +89,7 @@ def matrices() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     found = {f"random {m}x{n}": torch.randn(m, n, generator=generator) for m, n in SHAPES}
     try:
-        from t2.loading import load
+        from t2.weights.loading import load
 
         layer = load("smollm2-135m-instruct")[0].model.layers[0]
     except (ImportError, OSError) as error:

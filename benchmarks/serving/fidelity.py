@@ -26,11 +26,12 @@ from transformers.utils import logging
 
 import t2
 from benchmarks.common.tables import RESULTS, Table, write_results
-from t2 import peers
-from t2.demo import QUESTIONS, chat_batch
-from t2.merged_check import check_row
-from t2.svd import FactorCache
-from t2.throughput import fixed_length, machine
+from t2.demo import baselines
+from t2.demo.merged_check import check_row
+from t2.demo.run import QUESTIONS, chat_batch
+from t2.demo.throughput import fixed_length
+from t2.weights.factor_cache import FactorCache
+from t2.weights.machine import machine
 
 MODEL = "smollm2-135m-instruct"
 STORAGE: dict[str, dict[str, Any]] = {
@@ -137,7 +138,7 @@ def main(tokens: int = 4096, results: Path = RESULTS / "fidelity.json") -> None:
     factors = {name: cache.load(key) for name, key in keys.items()}
     checks: dict[str, list[Any]] = {label: [] for label in generated}
     for row, name in enumerate(tqdm(names, desc="merged models")):
-        peers.rebuild(dense, factors, layout, z[row])
+        baselines.rebuild(dense, factors, layout, z[row])
         for label, output in generated.items():
             checks[label].append(check_row(dense, batch, output, row, name))
 

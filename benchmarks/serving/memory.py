@@ -31,10 +31,10 @@ from transformers.utils import logging
 import t2
 from benchmarks.common.memory import AnonymousPeak
 from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
-from t2.demo import QUESTIONS, chat_batch
-from t2.svd import FactorCache, decompose_weights
-from t2.targets import select_targets, weight_matrix
-from t2.throughput import machine
+from t2.demo.run import QUESTIONS, chat_batch
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.machine import machine
+from t2.weights.targets import select_targets, weight_matrix
 
 MODEL = "smollm2-135m-instruct"
 LLAMA_3_8B_LAYER = {

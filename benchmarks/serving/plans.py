@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 import t2
 from benchmarks.common.tables import RESULTS, Table, write_results
-from t2.throughput import machine
+from t2.weights.machine import machine
 
 WORK: dict[str, dict[str, Any]] = {
     "32 requests with 32 experts": {"experts": 32, "prompt_tokens": 40, "new_tokens": 64},

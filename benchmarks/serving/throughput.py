@@ -20,9 +20,10 @@ from transformers.utils import logging
 import t2
 from benchmarks.common.tables import RESULTS, Table, write_results
 from benchmarks.serving.fidelity import MODEL, STORAGE
-from t2 import peers
-from t2.demo import QUESTIONS, chat_batch
-from t2.throughput import PathResult, ServingPath, machine, time_paths
+from t2.demo import baselines
+from t2.demo.run import QUESTIONS, chat_batch
+from t2.demo.throughput import PathResult, ServingPath, time_paths
+from t2.weights.machine import machine
 
 
 def wrapped(experts: int, options: dict[str, Any]) -> t2.SVFModel:
@@ -107,7 +108,7 @@ def main(new_tokens: int = 64, rounds: int = 3, results: Path = RESULTS / "cpu-s
     served = {f"ours {name}": wrapped(len(QUESTIONS), options) for name, options in STORAGE.items()}
     suffixes = sorted({name.rpartition(".")[2] for name in served["ours float32"].layout.names})
     with out.status("adding 32 LoRA adapters"):
-        lora, adapters = peers.with_lora(copy.deepcopy(dense), suffixes, len(QUESTIONS))
+        lora, adapters = baselines.with_lora(copy.deepcopy(dense), suffixes, len(QUESTIONS))
     by_requests: dict[str, list[dict[str, Any]]] = {}
     for requests in (len(QUESTIONS), 1):
         names = [f"e{i}" for i in range(requests)]

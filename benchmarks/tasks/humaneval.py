@@ -23,7 +23,7 @@ from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
 from t2 import tasks
 from t2.sandbox import backend
 from t2.tasks.humaneval import HumanEval
-from t2.throughput import machine
+from t2.weights.machine import machine
 from t2kernels.files import write_text
 
 

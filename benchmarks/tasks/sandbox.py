@@ -3,7 +3,7 @@
     python -m benchmarks.tasks.sandbox
 
 Prints a table and writes benchmarks/results/sandbox.json, for every sandbox backend that works here; exits with 1 if a
-program was not stopped. tests/t2/test_sandbox.py runs the same programs.
+program was not stopped. tests/t2/sandbox/test_isolation.py runs the same programs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 import tyro
 
 from benchmarks.common.tables import RESULTS, Table, write_results
-from t2.sandbox import Limits, Result, runner
-from t2.throughput import machine
+from t2.sandbox import Limits, ProgramResult, runner
+from t2.weights.machine import machine
 
 TEXT = "a secret of the host"
 
@@ -296,7 +296,7 @@ class Outcome:
 
     name: str
     backend: str
-    result: Result
+    result: ProgramResult
     most_processes: int
     broken: list[str]
 

@@ -1,4 +1,4 @@
-"""Model of Llama-3-8B's shapes from shards to a training step on a small machine, against `t2 decompose --plan`.
+"""Model of Llama-3-8B's shapes from shards to a training step on a small machine, against `t2 estimate`.
 
     python -m benchmarks.training.big_model                       # a vocabulary of 128,256, stacks of 1 and 3 layers
     python -m benchmarks.training.big_model --vocabulary 4096
@@ -33,15 +33,15 @@ import t2
 from benchmarks.common.memory import AnonymousPeak
 from benchmarks.common.random_task import Parity, word_tokenizer
 from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
-from t2.footprint import Footprint, footprint
-from t2.planning import cost_model
-from t2.shards import INDEX
-from t2.sizes import Rates, Work
-from t2.streaming import skeleton, target_weights
-from t2.svd import FactorCache, decompose_weights
-from t2.throughput import machine
+from t2.model.serving_plan import cost_model
 from t2.training import Trainer, TrainOptions
 from t2.training.policies import svf_config
+from t2.weights.estimate import Footprint, footprint
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.machine import machine
+from t2.weights.memory_model import Rates, Work
+from t2.weights.shards import INDEX
+from t2.weights.streaming import skeleton, target_weights
 from t2kernels.files import write_text
 
 LAYERS = 32
@@ -109,10 +109,10 @@ def options(folder: Path, checkpointing: bool) -> TrainOptions:
         output=folder / "run",
         prompts_per_step=WORK.prompts_per_step,
         samples_per_prompt=WORK.samples_per_prompt,
-        dtype="int8",
+        factor_dtype="int8",
         model_dtype="bfloat16",
         gradient_checkpointing=checkpointing,
-        skip_even_prompts=False,
+        skip_zero_advantage=False,
         trackers=(),
     )
 
@@ -134,7 +134,7 @@ def train(folder: Path, peak: AnonymousPeak, *, checkpointing: bool) -> dict[str
         "loaded": loaded,
         "rollout_peak": drawing,
         "update_peak": peak.peak,
-        "factors": sum(target.layer.weight.nbytes for target in svf._targets.values()),
+        "factors": sum(target.layer.weight.nbytes for target in svf.decomposed.layers.values()),
         "rollout_seconds": answered - start,
         "update_seconds": time.perf_counter() - answered,
         "reward": row["reward"],
@@ -203,7 +203,7 @@ def gigabytes(size: float) -> str:
 
 
 def plans_table(*results: Any) -> Table:
-    """Sizes of both models and where they fit, by `t2 decompose --plan`; results are the files of PLANNED."""
+    """Sizes of both models and where they fit, by `t2 estimate`; results are the files of PLANNED."""
     plans = dict(zip(PLANNED, results, strict=True))
 
     def row(label: str, cell: Callable[[Any], str]) -> list[str]:

@@ -19,9 +19,9 @@ import tyro
 
 from benchmarks.common.tables import ROOT, Table, with_interval
 from benchmarks.training.train_experts import DOMAINS, MODEL, PUZZLES, TASKS, command, runs
-from t2.adaptation.folder import FORMAT, FORMAT_VERSION
-from t2.experts import Expert
-from t2.storage import atomic_directory
+from t2.adaptation.bank_folder import FORMAT, FORMAT_VERSION
+from t2.experts.expert import Expert
+from t2.weights.files import atomic_directory
 from t2kernels.files import write_text
 
 CARD = """# Experts for SmolLM2-135M-Instruct

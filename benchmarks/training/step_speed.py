@@ -27,14 +27,14 @@ import t2
 from benchmarks.common.memory import AnonymousPeak
 from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
 from t2.tasks import get
-from t2.throughput import machine
 from t2.training import Trainer, TrainOptions
+from t2.weights.machine import machine
 
 MODEL = "smollm2-135m-instruct"
 TASK, TASK_OPTIONS = "reasoning-gym:chain_sum", '{"config": {"min_terms": 2, "max_terms": 2, "max_digits": 2}}'
 METHODS = {
     "SVF": {"method": "svf"},
-    "SVF, bfloat16 factors and products": {"method": "svf", "dtype": "bfloat16", "bf16_products": True},
+    "SVF, bfloat16 factors and products": {"method": "svf", "factor_dtype": "bfloat16", "bf16_products": True},
     "SVF, MLP alone": {"method": "svf", "target_modules": ("mlp",)},
     "LoRA r=16 (PEFT)": {"method": "lora"},
     "W' built, dW' projected (published)": {"method": "dense-compose"},
@@ -58,7 +58,7 @@ def work(name: str) -> None:
             prompts_per_step=PROMPTS,
             samples_per_prompt=SAMPLES,
             max_new_tokens=TOKENS,
-            skip_even_prompts=False,  # every step does all the work that one can have
+            skip_zero_advantage=False,  # every step does all the work that one can have
             validate_every=10**9,
             save_every=10**9,
             steps=10**9 - 1,
@@ -66,7 +66,7 @@ def work(name: str) -> None:
             **METHODS[name],  # type: ignore[arg-type]
         )
         trainer = Trainer(model, tokenizer, task, options)
-        trainer.generator = replace(trainer.generator, ends=(int(tokenizer.pad_token_id) + 10**6,))
+        trainer.generator = replace(trainer.generator, eos_ids=(int(tokenizer.pad_token_id) + 10**6,))
         print(json.dumps({"trainable": trainer.policy.trainable}), flush=True)
         for _ in sys.stdin:
             row = trainer.step()

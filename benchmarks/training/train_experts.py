@@ -22,7 +22,7 @@ import tyro
 
 from benchmarks.common.tables import RESULTS, ROOT, Table, with_interval, write_results
 from t2.tasks import get
-from t2.throughput import machine
+from t2.weights.machine import machine
 from t2kernels.files import replacing
 
 MODEL = "smollm2-135m-instruct"
@@ -59,7 +59,7 @@ _ELSE = {"name": "mixture", "tasks": {"general": GENERAL, "puzzles": _PUZZLES}}
 TASKS["classifier"] = "classify", {"tasks": _BY_NAME | {"others": _ELSE}, "domains": DOMAINS}
 TASKS["all"] = "mixture", {"tasks": _BY_NAME}
 SHARED = ("--samples-per-prompt", "8", "--kl-coefficient", "0.01", "--learning-rate", "1e-3", "--decay", "--trackers")
-FACTORS = ("--dtype", "bfloat16", "--bf16-products")
+FACTORS = ("--factor-dtype", "bfloat16", "--bf16-products")
 EXPERTS = {
     "sums": "--cold-start-steps 60 --steps 100 --prompts-per-step 64 --max-new-tokens 6 --validate-every 10",
     "reading": "--cold-start-steps 30 --steps 50 --prompts-per-step 32 --max-new-tokens 8 --validate-every 5",
@@ -235,7 +235,7 @@ def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) ->
             continue
         again = ["--resume"] if (output / "checkpoint.safetensors").is_file() else []
         print(name, flush=True)
-        trained = [sys.executable, "-m", "t2.cli", *command(task, options, output.resolve()), *again]
+        trained = [sys.executable, "-m", "t2", *command(task, options, output.resolve()), *again]
         subprocess.run(trained, check=True, cwd=ROOT)
     found = collected(folder)
     results = {"machine": machine(), "runs": found}

@@ -5,15 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from t2.experts import ExpertBank
-from t2.model import ExpertChoice, SVFModel
+from t2.experts.expert import ExpertBank
+from t2.model.svf_model import ExpertChoice, SVFModel
 from t2.tasks.base import Problem, prompt_text
 from t2.tasks.classify import BASE, Prompt
 
@@ -82,17 +81,6 @@ def mixed(bank: ExpertBank, names: Sequence[str], alpha: Tensor, groups: Sequenc
         window = layout.window(name)
         z[:, window] = alpha[:, group].float() @ rows[:, window]
     return z
-
-
-@dataclass(frozen=True)
-class Wrapped:
-    """An SVFModel as something that runs (`t2.training.rollouts.Running`)."""
-
-    model: SVFModel
-
-    @property
-    def transformer(self) -> PreTrainedModel:
-        return cast(PreTrainedModel, self.model.model)
 
 
 class Strategy(ABC):

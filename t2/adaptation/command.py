@@ -5,30 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from t2.adaptation.dispatch import ClassifierStrategy, PromptStrategy
-from t2.adaptation.fewshot import FewShotResult, FewShotStrategy, few_shot_problems
-from t2.adaptation.folder import CLASSIFIER, BankFolder, load_bank_folder, named_experts
-from t2.adaptation.search import FewShotOptions, Found
-from t2.adaptation.two_pass import two_pass
-from t2.loading import load
-from t2.model import SVFConfig, SVFModel
+from t2.adaptation.bank_folder import CLASSIFIER, BankFolder, load_bank_folder, named_experts
+from t2.adaptation.few_shot import FewShotResult, FewShotStrategy, few_shot_problems
+from t2.adaptation.inference import two_pass
+from t2.adaptation.options import FewShotOptions
+from t2.adaptation.search import SearchProgress
+from t2.adaptation.strategies import PASS_ONE, PassOne, pass_one
+from t2.model.svf_model import SVFConfig, SVFModel
 from t2.tasks import Split, get, options_of
-
-PassOne = Literal["prompt", "classifier"]
-PASS_ONE: dict[str, type[PromptStrategy]] = {"prompt": PromptStrategy, "classifier": ClassifierStrategy}
+from t2.weights.loading import load
 
 
-def open_bank(bank: Path | None, experts: Sequence[str], domains: Sequence[str] = ()) -> BankFolder:
-    """Of a folder, or of NAME=FILE pairs with NAME=DESCRIPTION ones."""
-    if (bank is None) == (not experts):
-        raise ValueError(f"bank: expected a folder, or experts as NAME=FILE, got {'both' if experts else 'neither'}")
+def open_bank(bank: Path | None, candidates: Sequence[str], domains: Sequence[str] = ()) -> BankFolder:
+    """Bank of a folder, or of NAME=FILE pairs with NAME=DESCRIPTION ones."""
+    if (bank is None) == (not candidates):
+        got = "both" if candidates else "neither"
+        raise ValueError(f"bank: expected a folder, or candidates as NAME=FILE, got {got}")
     if bank is not None:
         if domains:
             raise ValueError("domains: expected none beside a bank, whose domains.json has them")
@@ -36,7 +35,7 @@ def open_bank(bank: Path | None, experts: Sequence[str], domains: Sequence[str] 
     pairs = [text.partition("=") for text in domains]
     if not all(name and equals for name, equals, _ in pairs):
         raise ValueError(f"domains: expected NAME=DESCRIPTION, got {list(domains)}")
-    return named_experts(experts, {name: description for name, _, description in pairs})
+    return named_experts(candidates, {name: description for name, _, description in pairs})
 
 
 def open_model(name: str, dtype: str, bank: BankFolder, *, bf16_products: bool = False) -> tuple[SVFModel, Any]:
@@ -67,7 +66,7 @@ def answer(
     """Prints each prompt, the expert that pass one gave it and why, and the answer; then both passes' seconds."""
     _check_classifier("adapt", strategy, bank)
     svf, tokenizer = open_model(model, dtype, bank)
-    chosen = PASS_ONE[strategy](svf, tokenizer, bank.domains)
+    chosen = pass_one(strategy, svf, tokenizer, bank.domains)
     result = two_pass(svf, tokenizer, prompts, chosen, max_new_tokens=max_new_tokens, do_sample=sample)
     adaptation = result.adaptation
     for prompt, row, reason, text in zip(prompts, adaptation.alpha, adaptation.reasons, result.answers, strict=True):
@@ -109,7 +108,7 @@ def adapt_to_task(
             problems,
             options=options,
             experts=[domain.name for domain in bank.domains],
-            incumbent=PASS_ONE[incumbent](svf, tokenizer, bank.domains) if incumbent in PASS_ONE else incumbent,
+            incumbent=pass_one(incumbent, svf, tokenizer, bank.domains) if incumbent in PASS_ONE else incumbent,
             new_tokens=max_new_tokens,
             memory=memory,
             announce=announce,
@@ -127,12 +126,12 @@ def adapt_to_task(
 
 
 @contextmanager
-def _progress(console: Console, name: str, generations: int) -> Iterator[Callable[[Found], None]]:
+def _progress(console: Console, name: str, generations: int) -> Iterator[Callable[[SearchProgress], None]]:
     columns = (TextColumn(name), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
         line = bar.add_task("the base, each expert, and the first mixes", total=generations)
 
-        def announce(found: Found) -> None:
+        def announce(found: SearchProgress) -> None:
             last = found.generations[-1]
             text = f"best {last.best.score:.1%}, mean {last.mean:.1%}, {last.evaluated} new, {last.seconds:.1f} s"
             bar.update(line, completed=len(found.generations), description=text)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from t2.adaptation.base import Adaptation, Strategy
 from t2.adaptation.labels import label_scores, label_tokens
-from t2.evaluation import encode
-from t2.model import ExpertChoice, SVFModel
+from t2.adaptation.options import Calibration
+from t2.generation.prompts import encode
+from t2.model.svf_model import ExpertChoice, SVFModel
 from t2.tasks.classify import BASE, OTHERS, Domains, Prompt, adaptation_problem, as_domains, labels_of
 
-Calibration = Literal["none", "contextual", "batch"]
 CONTENT_FREE = ("N/A", "", "[MASK]")
 """Inputs that say nothing of their domain (Zhao et al. 2021)."""
 

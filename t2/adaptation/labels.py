@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from t2.adaptation.base import Wrapped
-from t2.attention import new_cache
-from t2.evaluation import length_batches
-from t2.model import ExpertChoice, SVFModel
-from t2.training.rollouts import Group, MicroBatch, answer_logits, answer_tokens, shared_prefix
+from t2.generation.batching import length_batches, shared_prefix
+from t2.generation.cached_batch import SVFRunner
+from t2.generation.scoring import MicroBatch, PromptGroup, completion_logits, completion_tokens
+from t2.model.kv_cache import new_cache
+from t2.model.svf_model import ExpertChoice, SVFModel
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ def label_scores(
         expert: that the model runs with.
         token_budget: most tokens of a batch, padding included; one prompt always fits.
     """
-    running, device = Wrapped(svf), svf.sigma.device
+    runner, device = SVFRunner(svf), svf.sigma.device
     answers = tuple(torch.tensor(ids) for ids in labels.tokens)
     scores = torch.empty(len(prompts), len(answers))
     lengths = [len(prompt) + sum(map(len, answers)) for prompt in prompts]
     for indices in length_batches(lengths, token_budget):
-        shared = shared_prefix([prompts[index] for index in indices], new_cache(running.transformer))
-        batch = MicroBatch(tuple(Group(prompts[index], answers) for index in indices), shared)
-        tokens = answer_tokens(batch, pad_token, device)
+        shared = shared_prefix([prompts[index] for index in indices], new_cache(runner.transformer))
+        batch = MicroBatch(tuple(PromptGroup(prompts[index], answers) for index in indices), shared)
+        tokens = completion_tokens(batch, pad_token, device)
         with torch.inference_mode(), svf.route(expert):
-            logits = answer_logits(running, tokens)
+            logits = completion_logits(runner, tokens)
             scores[indices] = _followed(logits.view(len(indices), -1, logits.shape[-1]), labels).cpu()
     return scores
 

@@ -10,71 +10,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-Method = Literal["cem", "cma", "random"]
-Granularity = Literal["model", "layer", "matrix"]
-Coefficients = Literal["normalised", "free"]
-
+from t2.adaptation.options import FewShotOptions
 
 Numbers = numpy.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class FewShotOptions:
-    """How weights are searched for. "Published" are the values of arXiv 2501.06252 and its code."""
-
-    search: Method = "cem"
-    """Cross-entropy method (published), CMA-ES (the package cma), or random candidates."""
-    population: int = 32
-    """Candidates of a generation, all scored in one batch (published)."""
-    elite_ratio: float = 0.2
-    """Share of the population that the next one is drawn around (published; cem only)."""
-    generations: int = 20
-    """Most generations; the published script takes 50."""
-    patience: int = 5
-    """Generations without a better score after which the search ends."""
-    granularity: Granularity = "model"
-    """One weight an expert for the whole model, one for each decoder layer, or for each matrix ("per layer", published
-    beside that for the whole model)."""
-    coefficients: Coefficients = "normalised"
-    """Weights divided by their sum, or as they are (both published; there W' is scaled to the sum of W's singular
-    values, which here only the former comes near)."""
-    low: float = 0.0
-    """Bound of a weight before it is normalised (published)."""
-    high: float = 1.0
-    """The other bound (published)."""
-    margin: float = 0.0
-    """Standard errors by which a mix has to be better than the incumbent, such as the base, to take its place
-    (`Fitness.above`). One more of a few problems is little evidence where a hundred mixes were tried; 0 takes it
-    (published)."""
-    seed: int = 0
-    """Of all candidates drawn."""
-    token_budget: int = 32768
-    """Most tokens of a batch, padding and answers included."""
-
-    def __post_init__(self) -> None:
-        for name, known in (
-            ("search", ("cem", "cma", "random")),
-            ("granularity", ("model", "layer", "matrix")),
-            ("coefficients", ("normalised", "free")),
-        ):
-            self._check(name, getattr(self, name) in known, f"one of {', '.join(known)}")
-        for name in ("generations", "patience", "token_budget"):
-            self._check(name, getattr(self, name) >= 1, "an integer >= 1")
-        self._check("margin", self.margin >= 0, "a number >= 0")
-        self._check("population", self.population >= 4, "an integer >= 4")
-        self._check("elite_ratio", 2 <= int(self.elite_ratio * self.population) <= self.population, "at least 2 elites")
-        self._check("high", self.low < self.high, f"a number above low ({self.low})")
-        self._check("low", self.coefficients == "free" or self.low >= 0, "a number >= 0 where weights are normalised")
-
-    def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, order=True)
@@ -216,7 +160,7 @@ class Generation:
 
 
 @dataclass
-class Found:
+class SearchProgress:
     """The best candidate [D] of a search, as `normalise` made it, and its way there."""
 
     alpha: Tensor
@@ -237,8 +181,8 @@ def run_search(
     normalise: Callable[[Tensor], Tensor] = lambda candidates: candidates,
     *,
     memory: Memory | None = None,
-    announce: Callable[[Found], object] = lambda found: None,
-) -> Found:
+    announce: Callable[[SearchProgress], object] = lambda found: None,
+) -> SearchProgress:
     """Generations until the score is 1, has not risen for `patience` of them, or there have been enough.
 
     A candidate is evaluated once, however often it is asked for. Of equally good ones the first counts.
@@ -250,7 +194,7 @@ def run_search(
         announce: called after each generation.
     """
     options, memory = search.options, {} if memory is None else memory
-    found: Found | None = None
+    found: SearchProgress | None = None
     since = 0
     for _ in range(options.generations):
         start = time.perf_counter()
@@ -266,7 +210,7 @@ def run_search(
         since += 1
         if found is None or fitness[best] > found.fitness:
             since = 0 if found is None or fitness[best].score > found.fitness.score else since
-            found = Found(candidates[best].clone(), fitness[best], [] if found is None else found.generations)
+            found = SearchProgress(candidates[best].clone(), fitness[best], [] if found is None else found.generations)
         mean = sum(each.score for each in fitness) / len(fitness)
         found.generations.append(Generation(found.fitness, mean, len(new), time.perf_counter() - start))
         if found.fitness.score >= 1.0:

@@ -2,7 +2,7 @@
 
 from t2.sandbox.runner import (
     Limits,
-    Result,
+    ProgramResult,
     SandboxError,
     SandboxUnavailable,
     backend,
@@ -13,7 +13,7 @@ from t2.sandbox.verdicts import Test, run_tests
 
 __all__ = [
     "Limits",
-    "Result",
+    "ProgramResult",
     "SandboxError",
     "SandboxUnavailable",
     "Test",

@@ -86,7 +86,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Result:
+class ProgramResult:
     """How a program ended.
 
     status: "exited" by itself, "signal" that killed it, "timeout" or "output" for the limit at which all its processes
@@ -108,7 +108,7 @@ class Result:
         return self.status == "exited" and self.returncode == 0
 
 
-def run_program(source: str, limits: Limits | None = None, *, allow_unsandboxed: bool = False) -> Result:
+def run_program(source: str, limits: Limits | None = None, *, allow_unsandboxed: bool = False) -> ProgramResult:
     """Runs a Python program in a sandbox and returns when none of its processes is left.
 
     The program has the interpreter that runs this process, and the standard library. Its environment is empty but for
@@ -134,7 +134,7 @@ def run_programs(
     *,
     parallel: int | None = None,
     allow_unsandboxed: bool = False,
-) -> list[Result]:
+) -> list[ProgramResult]:
     """Runs programs, each in a sandbox of its own, `parallel` at a time (default: one for each processor).
 
     Everything else as in `run_program`.
@@ -297,7 +297,7 @@ def _free_user_id() -> int | None:
 # One run
 
 
-def run_with(name: str, source: str, limits: Limits) -> Result:
+def run_with(name: str, source: str, limits: Limits) -> ProgramResult:
     """Runs a program with one of BACKENDS, or UNSANDBOXED."""
     with _started(name, limits) as run:
         run.wait_until_ready()
@@ -436,7 +436,7 @@ class _Run:
                 with suppress(ProcessLookupError):
                     os.killpg(self.process.pid, signal.SIGKILL)
 
-    def result(self, program: bytes) -> Result:
+    def result(self, program: bytes) -> ProgramResult:
         ended = self.communicate(program)
         stdout, stderr, report = (bytes(part) for part in self.output.values())
         status: Status = "exited"
@@ -452,7 +452,7 @@ class _Run:
             returncode = int(text)
             status = "signal" if returncode < 0 else "exited"
         kept = stdout[: self.limits.output_bytes]
-        return Result(
+        return ProgramResult(
             status=status,
             returncode=returncode,
             stdout=kept.decode(errors="replace"),

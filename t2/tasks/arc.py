@@ -9,7 +9,7 @@ from typing import Literal
 
 from t2.tasks.base import Problem
 from t2.tasks.data import Data, HubDataset, Row
-from t2.tasks.official import DatasetTask
+from t2.tasks.dataset_task import DatasetTask
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Split = Literal["train", "validation", "test"]
-FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ def finite_numbers(what: str, task: Task, values: Any, answers: Sequence[str]) -
 
 
 def _finite_number(what: str, task: Task, value: Any, answer: str) -> float:
+    from torch import Tensor
+
     plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     number: Any = plain
     if isinstance(plain, Real) and abs(number) <= FLOAT32_MAX:
@@ -104,6 +105,8 @@ def _finite_number(what: str, task: Task, value: Any, answer: str) -> float:
 
 def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:
     """The prompt as the model reads it: through the chat template, or the contents one below the other without one."""
+    from transformers import ProcessorMixin
+
     messages = [dict(message) for message in problem.messages]
     if isinstance(tokenizer, ProcessorMixin):  # whose templates take lists of parts alone
         for message in messages:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from t2.tasks.base import Problem, Split, Task
-from t2.tasks.official import check_size, check_split
+from t2.tasks.dataset_task import check_size, check_split
 
 BASE = "base"
 OTHERS = "others"

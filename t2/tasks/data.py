@@ -12,9 +12,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from t2.storage import FileFormatError, check_regular, file_errors, parse_json, read_json
 from t2.tasks.base import Problem
 from t2.tasks.images import StoredImage
+from t2.weights.files import FileFormatError, check_regular, file_errors, parse_json, read_json
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 Data = str | Path | Mapping[str, str | Path] | None

@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation
 
 from t2.tasks.base import Problem
 from t2.tasks.data import Data, HubDataset, Row
-from t2.tasks.official import DatasetTask
+from t2.tasks.dataset_task import DatasetTask
 
 NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 MARKED = re.compile(rf"####\s*({NUMBER})")

@@ -10,7 +10,7 @@ from t2.sandbox import Limits, Test
 from t2.tasks.base import Problem, Split
 from t2.tasks.code import CodeTask, definition, extract_code
 from t2.tasks.data import Row, read_problems, read_rows
-from t2.tasks.official import check_size, check_split
+from t2.tasks.dataset_task import check_size, check_split
 
 
 @dataclass(frozen=True)

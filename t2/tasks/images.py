@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2.storage import FileFormatError
+from t2.weights.files import FileFormatError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

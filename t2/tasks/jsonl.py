@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from t2.storage import FileFormatError, file_errors
 from t2.tasks.base import Problem, Split, Task, finite_numbers, user_message
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_rows, read_split
+from t2.tasks.dataset_task import check_size, check_split
 from t2.tasks.images import StoredImage
-from t2.tasks.official import check_size, check_split
+from t2.weights.files import FileFormatError, file_errors
 
 Reward = Callable[[str, dict[str, Any]], float]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from t2.tasks.base import Problem
 from t2.tasks.data import Data, HubDataset, Row
-from t2.tasks.official import DatasetTask
+from t2.tasks.dataset_task import DatasetTask
 
 SUBJECTS = (
     "algebra",

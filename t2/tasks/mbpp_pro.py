@@ -11,7 +11,7 @@ from t2.sandbox import Limits, Test
 from t2.tasks.base import Problem, Split
 from t2.tasks.code import CodeTask, definition, extract_code
 from t2.tasks.data import Data, HubDataset, Row, hold_out, read_problems, read_split
-from t2.tasks.official import check_size, check_split
+from t2.tasks.dataset_task import check_size, check_split
 
 DATASET = HubDataset("CodeEval-Pro/mbpp-pro", splits=("train",))
 IMPORTS = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)

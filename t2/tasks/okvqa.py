@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from t2.storage import FileFormatError
 from t2.tasks.data import HubDataset, Row, read_listed
 from t2.tasks.vqa import VQATask
+from t2.weights.files import FileFormatError
 
 
 class OKVQA(VQATask):

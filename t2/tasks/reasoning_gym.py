@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from t2.tasks.base import Problem, Split, Task
-from t2.tasks.official import check_size, check_split
+from t2.tasks.dataset_task import check_size, check_split
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 ANNOUNCED = re.compile(r"^.*?\banswer\b(?:\s+is)?\s*:?\s*", re.IGNORECASE | re.DOTALL)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from t2.tasks.base import Problem, Split, user_message
 from t2.tasks.data import Data, Row
+from t2.tasks.dataset_task import DatasetTask, check_split
 from t2.tasks.images import StoredImage
-from t2.tasks.official import DatasetTask, check_split
 
 INSTRUCTION = "Answer the question using a single word or phrase."
 """What LLaVA asks for short answers with (Liu et al. 2023, arXiv 2310.03744)."""

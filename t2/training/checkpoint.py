@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from t2.storage import FileFormatError, parse_json, read_safetensors, write_safetensors
+from t2.weights.files import FileFormatError, parse_json, read_safetensors, write_safetensors
 
 FORMAT = {"format": "t2-checkpoint", "format_version": "2"}
 MOMENTS = ("exp_avg", "exp_avg_sq")

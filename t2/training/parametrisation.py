@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from t2.layout import Layout
+from t2.experts.layout import Layout
 from t2.training.options import Parametrisation
 
 SIGMOID_START = 0.1

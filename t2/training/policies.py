@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from t2.experts import Expert
-from t2.layers import PackedLinear
-from t2.layout import Layout, layout_of
-from t2.model import SVFConfig, SVFModel
-from t2.storage import atomic_directory, content_digest
-from t2.svd import FactorCache, decompose_weights
-from t2.targets import select_targets, weight_matrix
+from t2.experts.expert import Expert
+from t2.experts.layout import Layout, layout_of
+from t2.model.config import SVFConfig
+from t2.model.layers import PackedLinear
+from t2.model.svf_model import SVFModel
 from t2.training.checkpoint import Base
 from t2.training.options import TrainOptions
 from t2.training.parametrisation import initial_parameters, z_from
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.files import atomic_directory, content_digest
+from t2.weights.targets import select_targets, weight_matrix
 from t2kernels.files import write_text
 
 
@@ -304,7 +305,7 @@ def svf_config(options: TrainOptions) -> SVFConfig:
     """How a model is wrapped for these options."""
     return SVFConfig(
         target_modules=target_modules(options),
-        dtype=getattr(torch, options.dtype),
+        dtype=getattr(torch, options.factor_dtype),
         bf16_products=options.bf16_products,
     )
 

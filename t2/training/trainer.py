@@ -23,30 +23,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from t2.attention import new_cache
-from t2.evaluation import Evaluation, evaluate
-from t2.loading import Tokenizer, tokenizer_of
-from t2.model import SVFModel
+from t2.generation.batching import shared_prefix
+from t2.generation.evaluate import Evaluation, evaluate
+from t2.generation.images import ImageInputs
+from t2.generation.prompts import encode_prompt, eos_ids_of
+from t2.generation.sampling import uniforms
+from t2.generation.scoring import CompletionTokens, PromptGroup, completion_logits, completion_tokens, micro_batches
+from t2.model.kv_cache import new_cache
+from t2.model.svf_model import SVFModel
 from t2.tasks import Problem, Task
 from t2.tasks.base import rewards_of
+from t2.training.alarms import AlarmMonitor
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
-from t2.training.curves import Metrics, Row, plot
-from t2.training.guard import Guard
+from t2.training.loss import TokenStatistics, advantages, policy_loss
+from t2.training.metrics import Metrics, Row, plot
 from t2.training.options import TrainOptions
 from t2.training.policies import make_policy, svf_config
-from t2.training.reinforce import TokenStatistics, advantages, policy_loss
-from t2.training.rollouts import (
-    AnswerTokens,
-    Generator,
-    Group,
-    answer_logits,
-    answer_tokens,
-    end_tokens,
-    micro_batches,
-    shared_prefix,
-    uniforms,
-)
-from t2.vision import ImageInputs, encode_prompt
+from t2.training.rollouts import RolloutGenerator
+from t2.weights.loading import Tokenizer, tokenizer_of
 from t2kernels.files import write_text
 
 
@@ -111,16 +105,16 @@ class Trainer:
             )
         self._check_folder()
         self.new_tokens = options.max_new_tokens or task.max_new_tokens
-        ends = end_tokens(model, tokenizer)
-        if not ends or tokenizer.pad_token_id is None:
+        eos_ids = eos_ids_of(model, tokenizer)
+        if not eos_ids or tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with an end token and a padding token, as `t2.load` gives it")
         self.policy = make_policy(model, options)
         if options.gradient_checkpointing:
             self.policy.enable_checkpointing()
         device = self.policy.parameters[0].device
-        self.generator = Generator(self.policy, device, int(tokenizer.pad_token_id), tuple(ends))
+        self.generator = RolloutGenerator(self.policy, device, int(tokenizer.pad_token_id), tuple(eos_ids))
         self.optimizer = torch.optim.Adam(self.policy.parameters, lr=options.learning_rate)
-        self.guard = Guard(options.entropy_alarm, options.kl_alarm)
+        self.guard = AlarmMonitor(options.entropy_alarm, options.kl_alarm)
         self.state = State()
         self.best = [parameter.detach().clone() for parameter in self.policy.parameters]
         self.metrics = self._start()
@@ -257,7 +251,7 @@ class Trainer:
             epoch, place = epoch + 1, 0
         return indices
 
-    def _drawn(self) -> tuple[list[Group], Row]:
+    def _drawn(self) -> tuple[list[PromptGroup], Row]:
         """Answers drawn from the policy, weighted by their advantages; this process' share of them."""
         options, samples = self.options, self.options.samples_per_prompt
         places = self._mine(range(options.prompts_per_step))
@@ -267,12 +261,12 @@ class Trainer:
         drawn: list[tuple[Tensor, ...]] = []
         if mine:
             numbers = uniforms(options.seed, self.state.step, places, samples, self.new_tokens)
-            drawn = self.generator.answers(
+            drawn = self.generator.completions(
                 [prompt for prompt, _ in encoded],
                 self.new_tokens,
                 images=[images for _, images in encoded],
                 samples=samples,
-                draw=numbers,
+                uniforms=numbers,
                 temperature=options.temperature,
             )
         texts = [str(self.tokenizer.decode(a, skip_special_tokens=True)) for answers in drawn for a in answers]
@@ -285,10 +279,10 @@ class Trainer:
         )
         weights = (values / values.numel()).tolist()
         groups = [
-            Group.of_distinct(prompt, answers, weights[place], images)
+            PromptGroup.from_samples(prompt, answers, weights[place], images)
             for place, (prompt, images), answers in zip(places, encoded, drawn, strict=True)
         ]
-        lengths = self._gathered([(len(a), int(a[-1]) in self.generator.ends) for answers in drawn for a in answers])
+        lengths = self._gathered([(len(a), int(a[-1]) in self.generator.eos_ids) for answers in drawn for a in answers])
         return groups, {
             "reward": float(all_rewards.mean()),
             "mixed": float((all_rewards.amax(1) != all_rewards.amin(1)).float().mean()),
@@ -296,7 +290,7 @@ class Trainer:
             "truncated": statistics.fmean(not ended for _, ended in lengths),
         }
 
-    def _solved(self) -> tuple[list[Group], Row]:
+    def _solved(self) -> tuple[list[PromptGroup], Row]:
         """The task's solutions, each token with the same weight; this process' share of them."""
         indices = self._indices()
         encoded: list[tuple[Tensor, ImageInputs, Tensor]] = []
@@ -307,16 +301,16 @@ class Trainer:
                 answer = torch.tensor([*ids, self.tokenizer.eos_token_id])
                 encoded.append((*encode_prompt(problem, self.processor), answer))
         tokens = sum(len(answer) for _, _, answer in encoded)
-        groups = [Group(prompt, (answer,), (1.0 / tokens,), (1,), images) for prompt, images, answer in encoded]
+        groups = [PromptGroup(prompt, (answer,), (1.0 / tokens,), (1,), images) for prompt, images, answer in encoded]
         return list(self._mine(groups)), {"length": tokens / max(len(encoded), 1)}
 
-    def _update(self, groups: Sequence[Group]) -> Row:
+    def _update(self, groups: Sequence[PromptGroup]) -> Row:
         """One step of Adam along the gradient of `policy_loss` over all groups of all processes."""
         options = self.options
         answers = options.prompts_per_step * options.samples_per_prompt
         kl_weight = options.kl_coefficient / answers if self._rewarded else 0.0
         with_base = kl_weight > 0 or (self.state.step + 1) % options.validate_every == 0
-        if options.skip_even_prompts or not with_base:
+        if options.skip_zero_advantage or not with_base:
             groups = [group for group in groups if any(group.weights)]
         total, loss_sum = TokenStatistics(), 0.0
         self.optimizer.zero_grad()
@@ -326,7 +320,7 @@ class Trainer:
         with_images = any(group.images for group in groups)
         shared = 0 if with_images else shared_prefix([group.prompt for group in groups], cache)
         for batch in micro_batches(groups, options.token_budget, shared, repeated=cache is None):
-            tokens = answer_tokens(batch, self.generator.pad_token, device)
+            tokens = completion_tokens(batch, self.generator.pad_token, device)
             weights, counts = (
                 tokens.per_token(torch.tensor(values, device=device))
                 for values in (
@@ -374,9 +368,9 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def _logits(self, tokens: AnswerTokens) -> Tensor:
+    def _logits(self, tokens: CompletionTokens) -> Tensor:
         """At the temperature of the policy."""
-        logits = answer_logits(self.policy, tokens, share_prefix=not self.options.gradient_checkpointing)
+        logits = completion_logits(self.policy, tokens, share_prefix=not self.options.gradient_checkpointing)
         return logits if self.options.temperature == 1.0 else logits / self.options.temperature
 
     def _rate(self) -> float:
@@ -401,7 +395,7 @@ class Trainer:
 
     def _score(self, problems: Sequence[Problem], *, base: bool) -> Evaluation:
         def answer(prompts: Sequence[Tensor], room: int, images: Sequence[ImageInputs] = ()) -> list[Tensor]:
-            return [answers[0] for answers in self.generator.answers(prompts, room, images=images, base=base)]
+            return [found[0] for found in self.generator.completions(prompts, room, images=images, base=base)]
 
         mine = evaluate(
             answer,
@@ -531,9 +525,10 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
 
 def train(model_name: str, options: TrainOptions, *, console: Console | None = None) -> Result:
     """Loads model and task by name and trains (`t2 train`). Raises as `t2.load`, `t2.tasks.get` and `Trainer` do."""
-    from t2.loading import load
-    from t2.streaming import load_factored, streams
+    from t2.model.load import load_factored
     from t2.tasks import get, options_of
+    from t2.weights.loading import load
+    from t2.weights.streaming import streams
 
     accelerator = make_accelerator(options)
     task = get(options.task, **options_of(options.task_options))

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 import t2
-from t2.verify import VerificationError
+from t2.model.verify import VerificationError
 from tests.families.tiny import VOCABULARY, tiny_model
 
 TOLERANCE = 2e-3
@@ -85,7 +85,7 @@ def judge(family: str) -> Verdict:
     names: list[Any] = ["a", "b", "a", None]
     for seed, name in enumerate("ab"):
         svf.add_expert(name, t2.Expert.random(svf.layout, std=0.3, seed=seed))
-    merged = {name: svf.merge(name) for name in (*"ab", None)}
+    merged = {name: svf.merged_copy(name) for name in (*"ab", None)}
     kept = prompts()["attention_mask"].bool()
 
     def at_one() -> str:
@@ -128,7 +128,7 @@ def judge(family: str) -> Verdict:
         return f"wrong: gradients of {others[:2]}" if others else "ok" if moved else "wrong: z did not move"
 
     def back() -> str:
-        given = svf.detach()
+        given = svf.unload()
         with torch.no_grad():
             if not torch.equal(given(**prompts()).logits, base):
                 return "wrong: other logits"

@@ -43,19 +43,20 @@ from unittest.mock import patch
 import torch
 
 import t2
-from t2 import planning, svd
-from t2.adaptation.fewshot import read_memory
-from t2.adaptation.folder import load_bank_folder, save_bank_folder
-from t2.evaluate.cells import Cells
-from t2.evaluate.plan import load_plan
-from t2.loading import _check_gguf
-from t2.shards import INDEX, Shards
-from t2.svd import FactorCache, decompose_weights
+from t2.adaptation.bank_folder import load_bank_folder, save_bank_folder
+from t2.adaptation.few_shot import read_memory
+from t2.eval.result_cache import ResultCache
+from t2.eval.spec import load_spec
+from t2.model import serving_plan as planning
 from t2.tasks import get
 from t2.tasks.base import prompt_text
 from t2.tasks.images import open_image
 from t2.training.checkpoint import Base, Checkpoint, State, load_optimizer, optimizer_tensors
-from t2.training.curves import Metrics
+from t2.training.metrics import Metrics
+from t2.weights import factor_cache as svd
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.loading import _check_gguf
+from t2.weights.shards import INDEX, Shards
 from t2kernels import decompose
 from t2kernels.planner import CostModel
 
@@ -425,7 +426,7 @@ def plan_file(folder: Path) -> list[Path]:
 
 
 def read_plan(path: Path) -> str:
-    plan = load_plan(path)
+    plan = load_spec(path)
     require(bool(plan.seen) and all(isinstance(each.task, str) for each in plan.tasks.values()), "no tasks")
     require(all(type(n) is int and n >= 1 for n in (plan.problems, *plan.few_shot, *plan.few_shot_sizes)), "no sizes")
     require(math.isfinite(plan.search.margin + plan.search.low + plan.search.high), "bounds are not finite")
@@ -532,12 +533,12 @@ CELL = {"kind": "scores", "label": "sums", "dtype": "float32"}
 
 
 def cell_file(folder: Path) -> list[Path]:
-    Cells(folder).put(CELL, {"scores": [1.0, 0.0], "seconds": 1.5, "texts": ["a", "b"]})
-    return [Cells(folder).path(CELL)]
+    ResultCache(folder).put(CELL, {"scores": [1.0, 0.0], "seconds": 1.5, "texts": ["a", "b"]})
+    return [ResultCache(folder).path(CELL)]
 
 
 def read_cell(path: Path) -> str:
-    found = Cells(path.parent).find(CELL)
+    found = ResultCache(path.parent).find(CELL)
     require(found in (None, {"scores": [1.0, 0.0], "seconds": 1.5, "texts": ["a", "b"]}), "another value")
     return "the value of before, or a miss with a warning"
 

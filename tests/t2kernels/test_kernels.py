@@ -23,7 +23,7 @@ def svf64(p, u, s, vh):
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_factored_weight(instruction_set, shape, storage):
+def test_factored_weight(extreme_set, shape, storage):
     for batch in BATCHES:
         p = problem(shape, batch)
         w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage)
@@ -32,14 +32,14 @@ def test_factored_weight(instruction_set, shape, storage):
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_svf_linear(instruction_set, shape, dtype):
+def test_svf_linear(extreme_set, shape, dtype):
     for batch in (0, 1, 7, 33):
         p = problem(shape, batch, dtype=dtype)
         y = svf_linear(p.x, p.u, p.s, p.vh, p.z, p.bias, expert_ids=p.ids)
         assert y.dtype == dtype
         close(y, svf64(p, p.u, p.s, p.vh))
         packed = FactoredWeight.pack(p.u, p.s, p.vh, dtype=dtype).linear(p.x, p.scales, p.ids, p.bias)
-        if instruction_set == "avx512_bf16" and dtype == torch.bfloat16:
+        if extreme_set == "avx512_bf16" and dtype == torch.bfloat16:
             close(packed, y.double())
         else:
             assert torch.equal(packed, y)
@@ -57,7 +57,7 @@ def test_activations_of_every_dtype_on_every_storage(instruction_set, dtype, sto
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_dense_weight(instruction_set, shape, storage):
+def test_dense_weight(extreme_set, shape, storage):
     out, _, inputs = shape
     for batch in BATCHES:
         p = problem(shape, batch)
@@ -81,7 +81,7 @@ def test_pack_rounds_within_the_format(storage):
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_backward_against_float64_autograd(instruction_set, shape, storage):
+def test_backward_against_float64_autograd(extreme_set, shape, storage):
     for batch in (0, 1, 7, 33):
         p = problem(shape, batch)
         w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage)

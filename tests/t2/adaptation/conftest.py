@@ -5,14 +5,9 @@ from collections.abc import Callable
 import pytest
 
 import t2
-from tests.t2.training.toy import toy_model
+from tests.t2.toy import toy_model
 
 EXPERTS = ("red", "green", "classifier")
-
-
-@pytest.fixture(autouse=True)
-def _toy_model(own_cache: None, one_thread: None) -> None:
-    pass
 
 
 @pytest.fixture

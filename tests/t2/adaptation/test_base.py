@@ -6,7 +6,7 @@ import torch
 import t2
 from t2.adaptation import Adaptation, FewShotStrategy
 from t2.adaptation.base import Template, mixed, user_words
-from tests.t2.training.toy import SayTheWord, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_tokenizer
 
 NAMES = ("base", "green", "red")
 CHATML = (

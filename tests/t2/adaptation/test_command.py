@@ -58,7 +58,7 @@ def test_generate_tells_what_pass_one_chose_and_answers_with_it(folder, bank, ca
         assert f"[{expected.adaptation.names[int(row.argmax())]}: {reason}]\n{answer.strip()}\n" in printed
     named = [f"{name}={bank / name}.safetensors" for name in ("a", "d", "classifier")]
     described = ["a=b c", "d=e"]
-    args = ("--prompt", *prompts, "--experts", *named, "--domains", *described, "--adapt", "classifier")
+    args = ("--prompt", *prompts, "--candidates", *named, "--domains", *described, "--adapt", "classifier")
     assert run("generate", folder, *args) == 0
     assert capsys.readouterr().out.split("first pass")[0] == printed.split("first pass")[0]
 
@@ -94,7 +94,7 @@ def test_adapt_keeps_the_incumbent_where_no_mix_is_better(folder, bank, task, tm
 
 
 def test_an_interrupted_search_goes_on(folder, bank, task, tmp_path, capsys, monkeypatch):
-    from t2.adaptation import fewshot
+    from t2.adaptation import few_shot as fewshot
 
     inner, calls = fewshot.FewShotStrategy.evaluate, []
 
@@ -119,8 +119,8 @@ def test_errors_are_one_line_and_exit_code_2(folder, bank, task, tmp_path, capsy
     prompt = ("generate", folder, "--prompt", "a")
     (tmp_path / "plain").mkdir()
     for args, text in [
-        ((*adapt,), "bank: expected a folder, or experts as NAME=FILE, got neither"),
-        ((*adapt, "--bank", bank, "--experts", "a=b"), "bank: expected a folder, or experts"),
+        ((*adapt,), "bank: expected a folder, or candidates as NAME=FILE, got neither"),
+        ((*adapt, "--bank", bank, "--candidates", "a=b"), "bank: expected a folder, or candidates"),
         ((*adapt, "--bank", tmp_path / "plain"), "bank: expected a folder with domains.json"),
         ((*adapt, "--bank", bank, "--few-shot", "90"), "few_shot: expected 1 to"),
         ((*adapt, "--bank", bank, "--incumbent", "d"), "incumbent: expected a margin above 0 beside one"),
@@ -129,9 +129,9 @@ def test_errors_are_one_line_and_exit_code_2(folder, bank, task, tmp_path, capsy
         (("adapt", folder, *task, "--output", "x.bin", "--bank", bank), "output: expected a file named *.safetensors"),
         ((*adapt[:4], "--task-options", "[", *adapt[6:], "--bank", bank), "task_options: expected a JSON object"),
         ((*prompt, "--bank", bank), "adapt: expected prompt or classifier beside a bank"),
-        ((*prompt, "--bank", bank, "--adapt", "prompt", "--expert", "x"), "expert: expected none with adapt"),
+        ((*prompt, "--bank", bank, "--adapt", "prompt", "--expert", "x"), "expert: expected none with --adapt"),
         ((*prompt, "--bank", bank, "--adapt", "prompt", "--domains", "a=b"), "domains: expected none beside a bank"),
-        ((*prompt, "--experts", "a=b", "--adapt", "prompt", "--domains", "a"), "domains: expected NAME=DESCRIPTION"),
+        ((*prompt, "--candidates", "a=b", "--adapt", "prompt", "--domains", "a"), "domains: expected NAME=DESCRIPTION"),
     ]:
         assert run(*args) == 2, args
         error = capsys.readouterr().err

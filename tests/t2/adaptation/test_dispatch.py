@@ -6,7 +6,7 @@ import torch
 import t2
 from t2.adaptation import ClassifierStrategy, Domain, PromptStrategy
 from t2.adaptation.dispatch import CONTENT_FREE
-from tests.t2.training.toy import SayTheWord, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_tokenizer
 
 DOMAINS = {"red": "say one", "green": "cat"}
 PROMPTS = ["say red", [{"role": "user", "content": "dog cat two"}], SayTheWord().problems("test")[2], "say say blue"]
@@ -50,7 +50,7 @@ def test_the_classifier_runs_pass_one_alone(svf: t2.SVFModel):
     base = PromptStrategy(svf, toy_tokenizer(), DOMAINS, calibration="none")
     assert (classifier.label_scores(PROMPTS) - base.label_scores(PROMPTS)).abs().max() > 0.01
     assert "classifier" not in classifier.adapt(PROMPTS).names and classifier.prior is None
-    plain = t2.SVFModel(svf.merge("classifier"), t2.SVFConfig(progress=False))
+    plain = t2.SVFModel(svf.merged_copy("classifier"), t2.SVFConfig(progress=False))
     for name in DOMAINS:
         plain.add_expert(name, t2.Expert.random(plain.layout))
     other = PromptStrategy(plain, toy_tokenizer(), DOMAINS, calibration="none")

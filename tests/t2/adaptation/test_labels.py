@@ -5,7 +5,7 @@ import torch
 
 import t2
 from t2.adaptation.labels import label_scores, label_tokens
-from tests.t2.training.toy import toy_tokenizer
+from tests.t2.toy import toy_tokenizer
 
 PROMPTS = [torch.tensor(ids) for ids in ([4, 4, 5, 6], [4, 4, 5, 6, 7, 9], [4, 4, 7], [4, 4, 12, 13, 8])]
 LABELS = {
@@ -39,7 +39,7 @@ def test_scores_are_those_of_each_label_alone(svf: t2.SVFModel, labels: tuple[st
     found = label_scores(
         svf, PROMPTS, label_tokens(labels, toy_tokenizer()), pad_token=0, expert=expert, token_budget=budget
     )
-    plain = svf.merge(expert)
+    plain = svf.merged_copy(expert)
     expected = torch.stack([reference(plain, prompt, labels) for prompt in PROMPTS])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(found.exp().sum(-1), torch.ones(len(PROMPTS)), atol=1e-5, rtol=0)

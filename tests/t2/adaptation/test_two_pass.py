@@ -6,7 +6,7 @@ import torch
 import t2
 from t2.adaptation import PromptStrategy, two_pass
 from tests.t2.adaptation.test_dispatch import DOMAINS, PROMPTS
-from tests.t2.training.toy import SayTheWord, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_tokenizer
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 

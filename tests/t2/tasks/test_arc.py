@@ -5,8 +5,8 @@ import json
 import pytest
 
 from t2 import tasks
-from t2.storage import FileFormatError
 from t2.tasks.arc import Choices, chosen_label
+from t2.weights.files import FileFormatError
 
 TEXTS = ["the Sun", "the Moon", "A planet", "Mars"]
 

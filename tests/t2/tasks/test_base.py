@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from t2.evaluation import evaluate
+from t2.generation.evaluate import evaluate
 from t2.tasks.base import Problem, Task, rewards_of, scores_of
-from tests.t2.training.toy import toy_tokenizer
+from tests.t2.toy import toy_tokenizer
 
 
 class Mine(Task):

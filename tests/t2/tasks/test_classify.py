@@ -8,7 +8,7 @@ import pytest
 from t2 import tasks
 from t2.tasks import Problem
 from t2.tasks.classify import Classification, Domain, adaptation_problem, question, said_label
-from tests.t2.training.toy import SayTheWord
+from tests.t2.toy import SayTheWord
 
 DOMAINS = {"sums": "adding numbers", "letters": "counting letters"}
 

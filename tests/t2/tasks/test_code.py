@@ -6,10 +6,11 @@ import pytest
 
 from t2 import tasks
 from t2.sandbox import Limits, runner
-from t2.storage import FileFormatError
 from t2.tasks.code import definition, extract_code
+from t2.weights.files import FileFormatError
 
 isolating = pytest.mark.skipif(all(runner.why_not(name) for name in runner.BACKENDS), reason="nothing isolates here")
+pytestmark = pytest.mark.usefixtures("sandbox_turn")
 LIMITS = Limits(timeout=20)
 
 MBPP_PRO = [

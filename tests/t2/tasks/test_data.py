@@ -4,9 +4,9 @@ import gzip
 
 import pytest
 
-from t2.storage import FileFormatError
 from t2.tasks.base import Problem
 from t2.tasks.data import HubDataset, hold_out, prompt_key, read_rows, read_split
+from t2.weights.files import FileFormatError
 
 HUB = HubDataset("some/set", ("main",))
 

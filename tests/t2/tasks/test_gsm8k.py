@@ -5,8 +5,8 @@ from decimal import Decimal
 import pytest
 
 from t2 import tasks
-from t2.storage import FileFormatError
 from t2.tasks.gsm8k import final_number
+from t2.weights.files import FileFormatError
 
 ROWS = [
     {

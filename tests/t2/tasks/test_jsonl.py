@@ -6,8 +6,8 @@ import json
 import pytest
 
 from t2 import tasks
-from t2.storage import FileFormatError
 from t2.tasks.data import read_rows
+from t2.weights.files import FileFormatError
 
 ROWS = [{"prompt": f"Say {i}.", "answer": str(i), "weight": i} for i in range(20)]
 

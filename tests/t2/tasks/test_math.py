@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from t2 import tasks
-from t2.storage import FileFormatError
 from t2.tasks.math import last_boxed
+from t2.weights.files import FileFormatError
 
 ROWS = [
     {"problem": "Half of one?", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed{\\frac{1}{2}}$."},

@@ -4,7 +4,7 @@ import pytest
 
 from t2 import tasks
 from t2.tasks.mixture import Mixture
-from tests.t2.training.toy import SayTheWord
+from tests.t2.toy import SayTheWord
 
 
 class Shouting(SayTheWord):

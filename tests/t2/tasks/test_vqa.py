@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from t2.storage import FileFormatError
 from t2.tasks import Problem, get
 from t2.tasks.data import hold_out, prompt_key
 from t2.tasks.images import StoredImage, open_image
 from t2.tasks.vqa import accuracy, normalise
+from t2.weights.files import FileFormatError
 from tests.t2.tasks.vqa_files import ANSWERS, COLOURS, jpeg, okvqa_files, textvqa_files
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from t2.training import Trainer, TrainOptions
-from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
+from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from t2.experts import Expert
-from t2.storage import FileFormatError, read_safetensors, write_safetensors
+from t2.experts.expert import Expert
 from t2.training import Trainer, TrainOptions
 from t2.training.checkpoint import Base, Checkpoint, State, optimizer_tensors
-from t2.training.curves import Metrics
-from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
+from t2.training.metrics import Metrics
+from t2.weights.files import FileFormatError, read_safetensors, write_safetensors
+from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
 
 DEEP = "[" * 100_000
 

@@ -12,7 +12,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import t2
-from tests.t2.training.toy import TARGETS, toy_model, toy_tokenizer
+from tests.t2.toy import TARGETS, toy_model, toy_tokenizer
 
 IDS = torch.tensor([[4, 5, 5, 2], [4, 4, 6, 6]])
 

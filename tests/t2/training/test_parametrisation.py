@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from t2.layout import Layout
+from t2.experts.layout import Layout
 from t2.training.parametrisation import initial_parameters, z_from
 
 LAYOUT = Layout(names=("a", "b", "c"), ranks=(5, 1, 7), fingerprint="f", base_model="m")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2.storage import read_safetensors
+from t2.weights.files import read_safetensors
 from tests.t2.training.test_trainer import curve
 
 pytestmark = pytest.mark.slow
@@ -22,9 +22,10 @@ SUMS = {"config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits"
 def start(output: Path, *more: str) -> subprocess.Popen[bytes]:
     command = "train smollm2-135m-instruct --task reasoning-gym:chain_sum --max-new-tokens 6 --prompts-per-step 4"
     command += f" --samples-per-prompt 4 --steps {STEPS} --cold-start-steps {COLD} --validate-every 5"
-    command += " --validation-size 16 --test-size 16 --dtype bfloat16 --bf16-products --kl-coefficient 0.01 --trackers"
+    command += " --validation-size 16 --test-size 16 --factor-dtype bfloat16 --bf16-products"
+    command += " --kl-coefficient 0.01 --trackers"
     arguments = [*command.split(), "--task-options", json.dumps(SUMS), "--output", str(output), *more]
-    return subprocess.Popen([sys.executable, "-m", "t2.cli", *arguments], stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-m", "t2", *arguments], stdout=subprocess.DEVNULL)
 
 
 def test_a_run_that_is_killed_at_a_random_step_goes_on_with_the_same_curve(tmp_path, monkeypatch):

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import t2
-from t2.storage import FileFormatError, read_safetensors
 from t2.training import Result, Trainer, TrainOptions
 from t2.training.trainer import train
-from tests.t2.training.toy import SayTheWord, toy_model, toy_tokenizer
+from t2.weights.files import FileFormatError, read_safetensors
+from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
 
 TIMES = ("seconds", "rollout_seconds")
 

@@ -1,0 +1,5 @@
+"""`python -m t2`: the `t2` command."""
+
+from t2.cli import main
+
+main()

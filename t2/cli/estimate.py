@@ -1,0 +1,44 @@
+"""The `t2 estimate` command."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from t2.cli.options import OPTIONAL, ModelDtype, Targets
+from t2.cli.options import target_modules as as_targets
+from t2.weights.memory_model import Work
+
+
+def run(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    training_step: OmitArgPrefixes[Work] = Work(),  # noqa: B008  # frozen
+    target_modules: Targets = ("all-linear",),
+    model_dtype: ModelDtype = "float32",
+    json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,
+) -> int:
+    """Estimate disk, memory, time, and the GPUs that can serve and train a model. No weights are read.
+
+    Example: t2 estimate config.json --model-dtype bfloat16
+
+    Args:
+        model: A config.json, or a model: an alias, Hub id, local folder or GGUF file.
+        training_step: Sizes of one training step.
+        json: JSON file for the estimate, in bytes and seconds.
+    """
+    import torch
+    from rich.console import Console
+
+    from t2.cli.estimate_tables import show
+    from t2.weights.estimate import footprint
+    from t2.weights.memory_model import Rates
+    from t2kernels.files import write_text
+
+    estimate = footprint(model, as_targets(target_modules), dtype=getattr(torch, model_dtype), rates=Rates.measure())
+    show(estimate, training_step, Console())
+    if json is not None:
+        write_text(json, json_format.dumps(estimate.to_dict(training_step), indent=1) + "\n")
+    return 0

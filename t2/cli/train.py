@@ -1,0 +1,33 @@
+"""The `t2 train` command."""
+
+from __future__ import annotations
+
+from tyro.conf import OmitArgPrefixes
+
+from t2.cli.options import Model
+from t2.training.options import TrainOptions
+
+
+def run(model: Model, training: OmitArgPrefixes[TrainOptions]) -> int:
+    """Train an expert for a task with REINFORCE and a KL penalty. Ctrl-C saves the run; --resume continues it.
+
+    Example: t2 train smollm2-135m-instruct --task reasoning-gym:chain_sum --output runs/sums
+
+    Args:
+        training: "Published" and "paper" mean arXiv 2501.06252.
+    """
+    from rich.console import Console
+
+    from t2.training.trainer import train
+
+    out = Console()
+    result = train(model, training)
+    if not result.finished:
+        out.print(f"Stopped at step {result.state.step}. The same command with --resume continues from there.")
+        return 0
+    out.print(f"{result.expert}: step {result.state.best_step}, validation {result.state.best_score:.1%}")
+    for name, found in (("base", result.base), ("trained", result.best)):
+        if found is not None:
+            low, high = found.interval
+            out.print(f"{name}: {found.accuracy:.1%} of {len(found.scores)} test examples ({low:.1%} to {high:.1%})")
+    return 0

@@ -1,0 +1,72 @@
+"""What was measured so far: a file for each cell, found by all that its value depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from t2kernels.files import write_text
+
+Key = Mapping[str, Any]
+"""All that a value depends on, as JSON holds it; "kind" and "label" are also in the name of its file."""
+
+
+class ResultCache:
+    """Values by key, in the files of a folder. Writes are atomic; a damaged file counts as a miss."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: Key, suffix: str = ".json") -> Path:
+        """Where the value of a key is, or is to be."""
+        name = re.sub(r"\W+", "-", f"{key['kind']} {key['label']}".strip())
+        return self.folder / f"{name}-{_digest(_text(key))[:24]}{suffix}"
+
+    def find(self, key: Key) -> Any | None:
+        """The value, or None; a file that is damaged is named in a warning."""
+        path = self.path(key)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["key"] != json.loads(_text(key)):
+                raise ValueError("the key is another one")
+            digest = _digest(json.dumps(content["value"]))
+            if content.get("digest", digest) != digest:
+                raise ValueError("the digest is another value's")
+            return content["value"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            warnings.warn(f"{path} is damaged, and measured anew ({error})", RuntimeWarning, stacklevel=2)
+            return None
+
+    def put(self, key: Key, value: Any) -> Any:
+        """Keeps the value, and returns it as `find` will."""
+        kept = json.loads(json.dumps(value))
+        text = json.dumps({"key": key, "value": kept, "digest": _digest(json.dumps(kept))})
+        write_text(self.path(key), text + "\n")
+        return kept
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Of a tensor's content, as float32."""
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def texts_digest(*texts: Any) -> str:
+    """Of a sequence of things, each as text."""
+    return _digest(json.dumps([str(text) for text in texts]))
+
+
+def _text(key: Key) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Prompts in, completions out: encoding, batching, decoding, scoring and evaluation."""

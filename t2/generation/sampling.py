@@ -1,0 +1,65 @@
+"""Sampling with one uniform number for each row and position, independent of the batch around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LogitsProcessor,
+)
+
+BLOCK = 256
+"""Entries of the vocabulary whose probabilities are added up before the token is looked for among them."""
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """A token for each row, drawn from softmax(logits / temperature) by the row's own uniform number.
+
+    The token is the one where the cumulated probability passes the number: first the block of the vocabulary, then the
+    token in it, so that only one block a row is cumulated entry by entry.
+
+    Args:
+        logits: [rows, vocabulary]; -inf is never drawn.
+        uniforms: float64 [rows] in [0, 1).
+
+    Returns:
+        int64 [rows].
+    """
+    p = torch.softmax(logits.float() / temperature if temperature != 1.0 else logits.float(), dim=-1)
+    p = nn.functional.pad(p, (0, -p.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    mass = p.sum(-1).double()
+    cumulated = mass.cumsum(-1)
+    below = uniforms[:, None] * cumulated[:, -1:]
+    block = torch.searchsorted(cumulated, below, right=True).clamp_(max=mass.shape[-1] - 1)
+    within = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
+    rest = below - (cumulated - mass).gather(1, block)
+    rest = torch.minimum(rest.clamp_(min=0), within[:, -1:] * (1 - 1e-15))  # the block's sum was in float32
+    return (block * BLOCK + torch.searchsorted(within, rest, right=True))[:, 0]
+
+
+class UniformSampler(LogitsProcessor):
+    """`draw_tokens` for transformers' own `generate`: leaves each row's drawn token as the only possible one.
+
+    uniforms: [rows, tokens] float64 in [0, 1).
+    width: tokens of the padded prompts.
+    """
+
+    def __init__(self, uniforms: Tensor, width: int, temperature: float) -> None:
+        self.uniforms, self.width, self.temperature = uniforms, width, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = draw_tokens(scores, self.uniforms[:, input_ids.shape[1] - self.width], self.temperature)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
+def uniforms(seed: int, step: int, prompts: Sequence[int], samples: int, tokens: int) -> Tensor:
+    """[len(prompts) * samples, tokens] float64 in [0, 1), fixed by the seed, the step and a prompt's place in it.
+
+    With one number for each row and position, a row's answer depends neither on the batch around it nor on how many
+    processes share the work.
+    """
+    drawn = [numpy.random.default_rng([seed, step, prompt]).random((samples, tokens)) for prompt in prompts]
+    return torch.from_numpy(numpy.concatenate(drawn))

@@ -1,0 +1,87 @@
+"""The parts of a decode step besides products, through the hooks that transformers has for them.
+
+`take_over` lets the attention modules of a model run one new token a row on `t2kernels.decode_attention`. The model's
+configuration goes on to say "sdpa": families decide by that name what they compute, so it has to stay true. What the
+kernel does not do runs on the function that "sdpa" stood for before. `GrowingLayer` is a cache layer that writes new
+keys and values behind the old ones instead of copying all of them for each token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from t2kernels import ops
+from t2kernels.backends import extension
+from t2kernels.checks import ACTIVATION_DTYPES
+
+MARK = "_t2_decodes"
+"""Attribute of the modules whose attention was taken over."""
+
+_ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
+_OTHERS = ("softcap", *(inspect.signature(sdpa_attention_forward).parameters.keys() - _ARGUMENTS))
+"""Options of "sdpa" that change its result, of which the kernel has none."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: query [rows, heads, tokens, head_dim] -> [rows, tokens, heads, head_dim]."""
+    if hasattr(module, MARK) and _decodes(query, key, value, attention_mask, dropout, kwargs):
+        allowed = None if attention_mask is None else attention_mask[:, 0, 0]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return ops.decode_attention(query, key, value, allowed, scale), None
+    return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+_sdpa: Any = AttentionInterface()["sdpa"]
+
+
+def _decodes(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, options: dict[str, Any]
+) -> bool:
+    """Whether this is what the kernel does: one token a row, a mask of keys at most, no gradient; and it is built."""
+    rows, heads, tokens, head_dim = query.shape
+    return (
+        tokens == 1
+        and extension is not None
+        and query.device.type == "cpu"
+        and query.dtype in ACTIVATION_DTYPES
+        and head_dim % 16 == 0
+        and query.dtype == key.dtype == value.dtype
+        and key.shape == value.shape
+        and key.shape[0] == rows
+        and key.shape[-1] == head_dim
+        and heads % key.shape[1] == 0
+        and (mask is None or (mask.dtype == torch.bool and mask.shape == (rows, 1, 1, key.shape[2])))
+        and dropout == 0.0
+        and not options.get("output_attentions")
+        and all(options.get(name) is None for name in _OTHERS)
+        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+    )
+
+
+def take_over(modules: Iterable[nn.Module]) -> None:
+    """Lets these modules' "sdpa" attention, where that is what they use, run decode steps on the kernel."""
+    AttentionInterface.register("sdpa", attention)
+    for module in modules:
+        setattr(module, MARK, True)
+
+
+def give_back(model: nn.Module) -> None:
+    """Undoes `take_over` for all of a model."""
+    for module in model.modules():
+        module.__dict__.pop(MARK, None)

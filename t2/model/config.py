@@ -1,0 +1,59 @@
+"""The options of a wrapped model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t2kernels import Factors
+from t2kernels.packing import GPU_STORAGE_DTYPES
+
+FactorSource = Callable[[str, Tensor], Factors] | Mapping[str, Callable[[], Factors]]
+"""Factors made elsewhere: a function (name, weight [out, in]) -> factors, or functions without arguments by name."""
+
+
+@dataclass(frozen=True)
+class SVFConfig:
+    """Options of `SVFModel`.
+
+    target_modules: "all-linear" (all but the output embedding), "attention" or "mlp" (layers below a module of that
+        name), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"]. In a
+        model that reads images, only layers of its language model count.
+    dtype: storage of the factors: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn; None keeps each
+        weight's own.
+    bf16_products: rounds activations to bfloat16 before they meet bfloat16 factors, where the processor has that dot
+        product: twice the arithmetic, for a drift that `docs/cpu.md` shows.
+    pack_others: also runs linear layers beside the targets, the output embedding first of all, on the same kernels,
+        stored as `dtype`. Where that has 8 bits they keep their dtype, float32 ones become float16: logits come
+        straight out of them. Modules before the language model of one that reads images stay as they are.
+    cache: True keeps factors (and the base weights, which merging and unloading need) in `cache_dir` instead of
+        computing them at every start; False holds the base weights in memory beside the factors.
+    cache_dir: folder of the cache; None is `t2kernels.files.cache_root() / "factors"`.
+    slots: rows of the slot table, 4 R bytes each: the base, every expert, and the mixes of running batches have one.
+        None is 64 on a GPU (185 MB for Llama-3-8B) and 8 elsewhere. A full table doubles (`SVFModel.table_generation`).
+    verify: runs a short probe through the model before and after (`t2.model.verify`): a dozen forward passes of 20
+        tokens. Layers that fail it are left out with a warning; a model whose outputs it changes is refused. Where
+        weights are read one by one there are no outputs to compare with: only rows of a mixed batch are checked.
+    progress: shows a progress bar while decomposing.
+    """
+
+    target_modules: str | Sequence[str] = "all-linear"
+    dtype: torch.dtype | None = None
+    bf16_products: bool = False
+    pack_others: bool = True
+    cache: bool = True
+    cache_dir: Path | str | None = None
+    slots: int | None = None
+    verify: bool = True
+    progress: bool = True
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError for an option of another kind."""
+        if self.dtype not in (None, *GPU_STORAGE_DTYPES):
+            raise TypeError(f"dtype: expected None, float32, bfloat16, float16 or int8, got {self.dtype}")
+        if self.slots is not None and (not isinstance(self.slots, int) or self.slots < 1):
+            raise ValueError(f"slots: expected None or an integer >= 1, got {self.slots!r}")

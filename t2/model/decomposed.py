@@ -1,0 +1,273 @@
+"""The decomposed layers of one model: put in place of its linear layers, and taken out again bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from t2.experts.layout import fingerprint, layout_of
+from t2.experts.registry import ExpertRegistry
+from t2.experts.slots import SlotTable
+from t2.model.attention import give_back, take_over
+from t2.model.config import FactorSource, SVFConfig
+from t2.model.layers import Packed, RoutedLinear, SharedInput, pack, unpack
+from t2.model.routing import Router
+from t2.weights.factor_cache import FactorCache, decompose_weights, weight_key
+from t2.weights.files import raw_bytes
+from t2.weights.targets import (
+    Linear,
+    as_stored,
+    groups_of_one_input,
+    language_modules,
+    other_linears,
+    weight_matrix,
+)
+from t2kernels import FactoredWeight, Factors, decompose
+from t2kernels.packing import EIGHT_BITS, STORAGE_DTYPES
+
+WeightReaders = Mapping[str, Callable[[], Tensor]]
+"""Functions that read the target weights [out, in], by module name."""
+
+
+@dataclass
+class DecomposedLayer:
+    """One decomposed layer, the key of its weight in the factor cache, and the weight [out, in] without a cache."""
+
+    layer: RoutedLinear
+    key: str
+    weight: Tensor | None
+
+
+class DecomposedLayers:
+    """Decomposes target layers of `model` in place and holds what they share: layout, slot table, router, experts.
+
+    Args:
+        readers: as `weights` of `SVFModel`: for a model whose target weights are on the meta device.
+        factors: as in `SVFModel`.
+
+    Raises:
+        TypeError, ValueError: readers or factors that do not fit the targets or the cache; a storage dtype that needs
+            a GPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SVFConfig,
+        targets: Mapping[str, Linear],
+        readers: WeightReaders | None,
+        factors: FactorSource | None,
+    ) -> None:
+        if readers is not None and (unknown := targets.keys() - readers.keys()):
+            raise ValueError(f"weights: expected one for each target layer, got none for {sorted(unknown)[:3]}")
+        if factors is not None:
+            _check_source(factors, targets)
+        device = next(iter(targets.values())).weight.device
+        if device.type == "meta":
+            device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        if device.type == "cpu" and config.dtype not in (None, *STORAGE_DTYPES):
+            raise TypeError(f"dtype: expected one of {STORAGE_DTYPES} on a CPU, got {config.dtype}, which needs a GPU")
+        self.model, self.config, self.device = model, config, device
+        self.readers, self.factors = readers, factors
+        self.cache = FactorCache(config.cache_dir) if config.cache else None
+        self.layers: dict[str, DecomposedLayer] = {}
+        self.packed: dict[str, nn.Module] = {}
+
+    @property
+    def routed(self) -> dict[str, RoutedLinear]:
+        """The layers that stand in the model, by module name."""
+        return {name: layer.layer for name, layer in self.layers.items()}
+
+    # In
+
+    def insert(self, targets: Mapping[str, Linear]) -> None:
+        """Decomposes these layers and puts the result in their place; on an error the model is as it was.
+
+        Where weights are read one by one the model is unusable after an error.
+        """
+        matrices = {name: weight_matrix(layer) for name, layer in targets.items()}
+        if self.cache is not None:
+            sources = matrices if self.readers is None else {name: self.readers[name] for name in targets}
+            done = decompose_weights(sources, self.cache, progress=self.config.progress)
+            keys = {name: entry.key for name, entry in done.items()}
+        elif self.factors is None:
+            keys = {name: weight_key(weight) for name, weight in matrices.items()}
+        else:
+            keys = dict.fromkeys(matrices, "")  # until they are there
+        self.layout = layout_of(self.model, matrices, keys)
+        self._by_key = {} if self.readers is None else {keys[name]: self.readers[name] for name in targets}
+        del matrices  # views that would keep every dense weight alive while the factors are loaded
+        slots = (64 if self.device.type == "cuda" else 8) if self.config.slots is None else self.config.slots
+        self.table = SlotTable(self.layout, torch.empty(self.layout.R, device=self.device), slots)
+        self.router = Router(self.table)
+        try:
+            bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not self.config.progress)
+            for index, (name, layer) in enumerate(bar):
+                self._replace(index, name, layer, keys[name])
+            self._share_inputs()
+            if self.config.pack_others:
+                self._pack_others()
+            if self.device.type == "cpu":
+                take_over(language_modules(self.model).values())
+        except BaseException:
+            if self.readers is None:
+                self.remove()
+            raise
+        if self.factors is not None:
+            made = fingerprint({name: layer.key for name, layer in self.layers.items()})
+            self.layout = self.table.layout = replace(self.layout, fingerprint=made)
+        self.registry = ExpertRegistry(self.layout, self.table)
+        self.table.table[:] = self.table.sigma
+        self.table.bind(list(self.routed.values()))
+
+    def _replace(self, index: int, name: str, layer: Linear, key: str) -> None:
+        weight, source = weight_matrix(layer), self.factors
+        if source is not None:
+            factors = _check_factors(name, source(name, weight) if callable(source) else source[name](), weight)
+            key = _factors_key(factors)
+        elif self.cache is not None:
+            factors = self.cache.load_or_redo(key, self._by_key.get(key, weight))
+        else:
+            factors = decompose(weight)
+        dtype = self.config.dtype or weight.dtype
+        u, s, vh = (factor.to(self.device) for factor in factors)  # packed there, in the layout of its kernels
+        packed = FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=self.config.bf16_products)
+        del factors, u, s, vh
+        self.table.sigma[self.layout.window(name)] = packed.s
+        dense = None if self.cache else weight.clone()
+        del weight
+        routed = RoutedLinear(index, name, packed, layer, self.router)
+        self.layers[name] = DecomposedLayer(routed, key, dense)
+        self.model.set_submodule(name, routed)
+
+    def _share_inputs(self) -> None:
+        for names in groups_of_one_input(self.layers):
+            members = [self.layers[name].layer for name in names]
+            if len({(m.in_features, m.weight.dtype, m.weight.parts) for m in members}) == 1:
+                SharedInput(members)
+
+    def _pack_others(self) -> None:
+        """Their weights stay in memory beside the packed ones; a tied output embedding is no extra copy."""
+        for name, layer in other_linears(self.model).items():
+            dtype = self.config.dtype or layer.weight.dtype
+            if dtype in EIGHT_BITS:
+                dtype = torch.float16 if layer.weight.dtype == torch.float32 else layer.weight.dtype
+            pack(layer, dtype, self.config.bf16_products)
+            self.packed[name] = layer
+
+    def refresh(self) -> None:
+        """Packs weights beside the targets again that were written to; compiled code does not look."""
+        for layer in self.packed.values():
+            if isinstance(layer, Packed):
+                layer.refresh()
+
+    def follow_device(self) -> bool:
+        """Moves table and router to the device of the factors; False if they are there already."""
+        layers = list(self.routed.values())
+        device = layers[0].weight.s.device
+        if device == self.table.sigma.device:
+            return False
+        self.table.to(device)
+        self.router = Router(self.table)
+        for layer in layers:
+            layer.router = self.router
+        return True
+
+    # Dense weights
+
+    def dense(self, name: str) -> tuple[Tensor, Factors]:
+        """The base weight [out, in] of a layer and its factors, on the layer's device."""
+        layer = self.layers[name]
+        if self.cache is None:
+            assert layer.weight is not None
+            return layer.weight, Factors(*layer.layer.weight.factors())
+        device, source = layer.layer.weight.s.device, self._by_key.get(layer.key)
+        factors = self.cache.load_or_redo(layer.key, source)
+        return self.cache.load_weight_or(layer.key, source).to(device), Factors(*(f.to(device) for f in factors))
+
+    def merged_weight(self, name: str, z: Tensor) -> Tensor:
+        """W + U diag(sigma (z - 1)) Vh [out, in] of a layer, in the dtype of W, for an expert z [R]."""
+        weight, (u, s, vh) = self.dense(name)
+        scale = s * (z[self.layout.window(name)].to(weight.device) - 1.0)
+        if not scale.any():  # adding zeros would turn -0.0 into 0.0
+            return weight.clone()
+        return (weight.float() + (u * scale) @ vh).to(weight.dtype)
+
+    def merged_copy(self, z: Tensor) -> nn.Module:
+        """A plain copy of the model with an expert z [R] built in."""
+        memo: dict[int, object] = {
+            id(layer.layer): self._merged_layer(name, layer, z) for name, layer in self.layers.items()
+        }
+        merged = copy.deepcopy(self.model, memo)
+        for module in merged.modules():
+            unpack(module)
+        give_back(merged)
+        return merged
+
+    def _merged_layer(self, name: str, layer: DecomposedLayer, z: Tensor) -> nn.Module:
+        module: Linear = layer.layer.__dict__["module"]
+        plain, empty = copy.deepcopy(module), module.weight
+        weight = as_stored(module, self.merged_weight(name, z)).to(empty.dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=empty.requires_grad)
+        return plain.train(layer.layer.training)
+
+    # Out
+
+    def remove(self, z: Tensor | None = None) -> None:
+        """Puts the linear layers back, with the base weights bit for bit or, given z [R], with an expert built in.
+
+        All dense weights are read before any layer is put back, so a failure leaves the wrapped model whole.
+        """
+        weights = {}
+        for name, layer in self.layers.items():
+            weight = layer.weight
+            if z is not None:
+                weight = self.merged_weight(name, z)
+            elif self.cache is not None:
+                weight = self.cache.load_weight_or(layer.key, self._by_key.get(layer.key))
+            assert weight is not None
+            weights[name] = weight
+        for name, layer in self.layers.items():
+            self.model.set_submodule(name, layer.layer.restored(weights[name]))
+        for packed in self.packed.values():
+            unpack(packed)
+        give_back(self.model)
+        self.layers, self.packed = {}, {}
+
+
+def _check_source(source: FactorSource, targets: Mapping[str, Linear]) -> None:
+    if callable(source):
+        return
+    if not isinstance(source, Mapping):
+        raise TypeError(f"factors: expected a function or a mapping of names to functions, got {type(source).__name__}")
+    if missing := targets.keys() - source.keys():
+        raise ValueError(f"factors: expected one for each target layer, got none for {sorted(missing)[:3]}")
+    if wrong := [name for name in targets if not callable(source[name])]:
+        raise TypeError(f"factors[{wrong[0]!r}]: expected a function, got {type(source[wrong[0]]).__name__}")
+
+
+def _check_factors(name: str, factors: object, weight: Tensor) -> Factors:
+    if not isinstance(factors, tuple) or len(factors) != 3 or not all(isinstance(part, Tensor) for part in factors):
+        raise TypeError(f"factors[{name!r}]: expected a tuple of tensors (u, s, vh), got {type(factors).__name__}")
+    (out_features, in_features), rank = weight.shape, min(weight.shape)
+    for part, factor, expected in zip(
+        Factors._fields, factors, ((out_features, rank), (rank,), (rank, in_features)), strict=True
+    ):
+        if tuple(factor.shape) != expected:
+            raise ValueError(f"factors[{name!r}].{part}: expected shape {list(expected)}, got {list(factor.shape)}")
+    return Factors(*factors)
+
+
+def _factors_key(factors: Factors) -> str:
+    """An identity for factors made elsewhere, from s, the first row of U and the first column of Vh."""
+    parts = (factors.s, factors.u[0], factors.vh[:, 0])
+    digest = hashlib.sha256(str([tuple(part.shape) for part in factors]).encode())
+    for part in parts:
+        digest.update(raw_bytes(part.float()))
+    return digest.hexdigest()

@@ -1,0 +1,272 @@
+"""The layers that an `SVFModel` puts in place of a model's linear layers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from t2.model.routing import Route, Router
+from t2.weights.targets import Linear, as_stored, weight_matrix
+from t2kernels import DenseWeight, FactoredWeight
+from t2kernels.weights import FactoredGroup
+
+
+class RoutedLinear(nn.Module):
+    """A decomposed linear layer: each row runs with the scales its route gives it.
+
+    `scales` [slots, r] is the layer's view of the slot table: a buffer, so that compiled code takes it for a weight.
+
+    Args:
+        index: of the matrix in the layout.
+        name: of the module.
+        weight: the factors.
+        module: the linear layer that this one stands for. Its weight is emptied; what is left of it has the dtype that
+            the layer would have, casts of the model included.
+        router: of the model.
+    """
+
+    scales: Tensor
+
+    def __init__(self, index: int, name: str, weight: FactoredWeight, module: Linear, router: Router) -> None:
+        super().__init__()
+        self.index = index
+        self.name = name
+        self.weight = weight
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.bias = module.bias
+        self.router = router
+        self.shared_input: SharedInput | None = None
+        self.place = 0  # among the layers of one shared input
+        self.register_buffer("scales", weight.s.unsqueeze(0), persistent=False)
+        self.__dict__["module"] = module  # not a submodule: its parameters are this one's
+        self.train(module.training)
+        share_hooks(module, self)
+        if weight_matrix(module).is_meta:
+            empty = module.weight.new_empty(0, device=weight.s.device)
+            module.weight = nn.Parameter(empty, requires_grad=module.weight.requires_grad)
+        else:
+            module.weight.data = module.weight.new_empty(0)
+
+    def restored(self, weight: Tensor) -> Linear:
+        """The layer this one stands for, with its weight [out, in] again, in the dtype and on the device of now."""
+        module: Linear = self.__dict__["module"]
+        empty = module.weight
+        module.weight.data = as_stored(module, weight).to(empty.device, empty.dtype)
+        return module.train(self.training)
+
+    def set_scales(self, scales: Tensor) -> None:
+        """Takes another view of the slot table."""
+        self.scales = scales
+        if self.shared_input is not None:
+            self.shared_input.set_scales()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
+        scales = self._buffers.pop("scales")  # the table's to move
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers["scales"] = scales
+        module: Linear = self.__dict__["module"]
+        module.weight.data, module.bias = fn(module.weight.data), self.bias
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Always a TypeError: factors and slots are shared with other layers."""
+        raise TypeError(
+            "a wrapped model can be neither copied nor pickled: SVFModel.merged_copy(expert) gives a plain copy, "
+            "unload() the base model back"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():  # is_compiling() is also true here while another thread compiles
+            slots = self.router.traced_slots()
+            return self._outside_graph(x) if slots is None else self._traced(x, slots)
+        return self._eager(x)
+
+    def _traced(self, x: Tensor, slots: Tensor) -> Tensor:
+        requests = slots.shape[0]
+        if x.shape[0] % requests if requests else x.shape[0]:
+            raise ValueError(
+                f"experts: expected one entry per request, got {requests} entries for {x.shape[0]} rows in the first "
+                "dimension of a layer's input, which has to be that of the batch"
+            )
+        if self.shared_input is not None and not torch.is_grad_enabled():
+            y = self.shared_input.traced(self, x, slots)
+            if y is not None:
+                return y
+        return self.weight.linear_unchecked(x, self.scales, slots, self.bias)
+
+    def _eager(self, x: Tensor) -> Tensor:
+        route = self.router.current
+        route.was_read = True
+        route.check(x.shape[0], self.name)
+        if self.shared_input is not None:
+            y = self.shared_input.linear(self, x, route)
+            if y is not None:
+                return y
+        return self.alone(x, route)
+
+    _outside_graph = torch.compiler.disable(
+        _eager, reason="t2: this call's route has gradients, a plan, or an expert in training"
+    )
+
+    def alone(self, x: Tensor, route: Route) -> Tensor:
+        """The layer's product under a route, in the form that the route's plan gives it."""
+        slots = route.slots
+        if torch.is_grad_enabled() and x.requires_grad and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            slots = route.kept_slots
+        if route.forms:
+            form = route.forms.get(self.index)
+            if form is not None:
+                return form(x, slots, self.bias)
+        return self.weight.linear_unchecked(x, route.scales_of(self), slots, self.bias)
+
+
+class SharedInput:
+    """Layers that are called one after the other with the same tensor, as q, k and v are: the first call does all.
+
+    The outputs of the others wait until those are called with that very tensor. A first layer whose companions got
+    another input finds their outputs unused at its next call and from then on everyone works alone, so a wrong guess
+    costs one call. Inference only: with gradients each works alone.
+
+    Outputs wait per thread, and for the tensor unchanged under the same route. In compiled code they wait in the
+    router's `OutputsLeft`, where the tensor alone counts: nothing but a write to it between the calls of q and k, which
+    a graph does not show, would go unnoticed.
+    """
+
+    def __init__(self, members: Sequence[RoutedLinear]) -> None:
+        self.members = list(members)
+        self._group = FactoredGroup([m.weight for m in members])
+        self._waiting = threading.local()
+        self._useful = True
+        for place, member in enumerate(self.members):
+            member.place, member.shared_input = place, self
+        self.set_scales()
+
+    def set_scales(self) -> None:
+        """Takes the members' views of the slot table, and their biases."""
+        self._scales = [m.scales for m in self.members]
+
+    def linear(self, member: RoutedLinear, x: Tensor, route: Route) -> Tensor | None:
+        """The member's output, or None if it has to work alone."""
+        if not self._useful or route.forms or (torch.is_grad_enabled() and (x.requires_grad or route.requires_grad)):
+            return None
+        waiting = self._waiting.__dict__
+        if member.place:
+            if waiting.get("x") is not x or waiting["route"] is not route or waiting["version"] != _version(x):
+                return None
+            y: Tensor | None = waiting["outputs"].pop(member.place, None)
+            if not waiting["outputs"]:
+                waiting.clear()
+            return y
+        if waiting:
+            self._useful = False
+            waiting.clear()
+            return None
+        scales = self._scales if route.is_plain else [route.scales_of(m) for m in self.members]
+        own, *others = self._group.linear_unchecked(x, scales, route.slots, [m.bias for m in self.members])
+        waiting.update(x=x, route=route, version=_version(x), outputs=dict(enumerate(others, 1)))
+        return own
+
+    def traced(self, member: RoutedLinear, x: Tensor, slots: Tensor) -> Tensor | None:
+        """`linear` for compiled code, which leaves `OutputsLeft` as empty as it was."""
+        left = member.router.outputs_left
+        if member.place:
+            if left.group is not self or left.x is not x or left.outputs is None:
+                return None
+            y = left.outputs[member.place]
+            if member.place == len(self.members) - 1:
+                left.clear()
+            return y
+        if left.group is not None:
+            left.group._useful = False
+            left.clear()
+        if not self._useful:
+            return None
+        members = self.members
+        ys = self._group.linear_unchecked(x, [m.scales for m in members], slots, [m.bias for m in members])
+        left.group, left.x, left.outputs = self, x, ys
+        return ys[0]
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to; inference tensors do not count."""
+    return -1 if x.is_inference() else x._version
+
+
+class Packed:
+    """A linear layer beside the targets on the same kernels: `pack` turns a layer into one, `unpack` back again.
+
+    It stays the module it was, with its own weight, which other modules may share, replace or write to; products run
+    on a packed copy of that, which is made anew when the weight has changed. A weight that is trained is used itself.
+    """
+
+    packed: DenseWeight
+    weight: Any
+    bias: Any
+
+    def keep(self, packed: DenseWeight) -> None:
+        """Takes a packed copy of the weight as it is now."""
+        packed._non_persistent_buffers_set.update(packed._buffers)  # the weight itself is saved
+        self.packed, self._state = packed, _state(self.weight)
+
+    def refresh(self) -> None:
+        """Packs the weight again if it has been replaced or written to."""
+        if _state(self.weight) != self._state:
+            weight, old = weight_matrix(cast(Linear, self)), self.packed
+            self.keep(DenseWeight.pack(weight, dtype=old.dtype, bf16_products=old.bf16_products))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.refresh()
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self._state = _state(self.weight)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            y: Tensor = super().forward(x)  # type: ignore[misc]
+            return y
+        if not torch.compiler.is_dynamo_compiling():  # compiled code relies on SVFModel, which refreshes before a call
+            self.refresh()
+        return self.packed.linear_unchecked(x, self.bias)
+
+
+class PackedLinear(Packed, nn.Linear):
+    """An nn.Linear on the package's kernels."""
+
+
+class PackedConv1D(Packed, Conv1D):
+    """A Conv1D on the package's kernels."""
+
+
+def pack(layer: Linear, dtype: torch.dtype, bf16_products: bool) -> None:
+    """Lets a layer run on the package's kernels, its weight stored as `dtype`."""
+    kind: Any = PackedLinear if isinstance(layer, nn.Linear) else PackedConv1D
+    packed = DenseWeight.pack(weight_matrix(layer), dtype=dtype, bf16_products=bf16_products)
+    layer.__class__ = kind
+    cast(Packed, layer).keep(packed)
+
+
+def unpack(layer: nn.Module) -> None:
+    """Undoes `pack`; nothing happens to other layers."""
+    if isinstance(layer, Packed):
+        del layer.packed, layer._state
+        layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else Conv1D  # type: ignore[assignment]
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """Changes when a weight is replaced, moved, cast or written to."""
+    version = -1 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.dtype, weight.device, weight.shape
+
+
+def share_hooks(module: nn.Module, other: nn.Module) -> None:
+    """Lets `other` run the hooks that were registered on `module`, now and later."""
+    for name, hooks in module.__dict__.items():
+        if name.startswith(("_forward_", "_backward_")) and "hooks" in name:
+            other.__dict__[name] = hooks

@@ -1,0 +1,135 @@
+"""Decode attention against float64, over instruction sets, dtypes, ragged lengths, masks and strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import t2kernels
+from t2kernels import reference
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+SHAPES = [  # rows, key heads, query heads of each, length, head_dim
+    (1, 1, 1, 1, 16),
+    (3, 2, 5, 7, 48),
+    (2, 3, 3, 577, 64),
+    (1, 1, 8, 1031, 80),
+    (17, 4, 1, 33, 128),
+]
+
+
+def problem(rows, key_heads, group, length, head_dim, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    query = torch.randn(rows, key_heads * group, 1, head_dim, generator=g).to(dtype)
+    key, value = (torch.randn(rows, key_heads, length, head_dim, generator=g).to(dtype) for _ in range(2))
+    return query, key, value
+
+
+def truth(query, key, value, allowed=None, scale=None):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return reference.decode_attention(query.double(), key.double(), value.double(), allowed, scale)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_float64(extreme_set, dtype, shape, masked):
+    query, key, value = problem(*shape, dtype)
+    allowed = None
+    if masked:
+        allowed = torch.rand(shape[0], shape[3], generator=torch.Generator().manual_seed(1)) > 0.4
+        allowed[:, -1] = True
+    y = t2kernels.decode_attention(query, key, value, allowed)
+    assert y.shape == (shape[0], 1, query.shape[1], shape[4]) and y.is_contiguous() and y.dtype == dtype
+    torch.testing.assert_close(y.double(), truth(query, key, value, allowed), rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_sharp_and_flat_scores(instruction_set):
+    """Softmax where one key takes all, where scores differ by hundreds, and where all are equal."""
+    query, key, value = problem(2, 2, 2, 77, 32)
+    for scale in (0.0, 1e-3, 30.0, -30.0):
+        y = t2kernels.decode_attention(query, key, value, scale=scale)
+        torch.testing.assert_close(y.double(), truth(query, key, value, scale=scale), rtol=0, atol=2e-5)
+
+
+def test_a_row_that_may_look_nowhere_gives_zeros_and_disturbs_nobody(instruction_set):
+    query, key, value = problem(3, 2, 2, 20, 32)
+    allowed = torch.ones(3, 20, dtype=torch.bool)
+    allowed[1] = False
+    y = t2kernels.decode_attention(query, key, value, allowed)
+    assert not y[1].any()
+    assert torch.equal(y[[0, 2]], t2kernels.decode_attention(query, key, value)[[0, 2]])
+    no_keys = t2kernels.decode_attention(query, key[:, :, :0], value[:, :, :0])
+    assert no_keys.shape == y.shape and not no_keys.any()
+
+
+def test_not_a_number_reaches_its_own_row_only(instruction_set):
+    query, key, value = problem(3, 2, 2, 20, 32)
+    clean = t2kernels.decode_attention(query, key, value)
+    key[1, 0, 5, 3] = torch.nan
+    y = t2kernels.decode_attention(query, key, value)
+    assert y[1, 0, :2].isnan().all() and torch.equal(y[1, 0, 2:], clean[1, 0, 2:])
+    assert torch.equal(truth(query, key, value).isnan(), y.isnan())
+    assert torch.equal(y[[0, 2]], clean[[0, 2]])
+
+
+def test_strides(instruction_set):
+    """Views of a larger buffer, heads inside tokens, a last dimension that is not contiguous, an expanded mask."""
+    query, key, value = problem(3, 2, 2, 20, 32)
+    expected = t2kernels.decode_attention(query, key, value)
+    roomy = torch.full((3, 2, 50, 32), torch.nan)
+    roomy[:, :, :20] = key
+    inside = value.transpose(1, 2).contiguous().transpose(1, 2)
+    columns = query.transpose(1, 3).contiguous().transpose(1, 3)
+    allowed = torch.ones(1, 1, dtype=torch.bool).expand(3, 20)
+    assert torch.equal(t2kernels.decode_attention(columns, roomy[:, :, :20], inside, allowed), expected)
+
+
+def test_bits_do_not_depend_on_batch_padding_or_threads(instruction_set, threads):
+    query, key, value = problem(5, 3, 3, 300, 64)
+    allowed = torch.ones(5, 300, dtype=torch.bool)
+    lengths = [300, 299, 131, 17, 1]
+    for row, length in enumerate(lengths):
+        allowed[row, : 300 - length] = False
+    threads(2)
+    together = t2kernels.decode_attention(query, key, value, allowed)
+    threads(1)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        alone = t2kernels.decode_attention(query[one], key[one, :, 300 - length :], value[one, :, 300 - length :])
+        assert torch.equal(alone, together[one]), length
+
+
+def test_empty_batch():
+    query, key, value = problem(0, 2, 2, 20, 32)
+    assert t2kernels.decode_attention(query, key, value).shape == (0, 1, 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.zeros(3, 4, 2, 32)}, ValueError, r"query: expected shape \[rows, heads, 1, head_dim\]"),
+        ({"query": torch.zeros(3, 4, 1, 20)}, ValueError, "query: .*multiple of 16"),
+        ({"query": torch.zeros(3, 5, 1, 32)}, ValueError, "key: .*divisor of 5"),
+        ({"key": torch.zeros(3, 2, 20, 32).half()}, TypeError, "key: expected dtype float32"),
+        ({"value": torch.zeros(3, 2, 21, 32)}, ValueError, "value: expected shape"),
+        ({"value": None}, TypeError, "value: expected a tensor"),
+        ({"allowed": torch.ones(3, 20)}, TypeError, "allowed: expected dtype bool"),
+        ({"allowed": torch.ones(3, 19, dtype=torch.bool)}, ValueError, "allowed: expected shape"),
+        ({"key": torch.zeros(3, 2, 20, 32, requires_grad=True)}, ValueError, "key: expected requires_grad=False"),
+    ],
+)
+def test_errors(change, error, message):
+    query, key, value = problem(3, 2, 2, 20, 32)
+    with pytest.raises(error, match=message):
+        t2kernels.decode_attention(**({"query": query, "key": key, "value": value} | change))
+
+
+def test_registered_operator():
+    query, key, value = problem(3, 2, 2, 20, 32)
+    allowed = torch.ones(3, 20, dtype=torch.bool)
+    torch.library.opcheck(
+        torch.ops.t2kernels.decode_attention.default,
+        (query, key, value, allowed, 0.1),
+        test_utils=("test_schema", "test_faketensor"),
+    )
