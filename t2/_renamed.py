@@ -43,7 +43,7 @@ MODULES = {
     "t2.training.curves": ("t2.training.metrics",),
     "t2.training.reinforce": ("t2.training.loss",),
     "t2.transfer": ("t2.experts.transfer", "t2.eval.transfer"),
-    "t2.verify": ("t2.model.verify",),
+    "t2.verify": ("t2.model.verify", "t2.model.probe"),
     "t2.vision": ("t2.generation.images", "t2.generation.prompts"),
 }
 """Where the names of an old module are now: the modules that are searched, in this order."""

@@ -1,4 +1,4 @@
-"""Which kernels this installation has, and which of them run."""
+"""The kernels that this installation has, and the ones that run."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _load_triton() -> tuple[ModuleType | None, str]:
 
 
 def build_info() -> dict[str, object]:
-    """What the C++ extension was built with: compiler, instruction sets (compiled, supported here, chosen)."""
+    """The build of the C++ extension: compiler, instruction sets (compiled, supported here, chosen)."""
     if extension is None:
         return {"extension": False, "reason": _why_not}
     return {

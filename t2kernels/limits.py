@@ -1,4 +1,4 @@
-"""What this machine can do at most: bytes read and multiply-adds a second, with the kernels' own instructions."""
+"""This machine's peaks: bytes read and FMAs a second, with the kernels' own instructions."""
 
 from __future__ import annotations
 

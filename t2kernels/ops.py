@@ -19,7 +19,7 @@ The output is rounded to the dtype of x. Sums are float32, or exact.
 u and vh hold the parts of all layers one after the other; component_scales and biases are empty or have one entry per
 layer (a bias without elements is none).
 
-Gradients (DESIGN section 2; with g = dL/dy, h = g U):
+Gradients (with g = dL/dy, h = g U):
 
     dscales[slot] = sum over its rows of t * h * component_scale        dx = (h * scale * component_scale) Vh
 

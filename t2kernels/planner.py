@@ -1,4 +1,4 @@
-"""Which form of a layer is fastest for a phase of work: factored, merged or delta-k (DESIGN section 3).
+"""The fastest form of a layer for a phase of work: factored, merged or delta-k.
 
 | form     | a row's product                                              | once per phase          |
 |----------|--------------------------------------------------------------|-------------------------|
@@ -37,7 +37,7 @@ BF16_PRODUCTS = "bfloat16 products"
 
 
 def storage_kind(dtype: torch.dtype, bf16_products: bool = False) -> str:
-    """How `CostModel.rates` calls a storage format and the arithmetic that it meets."""
+    """The key in `CostModel.rates` of a storage format and the arithmetic that it meets."""
     if dtype == torch.bfloat16 and bf16_products and extension is not None and extension.bf16_products():
         return BF16_PRODUCTS
     return str(dtype).removeprefix("torch.")
@@ -45,7 +45,7 @@ def storage_kind(dtype: torch.dtype, bf16_products: bool = False) -> str:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What products cost on one machine, with one instruction set and number of threads: seconds.
+    """Seconds that products take on one machine, with one instruction set and number of threads.
 
     entry: for each entry of a matrix, by storage format and number of rows (ROWS). row: for each activation of a row,
     in and out. call: of a call with nothing to do. build: for each multiply-add of building W'. pack: for each entry
@@ -61,7 +61,7 @@ class CostModel:
 
     @staticmethod
     def machine_key() -> str:
-        """What a measurement holds for."""
+        """The machine, instruction set, threads and torch version that a measurement holds for."""
         kernels = build_info().get("chosen", "reference")
         return f"{kernels}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
@@ -185,7 +185,7 @@ class Plan:
         return sum(layer.predicted.get(form or layer.form, math.inf) for layer in self.layers.values())
 
     def explain(self) -> str:
-        """What was chosen, the predicted time of each form, and the measured time of what has been measured."""
+        """The chosen form, the predicted time of each form, and the measured times."""
         passes = ", ".join(f"{count} of {rows} rows" for rows, count in self.phase.passes.items())
         lines = [
             f"Forward passes: {passes}; distinct experts: {self.phase.experts}. Machine: {self.cost.machine}.",

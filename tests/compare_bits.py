@@ -226,7 +226,7 @@ def _few_shot(method: str) -> list[Any]:
     from t2.adaptation import FewShotOptions, FewShotStrategy
 
     svf, tokenizer, task = _wrapped_toy()
-    options = FewShotOptions(search=method, population=6, generations=3)
+    options = FewShotOptions(search=method, population=12, elite_ratio=0.25, generations=3)
     strategy = FewShotStrategy(svf, tokenizer, task, task.problems("train")[:4], options=options)
     result = strategy.search()
     return [result.alpha, result.fitness, list(result.singles.items()), strategy.expert().z]

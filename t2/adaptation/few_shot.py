@@ -78,7 +78,7 @@ def matrix_groups(layout: Layout, options: FewShotOptions) -> tuple[int, ...]:
 
 
 def keeper(best: Fitness, singles: Mapping[str, Fitness], incumbent: str, margin: float) -> str | None:
-    """Which single stays in place of the best mix of a search; None if the mix takes it.
+    """Single expert to keep instead of the best mix, or None.
 
     With a margin it is the incumbent, or the base if that answers more of the few-shot problems, unless the mix is
     above it by `margin` standard errors (`Fitness.above`). Without one the best mix is taken (published).
@@ -270,7 +270,7 @@ class FewShotStrategy(Strategy):
         return [[found[c, p] for p in range(len(self.prompts))] for c in range(len(z))]
 
     def fitness(self, answers: Sequence[Sequence[Completion]]) -> list[Fitness]:
-        """Of each candidate, from its answers to the problems."""
+        """The fitness of each candidate, from its completions of the problems."""
         texts = [
             str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for row in answers for answer in row
         ]
@@ -356,7 +356,7 @@ class FewShotStrategy(Strategy):
     # What is known from before
 
     def _identity(self) -> str:
-        """Of everything that a candidate's fitness depends on."""
+        """A digest of everything that a candidate's fitness depends on."""
         digest = hashlib.sha256()
         for part in (self.svf.layout.fingerprint, self.task.name, self.names, self.groups, self.new_tokens):
             digest.update(f"{part}\n".encode())
@@ -385,7 +385,7 @@ class FewShotStrategy(Strategy):
 
 
 def read_memory(path: Path) -> tuple[str, Memory]:
-    """What a search left behind: the identity of all that fitnesses depend on, and the fitness of each candidate.
+    """Reads a search's file: the digest of all that fitnesses depend on, and the fitness of each candidate.
 
     Raises:
         FileFormatError: the file is not of a search; the message names it.

@@ -1,4 +1,4 @@
-"""What `t2 eval` does."""
+"""Implementation of `t2 eval`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = ("t2kernels", "torch", "transformers", "tokenizers", "numpy")
 def run_evaluation(
     model: str,
     bank: Path,
-    plan: Path,
+    spec: Path,
     output: Path,
     *,
     only: Sequence[Section] = SECTIONS,
@@ -40,31 +40,33 @@ def run_evaluation(
     token_budget: int = 16384,
     console: Console | None = None,
 ) -> bool:
-    """Measures and writes results.json, summary.json (without single problems), tables.md and plots; False if it was
-    interrupted, with everything that was measured kept in `output / "cells"`.
+    """Evaluate a bank and write results.json, summary.json (without single examples), tables.md and plots.
+
+    Returns:
+        False if it was interrupted; all results so far are in `output / "cells"`, where the next run continues.
 
     Raises:
-        ValueError, FileNotFoundError, FileFormatError: the plan, the bank or a file of the plan is not what it should
-            be.
+        ValueError, FileNotFoundError, FileFormatError: the spec, the bank or a file that the spec names is missing
+            or damaged.
     """
-    console, planned, folder = console or Console(), load_spec(plan), load_bank_folder(bank)
-    adapter = None if planned.lora is None else LoraAdapter(model, planned.lora)
+    console, loaded, folder = console or Console(), load_spec(spec), load_bank_folder(bank)
+    adapter = None if loaded.lora is None else LoraAdapter(model, loaded.lora)
     svf, tokenizer = open_model(model, dtype, folder, bf16_products=bf16_products)
     with _progress(console) as announce:
-        measuring = EvalRunner(
+        runner = EvalRunner(
             svf,
             tokenizer,
             folder,
-            planned,
+            loaded,
             ResultCache(output / "cells"),
             adapter=adapter,
             token_budget=token_budget,
             announce=announce,
         )
         try:
-            sections = measure(measuring, only)
+            sections = measure(runner, only)
         except KeyboardInterrupt:
-            console.print(f"Interrupted. The same command goes on from {output / 'cells'}.")
+            console.print(f"Interrupted. The same command continues from {output / 'cells'}.")
             return False
     results = {
         "format": "t2-eval",
@@ -74,8 +76,8 @@ def run_evaluation(
         "bf16_products": bf16_products,
         "machine": machine(),
         "versions": {name: version(name) for name in PACKAGES},
-        "plan": json.loads(Path(plan).read_text()),
-        "experts": measuring.experts | ({"classifier": measuring.classifier} if measuring.classifier else {}),
+        "plan": json.loads(Path(spec).read_text()),
+        "experts": runner.experts | ({"classifier": runner.classifier} if runner.classifier else {}),
         "sections": sections,
     }
     page = write(results, output)
@@ -84,7 +86,7 @@ def run_evaluation(
 
 
 def write(results: dict[str, Any], output: Path) -> str:
-    """Writes all files of the results, each whole or not at all; returns the page of tables."""
+    """Write all files of the results atomically, and return the page of tables."""
     page = document(results)
     write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
     write_text(output / "summary.json", json.dumps(summary(results), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A LoRA adapter of PEFT, as one more column."""
+"""LoRA adapter of PEFT as a column of the tables."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 @dataclass(frozen=True)
 class _PeftRunner:
+    """The interface that decoding needs of a model."""
+
     model: nn.Module
 
     @property
@@ -30,14 +32,14 @@ class _PeftRunner:
 
 
 class LoraAdapter:
-    """Answers of a model with a LoRA adapter, in float32. The model is loaded when it is first needed.
+    """Base model with a LoRA adapter, in float32, loaded at its first completion.
 
     Args:
-        model: name of the base, as `t2.load` takes it.
-        folder: what PEFT's `save_pretrained` wrote, as `t2 train --method lora` does.
+        model: base model, as `t2.load` takes it.
+        folder: PEFT's `save_pretrained` folder, such as `t2 train --method lora` writes.
 
     Raises:
-        FileNotFoundError: a file of the folder is not there; weights load from safetensors only.
+        FileNotFoundError: a file of the folder is missing; weights load from safetensors only.
     """
 
     def __init__(self, model: str, folder: str | Path) -> None:

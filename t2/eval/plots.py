@@ -10,7 +10,7 @@ from typing import Any
 from t2kernels.files import replacing
 
 STYLES = ("-", ":", "-.")
-"""Of lines by incumbent."""
+"""Line styles by incumbent."""
 
 
 def write_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -21,14 +21,14 @@ PER_PROBLEM = ("scores", "alpha")
 
 
 def summary(results: Any) -> Any:
-    """The results without what is there for each problem or each layer."""
+    """The results without their per-example and per-layer entries."""
     if isinstance(results, dict):
         return {name: summary(value) for name, value in results.items() if name not in PER_PROBLEM}
     return [summary(value) for value in results] if isinstance(results, list) else results
 
 
 def document(results: Mapping[str, Any]) -> str:
-    """All sections that the results have, as one page."""
+    """One markdown page with all sections of the results."""
     machine, parts = results["machine"], [f"# {results['model']}, {results['dtype']}"]
     parts.append(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}.")
     parts += [f"## {TITLES[name]}\n\n{text}" for name, text in tables(results).items()]
@@ -36,18 +36,18 @@ def document(results: Mapping[str, Any]) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
-    """Markdown by section."""
+    """Markdown of each section, by name."""
     return {name: _MADE[name](section) for name, section in results["sections"].items()}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; numbers to the right."""
+    """A markdown table whose columns after the first are right-aligned."""
     alignment = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, alignment, *rows))
 
 
 def accuracy(found: Mapping[str, Any] | None) -> str:
-    """As "61.0% (54.1 to 67.5)"."""
+    """Accuracy and interval, such as "61.0% (54.1 to 67.5)"."""
     if found is None:
         return ""
     low, high = found["interval"]
@@ -59,7 +59,7 @@ def _p(p: float) -> str:
 
 
 def _beside_base(found: Mapping[str, Any] | None) -> str:
-    """With the normalised score and the p-value of the difference to the base."""
+    """Accuracy with the normalised score and the p-value of the difference to the base."""
     if found is None or "p" not in found:
         return accuracy(found)
     normalised = "" if found["normalised"] is None else f"{found['normalised']:.2f}, "

@@ -1,4 +1,4 @@
-"""What was measured so far: a file for each cell, found by all that its value depends on."""
+"""On-disk cache of results: one JSON file per value, keyed by everything that the value depends on."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import Tensor
 from t2kernels.files import write_text
 
 Key = Mapping[str, Any]
-"""All that a value depends on, as JSON holds it; "kind" and "label" are also in the name of its file."""
+"""Everything that a value depends on, as JSON; "kind" and "label" also appear in the file name."""
 
 
 class ResultCache:
-    """Values by key, in the files of a folder. Writes are atomic; a damaged file counts as a miss."""
+    """Values by key in a folder. Writes are atomic; an unreadable file counts as a cache miss."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, key: Key, suffix: str = ".json") -> Path:
-        """Where the value of a key is, or is to be."""
+        """File of a key, whether it exists or not."""
         name = re.sub(r"\W+", "-", f"{key['kind']} {key['label']}".strip())
         return self.folder / f"{name}-{_digest(_text(key))[:24]}{suffix}"
 
     def find(self, key: Key) -> Any | None:
-        """The value, or None; a file that is damaged is named in a warning."""
+        """The value of a key, or None; a warning names a damaged file."""
         path = self.path(key)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -47,7 +47,7 @@ class ResultCache:
             return None
 
     def put(self, key: Key, value: Any) -> Any:
-        """Keeps the value, and returns it as `find` will."""
+        """Store a value, and return it in the form that `find` gives."""
         kept = json.loads(json.dumps(value))
         text = json.dumps({"key": key, "value": kept, "digest": _digest(json.dumps(kept))})
         write_text(self.path(key), text + "\n")
@@ -55,12 +55,12 @@ class ResultCache:
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Of a tensor's content, as float32."""
+    """SHA-256 of a tensor's content as float32."""
     return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def texts_digest(*texts: Any) -> str:
-    """Of a sequence of things, each as text."""
+    """SHA-256 of a sequence of values, each as text."""
     return _digest(json.dumps([str(text) for text in texts]))
 
 

@@ -1,4 +1,4 @@
-"""The measurements behind the tables. Each is made once: its value is kept as soon as it is there."""
+"""Measurements behind the tables of `t2 eval`. Each is taken once and stored in the result cache at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from t2.adaptation import (
     Adaptation,
     BankFolder,
-    ClassifierStrategy,
     FewShotStrategy,
     PromptStrategy,
     Strategy,
@@ -26,6 +25,7 @@ from t2.adaptation.base import mixed
 from t2.adaptation.few_shot import alone, keeper, mean_weights
 from t2.adaptation.options import Granularity
 from t2.adaptation.search import Fitness, SearchProgress
+from t2.adaptation.strategies import PASS_ONE, pass_one
 from t2.eval.lora_adapter import LoraAdapter
 from t2.eval.result_cache import Key, ResultCache, tensor_digest, texts_digest
 from t2.eval.spec import EvalSpec
@@ -40,18 +40,18 @@ from t2.weights.machine import machine
 
 PROMPT, UNCALIBRATED = "prompt", "prompt, uncalibrated"
 CHUNK = 50
-"""Problems of a cell: so much work an interruption loses at most."""
+"""Examples per cached result, which is also the most work that an interruption loses."""
 Announce = Callable[[str, int, int], object]
-"""(what is under way, how much of it is done, of how much)"""
+"""(description, steps done, steps in all) of the measurement in progress."""
 
 
 class MissingResult(Exception):
-    """A value is not there, and was not to be measured now."""
+    """Raised in cache-only mode when a result is missing."""
 
 
 @dataclass(frozen=True)
-class ResolvedTask:
-    """A task of the plan. problems: those of its test split that count."""
+class EvalTask:
+    """One task of the spec with its test examples (`problems`)."""
 
     label: str
     task: Task
@@ -61,7 +61,7 @@ class ResolvedTask:
     identity: Mapping[str, Any]
 
     def few_shot(self, size: int, seed: int) -> list[Problem]:
-        """Problems for a search, none of those that count."""
+        """Few-shot examples for a search, none of them a test example."""
         skip = len(self.problems) if self.few_shot_from == "test" else 0
         try:
             return few_shot_problems(self.task, size, split=self.few_shot_from, seed=seed, skip=skip)
@@ -70,17 +70,17 @@ class ResolvedTask:
 
 
 class EvalRunner:
-    """Measures for a plan with a model that has the bank's experts.
+    """Measures what a spec asks for, with a model whose bank has all experts.
 
     Args:
         svf: the model; `bank.add_to(svf)` was called.
         tokenizer: its tokenizer, as `t2.load` gives it.
         bank: domains, experts, and the classification expert.
-        plan: tasks and sizes.
-        cells: what was measured before.
-        adapter: the LoRA adapter of the plan.
-        token_budget: most tokens of a batch, padding and answers included. It changes times alone.
-        announce: called as work goes on.
+        spec: tasks and sizes.
+        cache: results of earlier runs; new ones are added.
+        adapter: LoRA adapter of the spec, if it has one.
+        token_budget: maximum tokens of a batch, padding and completions included; affects speed only.
+        announce: called with the progress.
 
     Raises:
         ValueError: a seen task has no expert of its name, or the incumbent "classifier" no classification expert.
@@ -91,26 +91,26 @@ class EvalRunner:
         svf: SVFModel,
         tokenizer: PreTrainedTokenizerBase,
         bank: BankFolder,
-        plan: EvalSpec,
-        cells: ResultCache,
+        spec: EvalSpec,
+        cache: ResultCache,
         *,
         adapter: LoraAdapter | None = None,
         token_budget: int = 16384,
         announce: Announce = lambda what, done, total: None,
     ) -> None:
-        if unknown := [name for name in plan.seen if name not in bank.experts]:
+        if unknown := [name for name in spec.seen if name not in bank.experts]:
             raise ValueError(f"seen: expected names of experts ({', '.join(bank.experts)}), got {', '.join(unknown)}")
-        if CLASSIFIER in plan.incumbents and bank.classifier is None:
+        if CLASSIFIER in spec.incumbents and bank.classifier is None:
             raise ValueError("incumbents: expected a bank with a classification expert beside 'classifier', got none")
         if not isinstance(token_budget, int) or token_budget < 1:
             raise ValueError(f"token_budget: expected an integer >= 1, got {token_budget!r}")
-        self.svf, self.tokenizer, self.bank, self.plan, self.cells = svf, tokenizer, bank, plan, cells
+        self.svf, self.tokenizer, self.bank, self.spec, self.cache = svf, tokenizer, bank, spec, cache
         self.adapter, self.token_budget, self.announce = adapter, token_budget, announce
         self.allowed = True
-        """Whether what is not there is measured; a `MissingResult` says so otherwise."""
+        """Measure missing results (True), or raise `MissingResult` for them (cache-only mode)."""
         self.experts = {name: tensor_digest(expert.z) for name, expert in bank.experts.items()}
         self.classifier = None if bank.classifier is None else tensor_digest(bank.classifier.z)
-        self._judged: dict[str, ResolvedTask] = {}
+        self._tasks: dict[str, EvalTask] = {}
         self._base = {
             "model": svf.layout.base_model,
             "fingerprint": svf.layout.fingerprint,
@@ -118,48 +118,48 @@ class EvalRunner:
             "bf16_products": svf.svf_config.bf16_products,
         }
 
-    def judged(self, label: str) -> ResolvedTask:
-        """A task of the plan by its label.
+    def task(self, label: str) -> EvalTask:
+        """A task of the spec by its label.
 
         Raises:
             ValueError: the task or its options are unknown, or it has no test problems.
         """
-        if label not in self._judged:
-            planned = self.plan.tasks[label]
+        if label not in self._tasks:
+            planned = self.spec.tasks[label]
             try:
                 task = get(planned.task, **planned.options)
-                problems = tuple(task.problems("test")[: planned.problems or self.plan.problems])
+                problems = tuple(task.problems("test")[: planned.problems or self.spec.problems])
             except ValueError as error:
                 raise ValueError(f"{label}: {error}") from error
             if not problems:
                 raise ValueError(f"{label}: expected a task with test problems, got none of {planned.task}")
             room = planned.max_new_tokens or task.max_new_tokens
             identity = {"task": planned.task, "options": dict(planned.options), "new_tokens": room}
-            self._judged[label] = ResolvedTask(label, task, problems, room, planned.few_shot_from, identity)
-        return self._judged[label]
+            self._tasks[label] = EvalTask(label, task, problems, room, planned.few_shot_from, identity)
+        return self._tasks[label]
 
     def _cell(self, key: Key, value: Callable[[], Any]) -> Any:
-        found = self.cells.find(key)
+        found = self.cache.find(key)
         if found is not None:
             return found
         if not self.allowed:
             raise MissingResult(f"{key['kind']} {key['label']}")
-        return self.cells.put(key, value())
+        return self.cache.put(key, value())
 
     # Answers
 
     def scores(self, label: str, choices: Mapping[str, ExpertChoice]) -> dict[str, list[float]]:
-        """The score of each test problem by column. What is not there is answered in one batch, for all columns.
+        """Score of each test example by column. All columns missing in the cache share the same batches.
 
-        Columns of the same z are answered once.
+        Columns with equal z are evaluated once.
         """
-        judged = self.judged(label)
+        entry = self.task(label)
         columns = {name: tensor_digest(self.svf.z_of(choice)) for name, choice in choices.items()}
         distinct = {column: name for name, column in reversed(columns.items())}
         found: dict[str, list[float]] = {column: [] for column in distinct}
-        for start, problems in _chunks(judged.problems):
-            keys = {column: self._answers_key(judged, problems, column) for column in distinct}
-            known = {column: self.cells.find(key) for column, key in keys.items()}
+        for start, problems in _chunks(entry.problems):
+            keys = {column: self._answers_key(entry, problems, column) for column in distinct}
+            known = {column: self.cache.find(key) for column, key in keys.items()}
             missing = {column: choices[distinct[column]] for column, value in known.items() if value is None}
             if missing and not self.allowed:
                 raise MissingResult(f"answers {label}")
@@ -168,47 +168,47 @@ class EvalRunner:
                 answered = evaluate_experts(
                     self.svf,
                     missing,
-                    judged.task,
+                    entry.task,
                     problems,
                     self.tokenizer,
-                    new_tokens=judged.new_tokens,
+                    new_tokens=entry.new_tokens,
                     token_budget=self.token_budget,
-                    announce=self._counting(f"{label}: {names}", start, len(judged.problems)),
+                    announce=self._counting(f"{label}: {names}", start, len(entry.problems)),
                 )
-                known |= {column: self.cells.put(keys[column], _kept(each)) for column, each in answered.items()}
+                known |= {column: self.cache.put(keys[column], _kept(each)) for column, each in answered.items()}
             for column, value in known.items():
                 found[column] += cast(Mapping[str, Any], value)["scores"]
         return {name: found[column] for name, column in columns.items()}
 
     def lora(self, label: str) -> list[float]:
-        """The score of each test problem with the plan's LoRA adapter."""
+        """Score of each test example with the spec's LoRA adapter."""
         assert self.adapter is not None
-        adapter, judged, scores = self.adapter, self.judged(label), []
-        for start, problems in _chunks(judged.problems):
-            key = self._answers_key(judged, problems, f"lora {adapter.identity}")
+        adapter, entry, scores = self.adapter, self.task(label), []
+        for start, problems in _chunks(entry.problems):
+            key = self._answers_key(entry, problems, f"lora {adapter.identity}")
 
             def answered(problems: Sequence[Problem] = problems, start: int = start) -> dict[str, Any]:
                 return _kept(
                     evaluate(
                         adapter.answers,
-                        judged.task,
+                        entry.task,
                         problems,
                         self.tokenizer,
-                        new_tokens=judged.new_tokens,
+                        new_tokens=entry.new_tokens,
                         token_budget=self.token_budget,
-                        announce=self._counting(f"{label}: LoRA", start, len(judged.problems)),
+                        announce=self._counting(f"{label}: LoRA", start, len(entry.problems)),
                     )
                 )
 
             scores += self._cell(key, answered)["scores"]
         return scores
 
-    def _answers_key(self, judged: ResolvedTask, problems: Sequence[Problem], column: str) -> Key:
+    def _answers_key(self, entry: EvalTask, problems: Sequence[Problem], column: str) -> Key:
         return {
             "kind": "answers",
-            "label": judged.label,
+            "label": entry.label,
             **self._base,
-            **judged.identity,
+            **entry.identity,
             "problems": self._digest(problems),
             "column": column,
         }
@@ -222,35 +222,37 @@ class EvalRunner:
 
     # Pass one
 
-    def strategies(self) -> dict[str, PromptStrategy]:
-        """ "prompt" as in table 2, the same without calibration, and the classification expert if there is one."""
-        made: dict[str, PromptStrategy] = {
+    def strategies(self) -> dict[str, Strategy]:
+        """Pass-one strategies by column: those of `PASS_ONE`, and the prompt strategy without calibration.
+
+        Without a classification expert in the bank there is no column "classifier".
+        """
+        made: dict[str, Strategy] = {
             PROMPT: PromptStrategy(
                 self.svf,
                 self.tokenizer,
                 self.bank.domains,
-                calibration=self.plan.calibration,
+                calibration=self.spec.calibration,
                 token_budget=self.token_budget,
             ),
             UNCALIBRATED: PromptStrategy(
                 self.svf, self.tokenizer, self.bank.domains, calibration="none", token_budget=self.token_budget
             ),
         }
-        if self.classifier is not None:
-            made[CLASSIFIER] = ClassifierStrategy(
-                self.svf, self.tokenizer, self.bank.domains, token_budget=self.token_budget
-            )
+        for name in PASS_ONE:
+            if name != PROMPT and (name != CLASSIFIER or self.classifier is not None):
+                made[name] = pass_one(name, self.svf, self.tokenizer, self.bank.domains, token_budget=self.token_budget)
         return made
 
     def labels(self, label: str) -> dict[str, list[str]]:
-        """What each strategy dispatches the task's test problems to: an expert's name, or "base"."""
-        return self._labels(label, self.judged(label).problems, self.strategies())
+        """Expert that each strategy chooses for each test example: its name, or "base"."""
+        return self._labels(label, self.task(label).problems, self.strategies())
 
     def _labels(
-        self, label: str, problems: Sequence[Problem], strategies: Mapping[str, PromptStrategy]
+        self, label: str, problems: Sequence[Problem], strategies: Mapping[str, Strategy]
     ) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
-        for names in ((PROMPT, UNCALIBRATED), (CLASSIFIER,)):  # these have the same pass one
+        for names in ((PROMPT, UNCALIBRATED), *((name,) for name in PASS_ONE if name != PROMPT)):  # share pass one
             chosen = {name: strategies[name] for name in names if name in strategies}
             if not chosen:
                 continue
@@ -258,7 +260,7 @@ class EvalRunner:
                 "kind": "labels",
                 "label": f"{label} {names[0]}",
                 **self._base,
-                "strategies": [[name, strategy.calibration] for name, strategy in chosen.items()],
+                "strategies": [[name, getattr(strategy, "calibration", None)] for name, strategy in chosen.items()],
                 "classifier": self.classifier if CLASSIFIER in chosen else None,
                 "domains": self._domains,
                 "problems": self._digest(problems),
@@ -267,15 +269,22 @@ class EvalRunner:
         return found
 
     def _chosen(
-        self, label: str, problems: Sequence[Problem], strategies: Mapping[str, PromptStrategy]
+        self, label: str, problems: Sequence[Problem], strategies: Mapping[str, Strategy]
     ) -> dict[str, list[str]]:
         first, *_ = strategies
         self.announce(f"{label}: pass one, {first}", 0, len(problems))
-        scores, names = strategies[first].label_scores(problems), (BASE, *self._mixed)
-        return {
-            name: [names[index] for index in strategy.probabilities(scores).argmax(-1).tolist()]
-            for name, strategy in strategies.items()
-        }
+        scores: Tensor | None = None
+        chosen: dict[str, list[str]] = {}
+        for name, strategy in strategies.items():
+            if isinstance(strategy, PromptStrategy):  # the label scores do not depend on the calibration
+                scores = strategy.label_scores(problems) if scores is None else scores
+                names: Sequence[str] = (BASE, *self._mixed)
+                weights = strategy.probabilities(scores)
+            else:
+                adaptation = strategy.adapt(problems)
+                names, weights = adaptation.names, adaptation.alpha
+            chosen[name] = [names[index] for index in weights.argmax(-1).tolist()]
+        return chosen
 
     @property
     def _domains(self) -> list[list[str]]:
@@ -286,12 +295,14 @@ class EvalRunner:
     def settled(
         self, label: str, size: int, seed: int, incumbent: str, granularity: Granularity = "model"
     ) -> dict[str, Any]:
-        """The best mix for a task, or what stays in its place by the plan's margin (`keeper`): "names", "alpha" [E] or
-        [G, E], "groups", "score", "kept" (None for the mix), "singles", "seconds", ..."""
+        """Outcome of the few-shot search: the best mix for a task, or the single expert kept by the spec's margin.
+
+        Keys: "names", "alpha" [E] or [G, E], "groups", "score", "kept" (None for the mix), "singles", "seconds", ...
+        """
         found = dict(self._search(label, size, seed, granularity))
         best, singles = Fitness(*found["best"]), {name: Fitness(*each) for name, each in found["singles"].items()}
         name = BASE if incumbent == BASE else self._vote(label, size, seed, incumbent)
-        kept = keeper(best, singles, name, self.plan.search.margin)
+        kept = keeper(best, singles, name, self.spec.search.margin)
         alpha = torch.tensor(found["alpha"])
         if kept is not None:
             alpha = alone(kept, found["names"], alpha)
@@ -306,28 +317,28 @@ class EvalRunner:
         }
 
     def _vote(self, label: str, size: int, seed: int, strategy: str) -> str:
-        """What a strategy gives the most few-shot problems to."""
-        judged = self.judged(label)
+        """Majority choice of a strategy on the few-shot examples: an expert's name, or "base"."""
+        entry = self.task(label)
         chosen = {strategy: self.strategies()[strategy]}
-        labels = self._labels(f"{label} {size} {seed}", judged.few_shot(size, seed), chosen)[strategy]
+        labels = self._labels(f"{label} {size} {seed}", entry.few_shot(size, seed), chosen)[strategy]
         return max((BASE, *self._mixed), key=labels.count)
 
     def _search(self, label: str, size: int, seed: int, granularity: Granularity) -> dict[str, Any]:
-        """The best mix of a search, whatever the margin, and how good the singles are."""
-        judged = self.judged(label)
-        options = replace(self.plan.search, seed=seed, granularity=granularity, margin=0.0)
-        problems = judged.few_shot(size, seed)
+        """Best mix of a search without a margin, and the fitness of the base and of each expert alone."""
+        entry = self.task(label)
+        options = replace(self.spec.search, seed=seed, granularity=granularity, margin=0.0)
+        problems = entry.few_shot(size, seed)
         searched = {name: value for name, value in asdict(options).items() if name != "token_budget"}
         key = {
             "kind": "search",
             "label": f"{label} {size} {seed}",
             **self._base,
-            **judged.identity,
+            **entry.identity,
             "problems": self._digest(problems),
             "options": searched,
             "experts": [[name, self.experts[name]] for name in self._mixed],
         }
-        memory = self.cells.path(key, ".memory")
+        memory = self.cache.path(key, ".memory")
 
         def found() -> dict[str, Any]:
             what = f"{label}: search with {size} problems, seed {seed}"
@@ -340,11 +351,11 @@ class EvalRunner:
             strategy = FewShotStrategy(
                 self.svf,
                 self.tokenizer,
-                judged.task,
+                entry.task,
                 problems,
                 options=replace(options, token_budget=self.token_budget),
                 experts=self._mixed,
-                new_tokens=judged.new_tokens,
+                new_tokens=entry.new_tokens,
                 memory=memory,
                 announce=announce,
             )
@@ -369,31 +380,31 @@ class EvalRunner:
         return [domain.name for domain in self.bank.domains]
 
     def mix(self, found: Mapping[str, Any]) -> Tensor:
-        """z [R] of what `settled` found."""
+        """z [R] of the mix or the expert that `settled` gives."""
         alpha = torch.tensor(found["alpha"], dtype=torch.float32).unsqueeze(0)
         return mixed(self.svf.bank, found["names"], alpha, found["groups"])[0]
 
     # Times
 
     def times(self, label: str | None) -> dict[str, Any]:
-        """Seconds of both passes over a batch of a task, or of all seen ones in turn, and of the base on the same.
+        """Seconds of both passes over a batch of one task, or of all seen tasks, and of the base on the same batch.
 
-        "seconds": {"base": [rounds], strategy: {"first": [rounds], "second": [rounds]}}; paths take turns after a
-        round that does not count.
+        "seconds": {"base": [rounds], strategy: {"first": [rounds], "second": [rounds]}}; the paths take turns, after
+        one round of warm-up.
         """
-        plan = self.plan
-        chosen = [self.judged(each) for each in (plan.seen if label is None else (label,))]
-        rounds = -(-plan.times_requests // len(chosen))
-        columns = [judged.problems[:rounds] for judged in chosen]
-        problems = [column[i] for i in range(rounds) for column in columns if i < len(column)][: plan.times_requests]
-        room = max(judged.new_tokens for judged in chosen)
+        spec = self.spec
+        chosen = [self.task(each) for each in (spec.seen if label is None else (label,))]
+        rounds = -(-spec.times_requests // len(chosen))
+        columns = [entry.problems[:rounds] for entry in chosen]
+        problems = [column[i] for i in range(rounds) for column in columns if i < len(column)][: spec.times_requests]
+        room = max(entry.new_tokens for entry in chosen)
         key = {
             "kind": "times",
             "label": label or "mixed",
             **self._base,
             "problems": self._digest(problems),
             "new_tokens": room,
-            "rounds": plan.times_rounds,
+            "rounds": spec.times_rounds,
             "experts": self.experts,
             "classifier": self.classifier,
             "domains": self._domains,
@@ -411,8 +422,8 @@ class EvalRunner:
         strategies = {name: each for name, each in self.strategies().items() if name != UNCALIBRATED}
         base: list[float] = []
         passes: dict[str, dict[str, list[float]]] = {name: {"first": [], "second": []} for name in strategies}
-        for round_ in range(-1, self.plan.times_rounds):
-            self.announce(f"{what}: times", round_ + 1, self.plan.times_rounds + 1)
+        for round_ in range(-1, self.spec.times_rounds):
+            self.announce(f"{what}: times", round_ + 1, self.spec.times_rounds + 1)
             seconds = two_pass(self.svf, self.tokenizer, problems, _Base(self.svf, self.tokenizer), **_greedy(room))
             found = {
                 name: two_pass(self.svf, self.tokenizer, problems, strategy, **_greedy(room))
@@ -428,10 +439,10 @@ class EvalRunner:
     # Variants
 
     def widened(self, expert: Expert, name: str) -> Tensor:
-        """z [R] of an expert of some of the model's matrices: 1 in the others.
+        """z [R] of an expert that covers only some of the model's matrices; the others get z = 1.
 
         Raises:
-            ValueError: it has matrices that the model has not, or is for other weights.
+            ValueError: the expert has matrices that the model lacks, or is for other weights.
         """
         layout, keys = expert.layout, self.svf.weight_keys
         known = set(layout.names) <= set(keys)
@@ -444,7 +455,7 @@ class EvalRunner:
 
 
 class _Base(Strategy):
-    """Leaves every request to the base."""
+    """Strategy that leaves every request to the base."""
 
     name = "base"
 

@@ -1,4 +1,4 @@
-"""What each section of the results holds, from measurements."""
+"""Sections of the results, assembled from the measurements of an `EvalRunner`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from t2.tasks.classify import BASE, OTHERS
 from t2.tasks.statistics import better_worse, paired_p, wilson_interval
 
 
-def measure(measuring: EvalRunner, only: Iterable[Section] = SECTIONS) -> dict[str, Any]:
-    """The sections asked for; of the others those that were measured before, as a whole.
+def measure(runner: EvalRunner, only: Iterable[Section] = SECTIONS) -> dict[str, Any]:
+    """Sections in `only`, plus any other section whose results are all in the cache.
 
-    A section that the plan has nothing for is left out. An interruption loses a few problems' answers at most: the
-    next call goes on from the cells.
+    Sections that the spec has no tasks for are left out. An interruption loses at most a few examples: the next call
+    continues from the cache.
 
     Raises:
         ValueError: there is no such section.
@@ -27,73 +27,73 @@ def measure(measuring: EvalRunner, only: Iterable[Section] = SECTIONS) -> dict[s
     chosen = tuple(only)
     if unknown := set(chosen) - set(SECTIONS):
         raise ValueError(f"only: expected some of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
-    for label in measuring.plan.tasks:
-        if columns := _columns(measuring, label, chosen):
-            measuring.scores(label, columns)
+    for label in runner.spec.tasks:
+        if columns := _columns(runner, label, chosen):
+            runner.scores(label, columns)
     found: dict[str, Any] = {}
     for name in SECTIONS:
-        measuring.allowed = name in chosen
+        runner.allowed = name in chosen
         try:
-            section = _MADE[name](measuring)
+            section = _MADE[name](runner)
         except MissingResult:
             continue
         finally:
-            measuring.allowed = True
+            runner.allowed = True
         if section:
             found[name] = section
     return found
 
 
-def _columns(measuring: EvalRunner, label: str, chosen: Sequence[Section]) -> dict[str, ExpertChoice]:
-    """All that answers a task's problems for these sections, so that it does so as rows of the same batches."""
-    plan, columns = measuring.plan, dict[str, ExpertChoice]()
-    if "table2" in chosen or ("table1" in chosen and label in plan.seen):
-        columns |= _singles(measuring)
+def _columns(runner: EvalRunner, label: str, chosen: Sequence[Section]) -> dict[str, ExpertChoice]:
+    """Columns that these sections need for one task, so that all of them share the same batches."""
+    spec, columns = runner.spec, dict[str, ExpertChoice]()
+    if "table2" in chosen or ("table1" in chosen and label in spec.seen):
+        columns |= _singles(runner)
     if "table2" in chosen:
-        columns |= _mixes(measuring, label)
-    if "sizes" in chosen and label in plan.ablated:
+        columns |= _mixes(runner, label)
+    if "sizes" in chosen and label in spec.ablated:
         columns |= {BASE: None} | {
-            f"few-shot {size}, seed {seed}, {incumbent}": measuring.mix(measuring.settled(label, size, seed, incumbent))
-            for size in plan.few_shot_sizes
-            for seed in plan.few_shot_seeds
-            for incumbent in plan.incumbents
+            f"few-shot {size}, seed {seed}, {incumbent}": runner.mix(runner.settled(label, size, seed, incumbent))
+            for size in spec.few_shot_sizes
+            for seed in spec.few_shot_seeds
+            for incumbent in spec.incumbents
         }
-    if "variants" in chosen and label in plan.seen and plan.variants:
-        columns |= {BASE: None, label: label} | _variants(measuring, label)
+    if "variants" in chosen and label in spec.seen and spec.variants:
+        columns |= {BASE: None, label: label} | _variants(runner, label)
     return columns
 
 
-def _singles(measuring: EvalRunner) -> dict[str, ExpertChoice]:
-    """The base and each expert."""
-    return {BASE: None, **{name: name for name in measuring.bank.experts}}
+def _singles(runner: EvalRunner) -> dict[str, ExpertChoice]:
+    """Columns of the base and of each expert."""
+    return {BASE: None, **{name: name for name in runner.bank.experts}}
 
 
-def _mixes(measuring: EvalRunner, label: str) -> dict[str, ExpertChoice]:
+def _mixes(runner: EvalRunner, label: str) -> dict[str, ExpertChoice]:
     """Few-shot columns of table 2."""
-    plan, seed = measuring.plan, measuring.plan.few_shot_seeds[0]
+    spec, seed = runner.spec, runner.spec.few_shot_seeds[0]
     made: dict[str, ExpertChoice] = {}
-    for incumbent in plan.incumbents:
-        for size in plan.few_shot:
+    for incumbent in spec.incumbents:
+        for size in spec.few_shot:
             name = _after(incumbent, f"few-shot {size}")
-            made[name] = measuring.mix(measuring.settled(label, size, seed, incumbent))
-            if plan.few_shot_per_layer:
-                made[f"{name}, per layer"] = measuring.mix(measuring.settled(label, size, seed, incumbent, "layer"))
+            made[name] = runner.mix(runner.settled(label, size, seed, incumbent))
+            if spec.few_shot_per_layer:
+                made[f"{name}, per layer"] = runner.mix(runner.settled(label, size, seed, incumbent, "layer"))
     return made
 
 
 def _after(incumbent: str, name: str) -> str:
-    """The name of what starts from an incumbent."""
+    """Name of a column or row that starts from an incumbent."""
     return name if incumbent == BASE else f"{incumbent}, {name}"
 
 
-def _variants(measuring: EvalRunner, label: str) -> dict[str, ExpertChoice]:
+def _variants(runner: EvalRunner, label: str) -> dict[str, ExpertChoice]:
     made: dict[str, ExpertChoice] = {}
-    for variant, files in measuring.plan.variants.items():
+    for variant, files in runner.spec.variants.items():
         if label in files:
-            if not measuring.allowed and not Path(files[label]).is_file():
+            if not runner.allowed and not Path(files[label]).is_file():
                 raise MissingResult(files[label])
             expert = Expert.load(files[label])
-            made[f"variant {variant}"] = measuring.widened(expert, f"variants.{variant}.{label}")
+            made[f"variant {variant}"] = runner.widened(expert, f"variants.{variant}.{label}")
     return made
 
 
@@ -114,28 +114,28 @@ def figures(scores: Sequence[float], base: Sequence[float] | None = None) -> dic
     return found
 
 
-def _row(measuring: EvalRunner, label: str, columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The columns of a task, the base first."""
+def _row(runner: EvalRunner, label: str, columns: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Row of a task: its columns, the base first."""
     base = columns[BASE]
     found = {name: figures(scores, None if name == BASE else base) for name, scores in columns.items()}
-    judged = measuring.judged(label)
-    return {"task": judged.task.name, "problems": len(judged.problems), "columns": found}
+    entry = runner.task(label)
+    return {"task": entry.task.name, "problems": len(entry.problems), "columns": found}
 
 
-def _table1(measuring: EvalRunner) -> dict[str, Any]:
+def _table1(runner: EvalRunner) -> dict[str, Any]:
     rows = {}
-    for label in measuring.plan.seen:
-        columns = measuring.scores(label, _singles(measuring))
-        rows[label] = _row(measuring, label, _with_lora(measuring, label, columns))
+    for label in runner.spec.seen:
+        columns = runner.scores(label, _singles(runner))
+        rows[label] = _row(runner, label, _with_lora(runner, label, columns))
     return rows
 
 
-def _with_lora(measuring: EvalRunner, label: str, columns: dict[str, list[float]]) -> dict[str, list[float]]:
-    return columns | ({"LoRA": measuring.lora(label)} if measuring.adapter is not None else {})
+def _with_lora(runner: EvalRunner, label: str, columns: dict[str, list[float]]) -> dict[str, list[float]]:
+    return columns | ({"LoRA": runner.lora(label)} if runner.adapter is not None else {})
 
 
 def dispatched(labels: Sequence[str], columns: Mapping[str, Sequence[float]]) -> list[float]:
-    """Scores of requests that pass one dispatched, from the columns of what they were dispatched to.
+    """Scores of dispatched requests, each taken from the column of the expert that pass one chose.
 
     Pass two need not be run again: a row of a mixed batch has the answer that it has in a batch of one expert alone,
     since the products of a row do not depend on the rows around it (docs/cpu.md).
@@ -143,33 +143,33 @@ def dispatched(labels: Sequence[str], columns: Mapping[str, Sequence[float]]) ->
     return [columns[label][index] for index, label in enumerate(labels)]
 
 
-def _table2(measuring: EvalRunner) -> dict[str, Any]:
-    plan, rows = measuring.plan, {}
-    for label in plan.tasks:
-        mixes = _mixes(measuring, label)
-        answered = measuring.scores(label, _singles(measuring) | mixes)
+def _table2(runner: EvalRunner) -> dict[str, Any]:
+    spec, rows = runner.spec, {}
+    for label in spec.tasks:
+        mixes = _mixes(runner, label)
+        answered = runner.scores(label, _singles(runner) | mixes)
         columns = {BASE: answered[BASE]}
-        if label in plan.seen:
+        if label in spec.seen:
             columns["right expert"] = answered[label]
-        for name, labels in measuring.labels(label).items():
+        for name, labels in runner.labels(label).items():
             columns[name] = dispatched(labels, answered)
         columns |= {name: answered[name] for name in mixes}
-        rows[label] = _row(measuring, label, _with_lora(measuring, label, columns)) | {"seen": label in plan.seen}
+        rows[label] = _row(runner, label, _with_lora(runner, label, columns)) | {"seen": label in spec.seen}
     return rows
 
 
-def _dispatch(measuring: EvalRunner) -> dict[str, Any]:
+def _dispatch(runner: EvalRunner) -> dict[str, Any]:
     """Confusion matrices by strategy: rows are tasks, columns what their prompts were taken for."""
-    plan = measuring.plan
-    labels = [*measuring.bank.experts, OTHERS]
-    chosen = {label: measuring.labels(label) for label in plan.tasks}
+    spec = runner.spec
+    labels = [*runner.bank.experts, OTHERS]
+    chosen = {label: runner.labels(label) for label in spec.tasks}
     found = {}
-    for strategy in chosen[next(iter(plan.seen))]:
+    for strategy in chosen[next(iter(spec.seen))]:
         parts = {}
-        for part, tasks in (("seen", plan.seen), (OTHERS, plan.unseen)):
+        for part, tasks in (("seen", spec.seen), (OTHERS, spec.unseen)):
             if not tasks:
                 continue
-            each = -(-plan.dispatch_prompts // len(tasks))
+            each = -(-spec.dispatch_prompts // len(tasks))
             said = {label: [OTHERS if x == BASE else x for x in chosen[label][strategy][:each]] for label in tasks}
             right = [float(x == (label if part == "seen" else OTHERS)) for label in tasks for x in said[label]]
             matrix = {label: [said[label].count(x) for x in labels] for label in tasks}
@@ -178,29 +178,29 @@ def _dispatch(measuring: EvalRunner) -> dict[str, Any]:
     return {"labels": labels, "strategies": found}
 
 
-def _times(measuring: EvalRunner) -> dict[str, Any]:
-    return {label or "mixed batch": measuring.times(label) for label in (None, *measuring.plan.timed)}
+def _times(runner: EvalRunner) -> dict[str, Any]:
+    return {label or "mixed batch": runner.times(label) for label in (None, *runner.spec.timed)}
 
 
-def _alphas(measuring: EvalRunner) -> dict[str, Any]:
+def _alphas(runner: EvalRunner) -> dict[str, Any]:
     """Weights of the mixes of table 2, with the first size and incumbent."""
-    plan = measuring.plan
-    first = plan.few_shot[0], plan.few_shot_seeds[0], plan.incumbents[0]
-    return {label: measuring.settled(label, *first) for label in plan.tasks}
+    spec = runner.spec
+    first = spec.few_shot[0], spec.few_shot_seeds[0], spec.incumbents[0]
+    return {label: runner.settled(label, *first) for label in spec.tasks}
 
 
-def _sizes(measuring: EvalRunner) -> dict[str, Any]:
+def _sizes(runner: EvalRunner) -> dict[str, Any]:
     """Accuracy by task, incumbent, size and seed, and the base's."""
-    plan, rows = measuring.plan, {}
-    for label, incumbent in itertools.product(plan.ablated, plan.incumbents):
+    spec, rows = runner.spec, {}
+    for label, incumbent in itertools.product(spec.ablated, spec.incumbents):
         searches = {
-            (size, seed): measuring.settled(label, size, seed, incumbent)
-            for size in plan.few_shot_sizes
-            for seed in plan.few_shot_seeds
+            (size, seed): runner.settled(label, size, seed, incumbent)
+            for size in spec.few_shot_sizes
+            for seed in spec.few_shot_seeds
         }
         columns: dict[str, ExpertChoice] = {BASE: None}
-        columns |= {f"{size} {seed}": measuring.mix(found) for (size, seed), found in searches.items()}
-        scores = measuring.scores(label, columns)
+        columns |= {f"{size} {seed}": runner.mix(found) for (size, seed), found in searches.items()}
+        scores = runner.scores(label, columns)
         rows[_after(incumbent, label)] = {
             "task": label,
             "incumbent": incumbent,
@@ -209,21 +209,21 @@ def _sizes(measuring: EvalRunner) -> dict[str, Any]:
                 str(size): [
                     figures(scores[f"{size} {seed}"], scores[BASE])
                     | {"seed": seed, "few_shot_score": searches[size, seed]["score"]}
-                    for seed in plan.few_shot_seeds
+                    for seed in spec.few_shot_seeds
                 ]
-                for size in plan.few_shot_sizes
+                for size in spec.few_shot_sizes
             },
         }
     return rows
 
 
-def _variants_section(measuring: EvalRunner) -> dict[str, Any]:
+def _variants_section(runner: EvalRunner) -> dict[str, Any]:
     rows = {}
-    for label in measuring.plan.seen:
-        if variants := _variants(measuring, label):
-            scores = measuring.scores(label, {BASE: None, "expert of the bank": label, **variants})
+    for label in runner.spec.seen:
+        if variants := _variants(runner, label):
+            scores = runner.scores(label, {BASE: None, "expert of the bank": label, **variants})
             named = {name.removeprefix("variant "): column for name, column in scores.items()}
-            rows[label] = _row(measuring, label, named)
+            rows[label] = _row(runner, label, named)
     return rows
 
 

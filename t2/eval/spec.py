@@ -1,86 +1,120 @@
-"""What `t2 eval` measures, as a JSON file."""
+"""The spec of `t2 eval`: a JSON file with the tasks, columns and sizes to evaluate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+import json
+from collections.abc import Mapping
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, TypeVar
 
-from t2.adaptation.options import Calibration, FewShotOptions
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from t2.adaptation.options import FewShotOptions
 from t2.adaptation.strategies import PASS_ONE
-from t2.tasks import Split
+from t2.tasks.base import Split
 from t2.tasks.classify import BASE, RESERVED
 from t2.weights.files import FileFormatError, check_regular, file_errors
 from t2kernels.files import strict_json
 
 MOST = (1 << 31) - 1
-"""Largest number in a plan."""
+"""Largest number in a spec."""
 INCUMBENTS = (BASE, *PASS_ONE)
+ELSEWHERE = {"seed": "few_shot_seeds", "granularity": "few_shot_per_layer", "token_budget": "--token-budget"}
+"""Options of the search that a spec does not take, and what sets them."""
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+def _distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"expected distinct values, got {list(values)!r:.200}")
+    return values
+
+
+def _incumbents(values: tuple[str, ...]) -> tuple[str, ...]:
+    if unknown := set(values) - set(INCUMBENTS):
+        raise ValueError(f"expected some of {', '.join(INCUMBENTS)}, got {sorted(unknown)}")
+    return values
+
+
+def _search(given: Any) -> Any:
+    for name, value in given.items() if isinstance(given, dict) else ():
+        if name in ELSEWHERE:
+            raise ValueError(f"{name}: expected none here ({ELSEWHERE[name]} sets it), got {value!r:.200}")
+        if isinstance(value, int | float) and abs(value) > MOST:
+            raise ValueError(f"{name}: expected a number up to {MOST}, got {value!r:.200}")
+    return given
+
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Counts = Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST)], ...], Field(min_length=1), AfterValidator(_distinct)]
+Incumbents = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct), AfterValidator(_incumbents)]
+STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, config=STRICT)
 class TaskSpec:
-    """A task and how its problems are used."""
+    """One task and the use of its examples."""
 
-    task: str
-    """A name that `t2.tasks.get` knows."""
+    task: Annotated[str, Field(min_length=1)]
+    """Name of the task, as `t2.tasks.get` takes it."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the task."""
-    problems: int | None = None
-    """Test problems, in place of the plan's."""
-    max_new_tokens: int | None = None
-    """Longest answer; the task's own room if none is given."""
+    """Options of the task."""
+    problems: Count | None = None
+    """Number of test examples; the default is the spec's."""
+    max_new_tokens: Count | None = None
+    """Maximum length of a completion, in tokens; the default is the task's."""
     few_shot_from: Split = "train"
-    """Split that few-shot problems are drawn from. "test": those behind the ones that are judged, for a task that has
-    no other split."""
+    """Split of the few-shot examples. "test" takes those behind the test examples, for a task without other splits."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvalSpec:
-    """The keys of the file; all but `seen` may be left out. Paths are those of the command line."""
+    """The keys of the file; only `seen` is required. Paths are relative to the working directory."""
 
-    seen: Mapping[str, TaskSpec]
-    """Tasks by the name of the expert of the bank that is for them."""
+    seen: Annotated[Mapping[str, TaskSpec], Field(min_length=1)]
+    """Tasks that experts were trained on, by the names of these experts in the bank."""
     unseen: Mapping[str, TaskSpec] = field(default_factory=dict)
-    """Tasks that no expert was trained on, by any other name."""
-    problems: int = 200
-    """Test problems of a task."""
+    """Tasks that no expert was trained on, by names of your choice."""
+    problems: Count = 200
+    """Number of test examples of a task."""
     lora: str | None = None
     """Folder of a LoRA adapter (PEFT, safetensors) that was trained on all domains."""
     variants: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Further experts, of other modules or another objective: {label: {domain: file}}."""
 
-    few_shot: tuple[int, ...] = (10,)
-    """Few-shot problems of the columns of table 2."""
+    few_shot: Counts = (10,)
+    """Numbers of few-shot examples, one column of table 2 each."""
     few_shot_per_layer: bool = False
-    """Whether table 2 also has columns with weights for each layer."""
-    few_shot_sizes: tuple[int, ...] = (3, 5, 10, 20)
-    """Few-shot problems of the ablation."""
-    few_shot_seeds: tuple[int, ...] = (0,)
-    """Of the problems drawn and the search: all in the ablation, the first in table 2."""
+    """Add columns to table 2 with one set of weights per layer."""
+    few_shot_sizes: Counts = (3, 5, 10, 20)
+    """Numbers of few-shot examples in the ablation."""
+    few_shot_seeds: Seeds = (0,)
+    """Seeds of the few-shot examples and the search: all in the ablation, the first in table 2."""
     few_shot_tasks: tuple[str, ...] | None = None
-    """Tasks of the ablation; those of `unseen` if none are given."""
-    incumbents: tuple[str, ...] = ("base",)
-    """What stays unless a mix is better by the margin of `search`: "base", or what "prompt" or "classifier" give the
-    most few-shot problems to. Each has columns of its own, from the same searches."""
-    search: FewShotOptions = field(default_factory=FewShotOptions)
-    """Options of the search, but for seed, granularity and token_budget."""
+    """Tasks of the ablation; the default is `unseen`."""
+    incumbents: Incumbents = (BASE,)
+    """Experts kept unless the best mix wins by `search.margin`: "base", or the majority choice of "prompt" or
+    "classifier" on the few-shot examples. Each has columns of its own, from the same searches."""
+    search: Annotated[FewShotOptions, BeforeValidator(_search)] = field(default_factory=FewShotOptions)
+    """Options of the search, except seed, granularity and token_budget."""
 
-    calibration: Calibration = "contextual"
-    """Of the prompt strategy in table 2; "batch" is not for tasks one by one."""
-    dispatch_prompts: int = 300
-    """Prompts of all seen tasks together that the dispatcher is judged on, and as many of the unseen ones."""
-    times_requests: int = 32
-    """Requests of a batch whose passes are timed."""
-    times_rounds: int = 3
-    """Rounds in which the paths take turns."""
+    calibration: Literal["none", "contextual"] = "contextual"
+    """Calibration of the prompt strategy in table 2."""
+    dispatch_prompts: Count = 300
+    """Number of prompts that the dispatcher is evaluated on: of all seen tasks together, and of all unseen ones."""
+    times_requests: Count = 32
+    """Requests of a timed batch."""
+    times_rounds: Count = 3
+    """Number of timed rounds, in which the paths take turns."""
     times_tasks: tuple[str, ...] | None = None
-    """Tasks that have a batch of their own, beside the mixed one of the seen tasks; all if none are given."""
+    """Tasks with a timed batch of their own, beside the mixed batch of the seen tasks; the default is all tasks."""
 
     @property
     def tasks(self) -> dict[str, TaskSpec]:
-        """Seen ones, then unseen ones."""
+        """Seen tasks, then unseen ones."""
         return {**self.seen, **self.unseen}
 
     @property
@@ -93,147 +127,65 @@ class EvalSpec:
         """Tasks with a timed batch of their own."""
         return tuple(self.tasks) if self.times_tasks is None else self.times_tasks
 
+    @model_validator(mode="after")
+    def _check_names(self) -> EvalSpec:
+        def check(name: str, wrong: set[str], expected: str) -> None:
+            if wrong:
+                raise ValueError(f"{name}: expected {expected}, got {sorted(wrong)}")
+
+        check("unseen", set(self.seen) & set(self.unseen), "names that no seen task has")
+        check("seen, unseen", set(self.tasks) & set(RESERVED), f"names other than {' and '.join(RESERVED)}")
+        for name, labels in (("few_shot_tasks", self.ablated), ("times_tasks", self.timed)):
+            check(name, set(labels) - set(self.tasks), f"tasks of the spec ({', '.join(self.tasks)})")
+        for label, experts in self.variants.items():
+            check(f"variants.{label}", set(experts) - set(self.seen), f"seen tasks ({', '.join(self.seen)})")
+        if self.incumbents != (BASE,) and not self.search.margin:
+            raise ValueError("search.margin: expected a number above 0 for incumbents, got 0")
+        return self
+
+
+_ADAPTER = TypeAdapter(EvalSpec)
+
 
 def load_spec(path: str | Path) -> EvalSpec:
-    """Reads a plan.
+    """Read a spec.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: it is not JSON or no plan; the message names the file and the key.
+        FileFormatError: it is not JSON or no spec; the message names the file and the key.
     """
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"plan: expected a JSON file, {path} does not exist")
-    check_regular(path, "plan")
+        raise FileNotFoundError(f"spec: expected a JSON file, {path} does not exist")
+    check_regular(path, "spec")
     try:
         content = strict_json(path.read_bytes())
     except ValueError as error:
-        raise FileFormatError(f"plan: expected JSON, got {path}: {error}") from error
-    with file_errors(f"plan {path}"):
+        raise FileFormatError(f"spec: expected JSON, got {path}: {error}") from error
+    with file_errors(f"spec {path}"):
         return parse_spec(content)
 
 
 def parse_spec(content: Any) -> EvalSpec:
-    """A plan from what its JSON holds; ValueError names the key that is wrong."""
-    given = dict(_object("plan", content, EvalSpec))
-    for name in ("seen", "unseen"):
-        if name in given:
-            tasks = _object(name, given[name])
-            given[name] = {label: _task(f"{name}.{label}", task) for label, task in tasks.items()}
-    if "variants" in given:
-        given["variants"] = {
-            label: _texts(f"variants.{label}", experts)
-            for label, experts in _object("variants", given["variants"]).items()
-        }
-    for name in ("few_shot", "few_shot_sizes", "few_shot_seeds"):
-        if name in given:
-            given[name] = _integers(name, given[name], 0 if name == "few_shot_seeds" else 1)
-    for name in ("problems", "dispatch_prompts", "times_requests", "times_rounds"):
-        if name in given:
-            _integer(name, given[name])
-    for name in ("few_shot_tasks", "times_tasks"):
-        if (named := given.get(name)) is not None:
-            _check(name, isinstance(named, list) and all(isinstance(x, str) for x in named), "a list of tasks", named)
-            given[name] = tuple(named)
-    _check(
-        "few_shot_per_layer",
-        isinstance(given.get("few_shot_per_layer", False), bool),
-        "true or false",
-        given.get("few_shot_per_layer"),
-    )
-    _check("lora", isinstance(given.get("lora", ""), str | None), "a folder", given.get("lora"))
-    calibration = given.get("calibration", "contextual")
-    _check("calibration", calibration in ("none", "contextual"), "none or contextual", calibration)
-    if "incumbents" in given:
-        named = given["incumbents"]
-        known = isinstance(named, list) and bool(named) and set(map(str, named)) <= set(INCUMBENTS)
-        _check("incumbents", known and len(set(named)) == len(named), f"some of {', '.join(INCUMBENTS)}", named)
-        given["incumbents"] = tuple(named)
-    given["search"] = _search(given.get("search", {}))
-    plan = EvalSpec(**given)
-    _check("search.margin", plan.incumbents == (BASE,) or plan.search.margin > 0, "one above 0 for incumbents", 0)
-    _check_names(plan)
-    return plan
-
-
-def _check_names(plan: EvalSpec) -> None:
-    _check("seen", bool(plan.seen), "at least one task", "none")
-    both = set(plan.seen) & set(plan.unseen)
-    _check("unseen", not both, "names that no seen task has", sorted(both))
-    reserved = set(plan.tasks) & set(RESERVED)
-    _check("seen, unseen", not reserved, f"names other than {' and '.join(RESERVED)}", sorted(reserved))
-    for name, labels in (("few_shot_tasks", plan.ablated), ("times_tasks", plan.timed)):
-        unknown = set(labels) - set(plan.tasks)
-        _check(name, not unknown, f"tasks of the plan ({', '.join(plan.tasks)})", sorted(unknown))
-    for label, experts in plan.variants.items():
-        unknown = set(experts) - set(plan.seen)
-        _check(f"variants.{label}", not unknown, f"seen tasks ({', '.join(plan.seen)})", sorted(unknown))
-
-
-def _task(name: str, content: Any) -> TaskSpec:
-    given = dict(_object(name, content, TaskSpec))
-    _check(f"{name}.task", isinstance(given["task"], str) and bool(given["task"]), "the name of a task", given["task"])
-    _object(f"{name}.options", given.get("options", {}))
-    for key in ("problems", "max_new_tokens"):
-        if given.get(key) is not None:
-            _integer(f"{name}.{key}", given[key])
-    split = given.get("few_shot_from", "train")
-    _check(f"{name}.few_shot_from", split in ("train", "validation", "test"), "train, validation or test", split)
-    return TaskSpec(**given)
-
-
-def _search(content: Any) -> FewShotOptions:
-    given, defaults = _object("search", content, FewShotOptions), FewShotOptions()
-    for name, value in given.items():
-        _check(
-            f"search.{name}",
-            name not in ("seed", "granularity", "token_budget"),
-            "none here: few_shot_seeds, few_shot_per_layer and the command line have it",
-            value,
-        )
-        kind = type(getattr(defaults, name))
-        fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        fits = fits and (isinstance(value, str) or abs(value) <= MOST)
-        _check(f"search.{name}", fits, f"a value like {getattr(defaults, name)!r}", value)
+    """The spec in the content of its JSON file; ValueError names each key that is wrong."""
     try:
-        return FewShotOptions(**given)
-    except ValueError as error:
-        raise ValueError(f"search.{error}") from error
+        return _ADAPTER.validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise ValueError("; ".join(_message(each) for each in error.errors()[:5])) from error
 
 
-def _object(name: str, content: Any, of: type | None = None) -> Mapping[str, Any]:
-    """The content, if it is an object with the keys of the dataclass `of`, the required ones among them."""
-    _check(name, isinstance(content, dict), "an object", content)
-    if of is not None:
-        known = [each.name for each in fields(of)]
-        for key in content:
-            _check(name, key in known, f"keys among {', '.join(known)}", key)
-        for each in fields(of):
-            required = each.default is MISSING and each.default_factory is MISSING
-            _check(name, not required or each.name in content, f"the key {each.name}", list(content))
-    return cast(Mapping[str, Any], content)
-
-
-def _texts(name: str, content: Any) -> Mapping[str, str]:
-    found = _object(name, content)
-    for key, value in found.items():
-        _check(f"{name}.{key}", isinstance(value, str), "a file", value)
-    return found
-
-
-def _integers(name: str, content: Any, least: int) -> tuple[int, ...]:
-    _check(name, isinstance(content, list) and bool(content), "a list of integers", content)
-    for value in cast(Sequence[Any], content):
-        _integer(name, value, least)
-    _check(name, len(set(content)) == len(content), "different integers", content)
-    return tuple(cast(Iterable[int], content))
-
-
-def _integer(name: str, value: Any, least: int = 1) -> None:
-    fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
-    _check(name, fits, f"integers >= {least}", value)
-
-
-def _check(name: str, holds: bool, expected: str, got: Any) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r:.200}")
+def _message(error: Mapping[str, Any]) -> str:
+    """One error of pydantic as "key: expected X, got Y"."""
+    kind, where = error["type"], [str(part) for part in error["loc"]]
+    if kind in ("missing", "unexpected_keyword_argument"):
+        *parents, key = where
+        name = ".".join(parents) or "spec"
+        if kind == "missing":
+            return f"{name}: expected the key {key}, got none"
+        of = {0: EvalSpec, 2: TaskSpec}.get(len(parents), FewShotOptions)
+        return f"{name}: expected keys among {', '.join(each.name for each in fields(of))}, got {key!r}"
+    if kind == "value_error":
+        reason = str(error["ctx"]["error"])  # has "got" already, and the rest of the key unless it is this one
+        return f"{'.'.join(where)}: {reason}" if reason.startswith("expected") else ".".join([*where, reason])
+    reason = "expected at least one" if kind == "too_short" else error["msg"].replace("Input should be", "expected")
+    return f"{'.'.join(where) or 'spec'}: {reason}, got {error['input']!r:.200}"

@@ -1,4 +1,4 @@
-"""Where each matrix of a model lies in an expert's vector."""
+"""The layout of an expert's vector: which part belongs to which matrix of the model."""
 
 from __future__ import annotations
 

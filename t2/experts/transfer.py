@@ -39,7 +39,7 @@ matrices match their like alone. The order of rows in a fused matrix doesn't mat
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """How an expert is brought to another layout; all of it is moot where names and ranks are the same.
+    """Options of a transfer to another layout; without effect where names and ranks are the same.
 
     depth: how layers match; see `match`.
     ranks: for matrices of different ranks. "leading" counts from the largest singular value: the target's further
@@ -78,7 +78,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class Matching:
-    """Where each matrix of a target gets its z from.
+    """The source matrix of each matrix of a target.
 
     sources: the source's matrix for each one of the target, by name in the target's order; None if there is none.
     unused: matrices of the source that no matrix of the target takes.

@@ -40,7 +40,7 @@ def pad(rows: Sequence[Tensor], value: int, *, left: bool) -> tuple[Tensor, Tens
 
 
 def shared_prefix(prompts: Sequence[Tensor], cache: DynamicCache | None) -> int:
-    """How many tokens at the start of all prompts to read once for all of them; at least one token is left of each.
+    """Number of tokens at the start of all prompts to read once for all; at least one token of each is left.
 
     0 where a layer keeps a window alone: it counts places, and behind a shared prefix padding takes some.
     """

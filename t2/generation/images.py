@@ -11,13 +11,13 @@ from torch.nn.functional import pad as pad_ends
 from transformers import PreTrainedModel
 
 ImageInputs = Mapping[str, Tensor]
-"""What a model reads beside one prompt's token ids, by name: pixel_values and the like; empty without images."""
+"""Image inputs of one prompt beside its token ids, by name: pixel_values and the like; empty without images."""
 
 
 def collate(inputs: Sequence[ImageInputs], width: int, after: int = 0, device: Any = "cpu") -> dict[str, Tensor]:
     """The image inputs of several prompts as those of one batch; empty if none has any.
 
-    What there is for each token (`*token_type_ids` [1, length]) is padded on the left to `width` tokens, and `after`
+    Values for each token (`*token_type_ids` [1, length]) are padded on the left to `width` tokens, and `after`
     zeros follow. All else lies one prompt behind the other along the first dimension, with zeros at the ends of the
     other dimensions where sizes differ, as processors pad a batch.
     """

@@ -76,7 +76,7 @@ class RoutedLinear(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Always a TypeError: factors and slots are shared with other layers."""
+        """Raises TypeError: factors and slots are shared with other layers."""
         raise TypeError(
             "a wrapped model can be neither copied nor pickled: SVFModel.merged_copy(expert) gives a plain copy, "
             "unload() the base model back"
@@ -195,7 +195,7 @@ class SharedInput:
 
 
 def _version(x: Tensor) -> int:
-    """How often x was written to; inference tensors do not count."""
+    """The number of writes to x so far; -1 for inference tensors, which do not count them."""
     return -1 if x.is_inference() else x._version
 
 

@@ -47,7 +47,7 @@ class Route:
         self.forms = forms or {}
         self._scales = scales
         self.was_read = False
-        """Whether a layer has run with it."""
+        """True once a layer has run with it."""
         self._windows: Sequence[Tensor] | None = None
         if scales is not None:
             assert layout is not None
@@ -55,12 +55,12 @@ class Route:
 
     @property
     def is_plain(self) -> bool:
-        """Whether slots of the table are all there is to it."""
+        """True if the route is slots of the table and nothing else."""
         return self._windows is None and not self.forms
 
     @property
     def requires_grad(self) -> bool:
-        """Whether a gradient has to reach the scales."""
+        """True if a gradient has to reach the scales."""
         return self._scales is not None and self._scales.requires_grad
 
     def scales_of(self, layer: ScaledLayer) -> Tensor:
@@ -141,7 +141,7 @@ class TrainedRoute(Route):
 
 
 class Router:
-    """What the layers ask: the route of the current context (thread or task), or the default for every row.
+    """The route of the current context (thread or task), which layers read; or the default for every row.
 
     Compiled code cannot read a context variable. `traced_slots` gives it the slots from plain attributes instead, which
     every call reads again: those of the thread's innermost route, or the base's while no thread has one. So threads may
@@ -248,7 +248,7 @@ class Router:
 
 
 class OutputsLeft(threading.local):
-    """Where compiled code has the outputs that the first layer of a `SharedInput` computed for the others.
+    """Outputs that the first layer of a `SharedInput` computed for the others, in compiled code.
 
     One for the whole model in each thread, and empty again when the last of the others has taken its output: so a graph
     ends with nothing in it, and no layer differs from another by it.

@@ -84,7 +84,7 @@ class Delta:
 
 @dataclass
 class ServingPlan:
-    """What `SVFModel.plan` gives: pass it to `generate` or `route` together with the experts it was made for.
+    """The result of `SVFModel.plan`: pass it to `generate` or `route` together with the experts it was made for.
 
     Its weights are built when it is first used, and freed with it.
     """
@@ -95,7 +95,7 @@ class ServingPlan:
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def explain(self) -> str:
-        """What was chosen and why, with predicted and, after `SVFModel.measure_plan`, measured times."""
+        """The chosen forms and why, with predicted and, after `SVFModel.measure_plan`, measured times."""
         return self.plan.explain()
 
 

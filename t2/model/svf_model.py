@@ -107,7 +107,7 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
 
     @property
     def table_generation(self) -> int:
-        """How often the slot table has moved, because it was full or the model went to another device.
+        """Number of times the slot table has moved, because it was full or the model went to another device.
 
         CUDA graphs that were captured at another generation read a table that is no longer there: capture them again.
         `SVFConfig.slots` makes room beforehand. Compiled models follow by themselves, and are compiled once more.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from t2.model.verify import ROUNDING, Probe, VerificationError, check
+from t2.model.probe import Probe
+from t2.model.verify import ROUNDING, VerificationError, check
 from t2.weights.targets import Linear, Unsuitable
 
 if TYPE_CHECKING:

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 
 
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval that holds the true share with 95% (z = 1.96) confidence (E. B. Wilson, 1927)."""
+    """Wilson score interval (E. B. Wilson, 1927) of a mean score; 95% confidence for z = 1.96.
+
+    A mean of graded scores is a share of no whole number of examples, which `scipy.stats` has no interval for. Of whole
+    numbers this is `scipy.stats.binomtest(k, count).proportion_ci(method="wilson")`.
+    """
     if count < 1:
         return 0.0, 1.0
     centre = share + z * z / (2 * count)
@@ -17,18 +21,14 @@ def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, f
 
 
 def paired_p(first: Sequence[float], second: Sequence[float]) -> float:
-    """The exact two-sided p-value of McNemar's test on scores of the same problems.
+    """Exact two-sided p-value of McNemar's test on scores of the same examples: a binomial test of better and worse."""
+    from scipy.stats import binomtest
 
-    How likely a split at least as uneven as this is, of the problems that one answers better than the other, if either
-    were as likely to: p = min(1, 2 P(X <= min(better, worse))), X ~ Binomial(better + worse, 1/2).
-    """
     better, worse = better_worse(first, second)
-    count = better + worse
-    tail = sum(math.comb(count, k) for k in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**count)
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def better_worse(first: Sequence[float], second: Sequence[float]) -> tuple[int, int]:
-    """On how many of the same problems the second has the higher score, and on how many the lower one."""
+    """Number of examples on which the second score is higher, and number on which it is lower."""
     pairs = list(zip(first, second, strict=True))
     return sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)

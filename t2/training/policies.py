@@ -1,4 +1,4 @@
-"""What is trained, behind one interface: an SVF expert, PEFT's LoRA, or SVF the published way.
+"""Policies behind one interface: an SVF expert, PEFT's LoRA, or SVF the published way.
 
 The loop in `t2.training.trainer` knows parameters, and four ways to run the model: with them and their gradient, with
 them for answers alone, as the base, and the end of a step's gradients. Everything else about a method is here.
@@ -35,7 +35,7 @@ from t2kernels.files import write_text
 
 
 class Policy(ABC):
-    """A model with few trainable numbers.
+    """A model with few trainable parameters.
 
     `model` is called with input ids and the like; `parameters` are the leaves that the optimiser moves.
     """
@@ -43,7 +43,7 @@ class Policy(ABC):
     model: nn.Module
     parameters: list[Tensor]
     identity: Base
-    """Of the model around the parameters: checkpoints carry it, so that a run goes on with its own base alone."""
+    """Identity of the model around the parameters: a run goes on with its own base alone."""
 
     @property
     @abstractmethod
@@ -84,7 +84,7 @@ class Policy(ABC):
 
     @property
     def trainable(self) -> int:
-        """How many numbers are learnt."""
+        """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def load_parameters(self, values: list[Tensor]) -> None:
@@ -112,7 +112,7 @@ class ExpertPolicy(Policy):
 
 
 class SVFPolicy(ExpertPolicy):
-    """An expert on the fused ops: no weight and no gradient of a weight's size exists (DESIGN section 2)."""
+    """An expert on the fused ops: no weight and no gradient of a weight's size exists."""
 
     def __init__(self, model: PreTrainedModel | SVFModel, options: TrainOptions) -> None:
         config = svf_config(options)
@@ -297,12 +297,12 @@ def base_identity(model: PreTrainedModel, decomposed: str = "") -> Base:
 
 
 def target_modules(options: TrainOptions) -> str | list[str]:
-    """As `SVFConfig.target_modules` takes them."""
+    """Target modules in the form of `SVFConfig.target_modules`."""
     return options.target_modules[0] if len(options.target_modules) == 1 else list(options.target_modules)
 
 
 def svf_config(options: TrainOptions) -> SVFConfig:
-    """How a model is wrapped for these options."""
+    """The `SVFConfig` of these options."""
     return SVFConfig(
         target_modules=target_modules(options),
         dtype=getattr(torch, options.factor_dtype),

@@ -46,7 +46,7 @@ from t2kernels.files import write_text
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to. `expert` is the best checkpoint by validation score: a file, or a folder for LoRA."""
+    """The outcome of a run. `expert` is the best checkpoint by validation score: a file, or a folder for LoRA."""
 
     finished: bool
     expert: Path
@@ -240,7 +240,7 @@ class Trainer:
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def _indices(self) -> list[int]:
-        """Which problems the next step takes: every one once before any comes again, in an order of the seed."""
+        """Indices of the next step's examples: every one once before any comes again, in an order of the seed."""
         count, size = len(self.problems), self.options.prompts_per_step
         epoch, place = divmod(self.state.step * size, count)
         indices: list[int] = []

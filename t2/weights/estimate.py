@@ -1,4 +1,4 @@
-"""What a model costs before any of its weights is read: disk, memory, time, and the GPUs it fits.
+"""Estimates before any weight is read: disk, memory, time, and the GPUs that a model fits.
 
 Everything follows from the config: the skeleton on the meta device has the shapes, `t2/weights/memory_model.py` the
 formulas. `tests/t2/weights/test_estimate.py` compares them with what packing, saving, and a step of the trainer really
@@ -75,7 +75,7 @@ class Footprint:
 
     @property
     def multiply_adds(self) -> float:
-        """Of the model over the dense one's: sum r (out + in) / sum out in, with layers that are no targets in both;
+        """Ratio to the dense model's: sum r (out + in) / sum out in, with layers that are no targets in both;
         attention and the output embedding left out."""
         factored = sum(s.count * s.rank * (s.out_features + s.in_features) for s in self.shapes)
         dense = sum(s.count * s.out_features * s.in_features for s in self.shapes)
@@ -127,7 +127,7 @@ class Footprint:
         return 4 * 4 * self.expert
 
     def activations(self, rows: int, new: int, keys: int, *, checkpointing: bool = False) -> float:
-        """What a forward pass keeps for its backward pass, logits left out; of layers that run again, their inputs.
+        """Bytes that a forward pass keeps for its backward pass, without logits; of layers run again, their inputs.
 
         Raises:
             ValueError: the formula does not describe this kind of model.
@@ -162,8 +162,8 @@ class Footprint:
         return kept + max(logits, self.architecture.transient(answers * length, self.dtype))
 
     def _logits(self, tokens: int) -> float:
-        """Of the base, the policy's before and after joining and choosing tokens; or, in the loss, base, policy and
-        gradient with its float32 temporaries of some rows."""
+        """Bytes of logits held at once: the base's, the policy's before and after joining and choosing tokens; or, in
+        the loss, base, policy and gradient with its float32 temporaries of some rows."""
         row, e = self.architecture.vocabulary, self.dtype.itemsize
         temporaries = (5 if e == 4 else 6) * 4 * min(tokens, LOSS_ROWS)
         return row * max(4 * tokens * e, 3 * tokens * e + temporaries)

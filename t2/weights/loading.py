@@ -29,7 +29,7 @@ from t2kernels.files import cache_root
 
 GGUF_MAGIC = b"GGUF"
 Tokenizer = PreTrainedTokenizerBase | ProcessorMixin
-"""What makes a model's inputs: a processor for one that reads images, a tokenizer for any other."""
+"""The maker of a model's inputs: a processor for one that reads images, a tokenizer for any other."""
 
 
 @dataclass(frozen=True)

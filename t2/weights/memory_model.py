@@ -19,7 +19,7 @@ ACTIVATIONS_OF = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def factor_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """What `FactoredWeight.pack(...).nbytes` will be: both factors, the singular values, int8's scales."""
+    """Bytes of `FactoredWeight.pack(...)`: both factors, the singular values, int8's scales."""
     rank = min(out_features, in_features)
     head = int8_head(rank) if dtype == torch.int8 else 0
     parts = [(head, torch.float16), (rank - head, dtype)] if head else [(rank, dtype)]
@@ -30,7 +30,7 @@ def factor_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int
 
 
 def dense_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """What `DenseWeight.pack(...).nbytes` will be for a 16 or 32 bit format."""
+    """Bytes of `DenseWeight.pack(...)` for a 16 or 32 bit format."""
     return _panel_bytes(out_features, in_features, dtype)
 
 
@@ -70,7 +70,7 @@ def decompose_flops(out_features: int, in_features: int) -> tuple[float, float, 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast this machine decomposes: units of `decompose_flops` a second, from a probe of about two seconds."""
+    """This machine's speed at decomposing: units of `decompose_flops` a second, from a probe of about two seconds."""
 
     eigh: float
     float64: float
@@ -163,13 +163,13 @@ class Architecture:
         return 4 * n * ranks + norms + attention + 3 * e * n * self.intermediate
 
     def transient(self, tokens: int, dtype: torch.dtype) -> float:
-        """What a layer's forward or backward pass holds for a moment: gradients of its widest part."""
+        """Bytes that a layer's forward or backward pass holds for a moment: gradients of its widest part."""
         return tokens * dtype.itemsize * (3 * self.intermediate + 2 * self.hidden)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the model is trained on: the sizes of a step."""
+    """Sizes of a training step."""
 
     prompt_tokens: int = 256
     new_tokens: int = 256
@@ -192,5 +192,5 @@ class Work:
         return parts + [(prompts, prompts * self.samples_per_prompt) for prompts in range(1, self.prompts_per_step + 1)]
 
     def tokens(self, prompts: int, answers: int, *, checkpointing: bool = False) -> int:
-        """As `--token-budget` counts them: with checkpointing every answer has a prompt of its own."""
+        """Tokens as `--token-budget` counts them: with checkpointing every completion has a prompt of its own."""
         return (answers if checkpointing else prompts) * self.prompt_tokens + answers * self.new_tokens

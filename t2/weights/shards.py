@@ -25,7 +25,7 @@ def is_sharded(folder: Path) -> bool:
 
 
 class Shards:
-    """What lies where in a folder as `save_pretrained` writes it: `model.safetensors`, or shards and their index.
+    """The tensors of a folder as `save_pretrained` writes it: `model.safetensors`, or shards and their index.
 
     All headers are read at once, so that a missing or truncated file is found before long work; tensors are read when
     they are asked for.

@@ -28,7 +28,7 @@ from t2.weights.targets import Linear, select_targets, weight_matrix
 
 Stream = Literal["auto", "yes", "no"]
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
-"""What a Hub snapshot needs of a repository."""
+"""Files of a repository that a Hub snapshot needs."""
 
 
 def streams(name_or_path: str | Path, stream: Stream) -> bool:

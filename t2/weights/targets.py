@@ -1,4 +1,4 @@
-"""Which linear layers of a model are decomposed."""
+"""Target layers: the linear layers of a model that are decomposed."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _computes_its_matrix(layer: nn.Linear | Conv1D) -> bool:
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """Every linear layer (nn.Linear, Conv1D) of the model by name, but for its output embedding (lm_head).
 
-    Of a model that reads images these are the layers of its language model: what comes before, the vision tower and
+    In a model that reads images these are the layers of its language model: what comes before, the vision tower and
     what connects it, sees patches of images, not requests that could each have an expert.
     """
     return {
@@ -245,7 +245,7 @@ class Coverage:
 
     @classmethod
     def of(cls, blocks: Mapping[str, int], decomposed: Iterable[str]) -> Coverage:
-        """Of a model with `block_weights` blocks."""
+        """The coverage of a model with `block_weights` blocks."""
         factors, dense = set(decomposed), dict[str, int]()
         for name in blocks.keys() - factors:
             kind = ".".join(part for part in re.sub(r"_?\d+", "", name).split(".")[-3:] if part)

@@ -38,7 +38,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # there bfloat16 is 
 
 @triton.jit
 def _tiles(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How many tiles cover a result [rows, columns]."""
+    """Number of tiles that cover a result [rows, columns]."""
     return tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
 
 

@@ -91,8 +91,8 @@ class _Product:
 
     @property
     def terms(self) -> str:
-        """What is multiplied: 16 bits each ("half", from int8 "words"), float16 as two bfloat16 terms ("split"), or 32
-        bits ("wide", from int8 "wide words")."""
+        """Format of the operands: 16 bits each ("half", from int8 "words"), float16 as two bfloat16 terms ("split"),
+        or 32 bits ("wide", from int8 "wide words")."""
         term = torch.bfloat16 if self.round_to_bf16 else self.lefts[0].dtype
         others = set(self.dtypes) - {term, *EIGHT_BITS}
         if term in HALVES and (not others or not self.exact_halves):
@@ -194,13 +194,13 @@ def _words(part: Tensor) -> Tensor:
 
 
 def _lengths(parts: Sequence[Tensor], k: int) -> list[int]:
-    """How many of the k terms belong to each part: the last takes the rest, since words are padded."""
+    """Number of the k terms in each part: the last takes the rest, since words are padded."""
     first = [part.shape[1] for part in parts[:-1]]
     return [*first, k - sum(first)]
 
 
 def _scaled_dtype(x: torch.dtype, weights: Sequence[Tensor], bf16_products: bool) -> torch.dtype:
-    """What the scaled projection is kept as between the two products."""
+    """Dtype of the scaled projection between the two products."""
     dtypes = {w.dtype for w in weights}
     if torch.float32 not in dtypes and (x == torch.bfloat16 or (bf16_products and dtypes == {torch.bfloat16})):
         return torch.bfloat16
@@ -249,7 +249,7 @@ def factored_linear_group(
 class _Group:
     """The two launches of layers that share their input, prepared by their first call.
 
-    What a launch costs on the host is choosing its tile, its constants and its compiled code: 100 us for q, k and v.
+    The host cost of a launch is choosing its tile, its constants and its compiled code: 100 us for q, k and v.
     They depend on shapes, dtypes and alignments alone, so calls of one kind find them ready (`run_group`).
     """
 
@@ -271,14 +271,14 @@ class _Group:
         self.zeros: dict[int, Tensor] = {}  # for layers without a bias beside others that have one
 
     def by_part(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of each layer's tensor [..., rank] the windows of its parts."""
+        """The windows of each layer's tensor [..., rank] that belong to its parts."""
         if self.parts == 1:
             return list(tensors)
         widths = _by_layer(self.widths, self.parts)
         return [part for each, own in zip(tensors, widths, strict=True) for part in each.split(list(own), dim=-1)]
 
     def empty(self, x: Tensor, rows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Where the outputs and the scaled projection go."""
+        """Buffers for the outputs and the scaled projection."""
         count = rows.shape[0]
         s = rows.new_empty(count, sum(self.ranks), dtype=_scaled_dtype(x.dtype, self.u, self.bf16_products))
         return [x.new_empty(count, features) for features in self.out_features], s

@@ -32,7 +32,7 @@ from t2kernels.files import cache_root, strict_json, write_text
 
 @dataclass(frozen=True)
 class Tile:
-    """How one launch cuts its work: rows x columns of a program's tile, the step along k, warps, buffers in flight.
+    """The tiling of one launch: rows x columns of a program's tile, the step along k, warps, buffers in flight.
 
     `group_m` row tiles take turns before the next columns. A persistent launch has as many programs as the chip has
     SMs, each walking over tiles. `weights_first`: weights are the left operand of the tensor core, whose tile has at
@@ -214,7 +214,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a tile is chosen by."""
+    """The key that a tile is chosen by."""
 
     step: str  # project, expand, pull or back
     rows: int

@@ -51,7 +51,7 @@ def test_only_some_sections_and_an_interruption(command, tmp_path, capsys, monke
 
     monkeypatch.setattr(measuring, "evaluate_experts", interrupted)
     assert run(*command, "--only", "table1") == 130
-    assert "goes on from" in capsys.readouterr().out
+    assert "continues from" in capsys.readouterr().out
     assert not (tmp_path / "out" / "results.json").exists()
     monkeypatch.setattr(measuring, "evaluate_experts", inner)
     assert run(*command, "--only", "table1", "dispatch", "--factor-dtype", "bfloat16", "--bf16-products") == 0

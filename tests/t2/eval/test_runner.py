@@ -54,7 +54,7 @@ def calls(monkeypatch):
 
 def alone(running, label, name):
     """Scores of one expert by itself, one prompt after the other."""
-    judged = running.judged(label)
+    judged = running.task(label)
 
     def answer(prompts, room):
         found = []
@@ -96,7 +96,7 @@ def test_dispatched_columns_are_real_two_pass_answers(measuring, plan):
     columns = measure(running, ["table2"])["table2"]
     chosen = set()
     for label in plan.tasks:
-        judged = running.judged(label)
+        judged = running.task(label)
         for name, kind in (("prompt", PromptStrategy), ("classifier", ClassifierStrategy)):
             strategy = kind(running.svf, running.tokenizer, running.bank.domains)
             both = two_pass(
@@ -114,7 +114,7 @@ def test_the_few_shot_column_is_the_search_of_the_train_split(measuring, plan):
     running = measuring()
     found = measure(running, ["table2", "alphas", "sizes"])
     for label in plan.tasks:
-        judged = running.judged(label)
+        judged = running.task(label)
         problems = few_shot_problems(judged.task, 4, split="train", seed=0)
         options = FewShotOptions(population=10, generations=2, seed=0)
         strategy = FewShotStrategy(
@@ -160,7 +160,7 @@ def test_each_incumbent_has_columns_from_the_same_search(measuring, content, cal
         assert set(columns) - set(plain["table2"][label]["columns"]) == {
             name for name in columns if name.startswith("classifier, few-shot 4")
         }
-        judged = running.judged(label)
+        judged = running.task(label)
         classifier = ClassifierStrategy(running.svf, running.tokenizer, running.bank.domains)
         for incumbent, name in (("base", "few-shot 4"), (classifier, "classifier, few-shot 4")):
             strategy = FewShotStrategy(
@@ -296,7 +296,7 @@ def test_an_adapter_is_a_column(measuring, plan, folder, tmp_path):
     found = measure(running, ["table1"])["table1"]
     differs = False
     for label in plan.seen:
-        judged = running.judged(label)
+        judged = running.task(label)
 
         def answer(prompts, room):
             rows = (
@@ -324,7 +324,7 @@ def test_variants_of_fewer_matrices(measuring, content, folder, tmp_path):
     found = measure(running, ["variants"])["variants"]
     assert list(found) == ["a"] and list(found["a"]["columns"]) == ["base", "expert of the bank", "mlp"]
     mlp.add_expert("mlp", expert)
-    judged = running.judged("a")
+    judged = running.task("a")
     out = [
         mlp.generate(module.encode(p, running.tokenizer)[None], experts=["mlp"], max_new_tokens=4)
         for p in judged.problems
@@ -344,7 +344,7 @@ def test_variants_of_fewer_matrices(measuring, content, folder, tmp_path):
 
 def test_few_shot_problems_of_a_task_with_a_test_split_alone(measuring, content):
     content["unseen"]["new"]["few_shot_from"] = "test"
-    judged = measuring(parse_spec(content)).judged("new")
+    judged = measuring(parse_spec(content)).task("new")
     drawn = judged.few_shot(3, 0)
     assert len(drawn) == 3 and not set(map(id, drawn)) & set(map(id, judged.problems))
     with pytest.raises(ValueError, match="new: few_shot_from test: few_shot: expected 1 to"):
