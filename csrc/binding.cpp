@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <atomic>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -36,7 +38,15 @@ t2::DType dtype_of(const Tensor& tensor, const char* name) {
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, t2::RangeFn fn, void* context) {
-  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { fn(b, e, context); });
+  std::atomic<bool> out_of_memory{false};  // an exception must not leave the callback, which C code calls
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) {
+    try {
+      fn(b, e, context);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
 }
 
 // A 2-D tensor is the matrix [n, k] itself; panels are [ceil(n / 16), k, 16] or, paired, [ceil(n / 16), ceil(k / 2), 16, 2].

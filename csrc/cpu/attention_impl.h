@@ -67,7 +67,7 @@ void weigh_values(const float* p, int64_t p_stride, const T* v, int64_t v_stride
     Lane16 w[Lanes];
 #pragma GCC unroll 4
     for (int l = 0; l < Lanes; ++l) {
-      w[l].load(v + l * kPanel);
+      load(w[l], v + l * kPanel);
       __builtin_prefetch(v + kAhead * v_stride + l * kPanel);
     }
 #pragma GCC unroll 4
@@ -84,7 +84,7 @@ void weigh_values(const float* p, int64_t p_stride, const T* v, int64_t v_stride
 #pragma GCC unroll 4
     for (int l = 0; l < Lanes; ++l) {
       c[h][l].multiply(factor);
-      c[h][l].store(out + h * out_stride + l * kPanel);
+      store(c[h][l], out + h * out_stride + l * kPanel);
     }
   }
 }
@@ -133,7 +133,7 @@ void attend_job(const t2::DecodeAttention& a, int64_t row, int64_t key_head) {
       c.zero();
       for (int64_t d = 0; d < dim; d += kPanel) {
         Lane16 k, q;
-        k.load(key + d);
+        load(k, key + d);
         q.load(query + h * dim + d);
         c.step(k, q);
       }
@@ -159,11 +159,7 @@ void attend(const t2::DecodeAttention& a, ParallelFor parallel_for) {
   parallel(parallel_for, a.rows * a.key_heads, grain(kGrain, a.length * a.head_dim), [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
       const int64_t row = job / a.key_heads, key_head = job % a.key_heads;
-      switch (a.dtype) {
-        case DType::f32: attend_job<float>(a, row, key_head); break;
-        case DType::bf16: attend_job<bf16>(a, row, key_head); break;
-        default: attend_job<f16>(a, row, key_head); break;
-      }
+      with_activation(a.dtype, [&]<class T>(T) { attend_job<T>(a, row, key_head); });
     }
   });
 }

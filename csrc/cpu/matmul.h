@@ -10,16 +10,9 @@
 //                      are added in float32, k ascending
 #pragma once
 
-#include <cstdint>
+#include "formats.h"
 
 namespace t2 {
-
-enum class DType : int { f32, bf16, f16, i8 };
-
-// Output columns are packed 16 to a panel; columns past N hold zeros. float32 and float16 panels are [K][16]; bfloat16
-// and int8 ones [ceil(K / 2)][16][2], two terms of a column side by side, an odd last term beside a zero.
-constexpr int64_t kPanel = 16;
-constexpr bool paired(DType dtype) { return dtype == DType::bf16 || dtype == DType::i8; }
 
 // Terms that share one activation scale in int8 products: the most whose sum of 127 * 32767 fits 32 bits.
 constexpr int64_t kBlock = 512;
@@ -73,6 +66,10 @@ using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* context);
 
 enum class Arithmetic : int { f32, bf16, i16 };
+
+// Scratch memory, on cache lines; std::bad_alloc if there is none.
+char* allocate(int64_t bytes);
+void release(char* data);
 
 struct DecodeAttention;  // attention.h
 
