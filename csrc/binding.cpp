@@ -1,5 +1,5 @@
-// Binds the CPU kernels to the t2kernels operators on torch's stable ABI, and reports the build to Python. No other file
-// includes torch. Schemas, meta kernels and gradients are in t2kernels/ops.py.
+// Binds the CPU kernels to the t2kernels operators on torch's stable ABI, and reports the build to Python. No other
+// file includes torch. Schemas, meta kernels and gradients are in t2kernels/ops.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -49,7 +49,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, t2::RangeFn fn, voi
   if (out_of_memory) throw std::bad_alloc();
 }
 
-// A 2-D tensor is the matrix [n, k] itself; panels are [ceil(n / 16), k, 16] or, paired, [ceil(n / 16), ceil(k / 2), 16, 2].
+// A 2-D tensor is the matrix [n, k]; panels are [ceil(n / 16), k, 16] or, paired, [ceil(n / 16), ceil(k / 2), 16, 2].
 t2::Matrix matrix(const Tensor& m, int64_t n, int64_t k, const char* name) {
   const t2::DType dtype = dtype_of(m, name);
   if (m.dim() == 2) {
@@ -202,8 +202,8 @@ void store_at(void* data, t2::DType dtype, int64_t i, float value) {
   }
 }
 
-// Products over the same rows, run in as few kernel calls as kMaxProducts allows. Empty ones never reach a kernel: without
-// rows or columns there is nothing to do, and a sum without terms is the bias.
+// Products over the same rows, run in as few kernel calls as kMaxProducts allows. Empty ones never reach a kernel:
+// without rows or columns there is nothing to do, and a sum without terms is the bias.
 class Batch {
  public:
   explicit Batch(int64_t rows) : rows_(rows) {}

@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C: a 6 x 16 register tile, 12 accumulators of 8 lanes.
+// AVX2 + FMA + F16C: a register tile of 6 rows x 1 panel (3 x 2, 1 x 4), 12 sums of 8 lanes in 16 registers.
 #if defined(__x86_64__)
 #include "x86_target.h"
 T2_TARGET_BEGIN("avx2,fma,f16c")
@@ -59,7 +59,7 @@ struct Lane16 {
 
 struct PairBroadcast {
   __m256i v;
-  explicit PairBroadcast(const uint32_t* p) : v(_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)))) {}
+  explicit PairBroadcast(const uint32_t* p) : v(_mm256_set1_epi32(static_cast<int>(*p))) {}
 };
 
 struct Pairs16 {

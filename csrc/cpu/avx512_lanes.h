@@ -1,6 +1,6 @@
-// 16 lanes of AVX-512 F/BW/DQ/VL, and the register tile they fill: 12 rows x 2 panels or 6 x 4. A taller one
-// would load a broadcast for every multiply-add, which processors with two of each a cycle can't sustain. The order of
-// fp32 operations is that of the AVX2 set, and so are the bits.
+// 16 lanes of AVX-512 F/BW/DQ/VL, and the register tile they fill: 12 rows x 2 panels or 6 x 4, 24 sums of 32
+// registers. A 24 x 1 tile would load a broadcast for every FMA, which processors with two of each a cycle can't
+// sustain. The order of float32 operations is that of the AVX2 set, and so are the bits.
 #pragma once
 #include <immintrin.h>
 

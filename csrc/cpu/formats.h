@@ -1,6 +1,6 @@
 // Storage formats: every line of the kernels that knows the bits of a number. A new format needs
-//   1. here: an entry in DType, a type with to_float, its kDType and a line in with_format (and paired, if two terms of a
-//      column should lie side by side);
+//   1. here: an entry in DType, a type with to_float, its kDType and a line in with_format (and paired, where two terms
+//      of a column should lie side by side);
 //   2. its torch dtype in csrc/binding.cpp;
 //   3. its torch dtype in t2kernels/packing.py.
 // It is then multiplied in float32, through to_float. Faster loads and products of 16-bit pairs are overloads of load()
@@ -24,8 +24,8 @@ constexpr bool paired(DType dtype) { return dtype == DType::bf16 || dtype == DTy
 
 }  // namespace t2
 
-// The rest is for files that define lanes first (matmul_impl.h lists them) and T2_VECTOR_BITS: 512 (AVX-512), 256 (AVX2)
-// or 0 (portable).
+// The rest is for files that define lanes first (matmul_impl.h lists them) and T2_VECTOR_BITS: 512 (AVX-512), 256
+// (AVX2) or 0 (portable).
 #if defined(T2_VECTOR_BITS)
 namespace {
 

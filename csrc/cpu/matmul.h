@@ -2,12 +2,13 @@
 //
 //   y[b, n] = column_scale[n] * sum_k x[b, k] * scale[slot(b), k] * component_scale[k] * M[n, k]  +  bias[n]
 //
-// A row's bits depend on that row and on M alone, whatever the batch size, the row's position, the tile that computes it
-// or the thread it lands on, because the sum over k always runs in the same order:
-//   float32 products   one fused multiply-add per term, k ascending
+// A row's bits depend on that row and on M alone, whatever the batch size, the row's position, the tile that computes
+// it or the thread it lands on, because the sum over k always runs in the same order:
+//   float32 products   one FMA per term, k ascending
 //   bfloat16 products  one hardware dot of two terms after the other, k ascending (instruction sets that have it)
 //   int8 matrices      activations become 16-bit integers per block of kBlock terms; a block's sum is exact, and blocks
 //                      are added in float32, k ascending
+// Columns are split over threads in panels of 16, rows are not: 192 columns are 12 panels and feed at most 12 threads.
 #pragma once
 
 #include "formats.h"
@@ -52,7 +53,7 @@ struct RowOutput {
   DType bias_dtype;
 };
 
-// M = [parts[0] | parts[1]] along k: factors whose leading components are stored with more bits.
+// M = [parts[0] | parts[1]] along k: leading components may be stored with more bits.
 constexpr int kMaxParts = 2;
 struct Product {
   RowInput in;
@@ -82,7 +83,7 @@ struct Kernels {
   void (*reduce_scales)(const float* t, const float* h, const float* component_scale, const int64_t* slots,
                         int64_t rows_per_slot, int64_t rows, int64_t k, float* dscales, ParallelFor);
   void (*attend)(const DecodeAttention&, ParallelFor);
-  // Machine limits: `steps` times as many multiply-adds as returned, from registers only, on the calling thread.
+  // Machine limits: `steps` times as many FMAs as returned, from registers only, on the calling thread.
   int64_t (*multiply_adds)(Arithmetic, int64_t steps);
   // Reads every whole 512 bytes once.
   void (*read)(const void* data, int64_t bytes);

@@ -1,7 +1,6 @@
-// The matmul driver and its micro-kernel, compiled once per instruction set. The including file defines, in an anonymous
-// namespace:
-//   Lane16, Broadcast       16 float32 lanes: zero, load, store, multiply, scale_and_add, sum, and step, an FMA with one
-//                           value in all lanes
+// The matmul driver and its micro-kernel, compiled once per instruction set. The including file defines, in an
+// anonymous namespace:
+//   Lane16, Broadcast       16 float32 lanes: zero, load, store, multiply, scale_and_add, sum; step: an FMA with a value
 //   Pairs16, PairBroadcast  16 pairs of 16-bit terms of M, one pair of terms of x
 //   DotI16                  16 int32 lanes: zero, step, add_to (accumulators += lanes * scale)
 //   DotBf16                 16 float32 lanes: zero, load, store, step; used if kBf16Products
@@ -11,14 +10,14 @@
 // formats.h adds loads and stores of every storage format.
 //
 // Tiling. A thread owns a range of panels, 16 columns each, so panels bound the number of threads: 192 columns are 12
-// panels and feed 12 threads, whatever the number of rows. Rows go in blocks of kRowBlock, which are scaled, converted to
-// the operands of the arithmetic (float32, bfloat16 pairs, or int16 pairs with a scale per kBlock terms) and interleaved
-// tile by tile ([tile][k][rows of tile]), so that the micro-kernel reads one stream of broadcasts. Within a group of
-// kGroup panels the reduction advances a slice at a time: the row block's slice stays in L2, the panels' slice in L1 for
-// all tiles. Between slices accumulators are stored as float32, which rounds nothing.
+// panels and feed 12 threads, whatever the number of rows. Rows go in blocks of kRowBlock, which are scaled, converted
+// to the operands of the arithmetic (float32, bfloat16 pairs, or int16 pairs with a scale per kBlock terms) and
+// interleaved tile by tile ([tile][k][rows of tile]), so that the micro-kernel reads one stream of broadcasts. Within a
+// group of kGroup panels the reduction advances a slice at a time: the row block's slice stays in L2, the panels' slice
+// in L1 for all tiles. Between slices accumulators are stored as float32, which rounds nothing.
 // Data movement. Every weight byte is read from memory once per row block and used straight from its storage format by
-// every row tile. Matrices that are not packed, or packed the other way round, are first gathered into float32 panels, a
-// slice at a time.
+// every row tile. Matrices that are not packed, or packed the other way round, are first gathered into float32 panels,
+// a slice at a time.
 // Limit. Memory bandwidth for few rows, FMAs for many; packing x shows only where M has few columns.
 
 #include <type_traits>
@@ -38,13 +37,17 @@ using t2::RowInput;
 using t2::RowOutput;
 using t2::Storage;
 
-// Machine constants. Register tiles (kMaxRows, panels_per_tile) stand beside the lanes that they fill.
-constexpr int64_t kRowBlock = 256;
-constexpr int64_t kSlice = 256;
-constexpr int64_t kGroup = 8;
-constexpr int64_t kNearBytes = 20 << 10;
+// Machine constants, from the sizes of L1 (32 KiB or more) and L2 (512 KiB or more). None changes an output bit. Half or
+// twice of kSlice or kGroup changed 33 rows x 2048 x 2048 by less than 4%, within noise (Zen 4, AVX-512 BF16).
+// Register tiles (kMaxRows, panels_per_tile) stand beside the lanes that they fill.
+constexpr int64_t kRowBlock = 256;        // rows packed at a time; with kSlice 256 KiB of float32 x, half of L2
+constexpr int64_t kSlice = 256;           // terms; 16 KiB a float32 panel: the 2 of a tall tile fill an L1 of 32 KiB
+constexpr int64_t kGroup = 8;             // panels with open sums: 128 KiB for kRowBlock rows, a quarter of L2
+constexpr int64_t kNearBytes = 20 << 10;  // a panel up to this size stays in L1 beside x: one slice, sums in registers
+// Bytes in flight for one core: latency times bandwidth (100 ns x 50 GB/s = 5 KB), and some.
 constexpr int64_t kBytesAhead = 6144;
-constexpr int64_t kReadAhead = 1024;
+constexpr int64_t kReadAhead = 1024;  // for each of read()'s 8 streams
+// Work worth a thread, microseconds as waking one takes: elements of x packed, FMAs, scales.
 constexpr int64_t kPackGrain = 16384;
 constexpr int64_t kFmaGrain = 65536;
 constexpr int64_t kScaleGrain = 64;
@@ -74,12 +77,11 @@ struct Scratch {
 
 template <class Fn>
 void parallel(ParallelFor parallel_for, int64_t count, int64_t at_least, const Fn& fn) {
-  parallel_for(
-      0, count, at_least, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Fn*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&fn)));
+  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Fn*>(context))(begin, end); };
+  parallel_for(0, count, at_least, call, const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
-// Arithmetics of the micro-kernel. One load of a panel gives kTerms terms, which meet x in kSteps steps of MR values of X.
+// Arithmetics of the micro-kernel. One load of a panel gives kTerms terms, which meet x in kSteps steps of MR values.
 
 struct FloatSums {
   template <class Lane>
@@ -163,33 +165,31 @@ Arithmetic arithmetic(const RowInput& in, const Matrix& m) {
   return kind == Arithmetic::bf16 && !in.round_to_bf16 ? Arithmetic::f32 : kind;
 }
 
-// The prefetches of one tile: they begin `start` bytes past the panel's first weight, go on `step` bytes with every load
-// of a panel, and skip `jump` bytes at term `turn`.
+// Prefetches of one tile: they begin `start` bytes past the first weight of each panel, advance `step` bytes with every
+// load, and skip `jump` bytes when the load comes to term `turn`.
 //
-// One row tile reads `run` panels side by side, straight from memory, and uses nothing twice. It prefetches
-// kBytesAhead / run bytes ahead in every panel. The last of these would leave the panel: they jump over the rest of the
-// run (run - 1 panels), into the run that follows. With run = 2:
+// A single row tile reads `run` panels side by side, straight from memory, and uses nothing twice. Each panel is
+// prefetched kBytesAhead / run bytes ahead (n) of its load (w), and near its end the next run is. Panel 0 of a run of 2:
 //
-//                  term k0                  turn          last term
-//      panel 0     |  read >  - start - >    |              |
-//      panel 1     |  read >  - start - >    |              |
-//                  |  prefetched until turn: these panels --|
-//      panel 2     |  prefetched from turn on  |            |      panel 0's pointer, 2 panels on
-//      panel 3     |  prefetched from turn on  |            |      panel 1's
+//        this run                        next run
+//        panel 0         panel 1         panel 2         panel 3
+//      [===w----n      |               |               |               ]   n = w + start
+//      [==========w----n               |               |               ]   turn: n is at the panel's end and jumps over
+//      [===========w   |               |n              |               ]   run - 1 panels; panel 1's goes to panel 3
 //
-// Several row tiles read the same slice of a run one after the other, all but the first of them from cache. Each
-// prefetches its share of the slice that is read next, so that memory is read at an even pace:
+// Several row tiles read the same slice of a run in turn, all but the first from cache. Each prefetches its share of the
+// slice that is read next, so that memory is read at an even pace (turn = depth, no jump):
 //
-//      this slice  |  read by tile 0, then by tile 1, then by tile 2    |
-//      next slice  |  tile 0 asks   |   tile 1 asks   |   tile 2 asks   |      turn = depth: no jump
+//      this slice  [ read by tile 0, then by tile 1, then by tile 2 ]
+//      next slice  [ tile 0's n    | tile 1's n    | tile 2's n     ]
 struct Prefetch {
   int64_t start, step, turn, jump;
 };
 
-// The micro-kernel. c[MR][NP] accumulators of 16 columns stay in registers over `depth` terms; each load of a panel meets
-// MR broadcasts of x. x: [depth / terms of an X][MR]. w: NP panels, w_stride elements apart. acc: NP x [rows][16],
-// acc_stride floats apart, read unless `first`. scale: of MR rows, or null.
-// Limit: FMAs while the panels' slice is in L1; the tile's shape keeps loads below one an FMA.
+// The micro-kernel. c[MR][NP] accumulators of 16 columns stay in registers over `depth` terms; each load of a panel
+// meets MR broadcasts of x. x: [depth / terms of an X][MR]. w: NP panels, w_stride elements apart. acc: NP x
+// [rows][16], acc_stride floats apart, read unless `first`. scale: of MR rows, or null.
+// Limit: FMAs while the slice of the panels is in L1; a full tile needs less than one load an FMA.
 template <class A, int MR, int NP>
 void micro(const typename A::X* x, const float* scale, const typename A::Weight* w, int64_t w_stride, int64_t depth,
            float* acc, int64_t acc_stride, bool first, Prefetch prefetch) {
@@ -241,7 +241,7 @@ auto micro_for(int64_t rows, bool wide) -> decltype(&micro<A, 1, 1>) {
 // Splits `rows` into the fewest tiles of at most kMaxRows rows, sizes differing by at most one.
 struct Tiles {
   int64_t count, small, large_count;
-  explicit Tiles(int64_t rows) : count((rows + kMaxRows - 1) / kMaxRows), small(rows / count), large_count(rows % count) {}
+  explicit Tiles(int64_t n) : count((n + kMaxRows - 1) / kMaxRows), small(n / count), large_count(n % count) {}
   int64_t rows(int64_t tile) const { return small + (tile < large_count ? 1 : 0); }
   int64_t begin(int64_t tile) const { return tile * small + smaller(tile, large_count); }
 };
