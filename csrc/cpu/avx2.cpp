@@ -59,7 +59,8 @@ struct Lane16 {
 
 struct PairBroadcast {
   __m256i v;
-  explicit PairBroadcast(const uint32_t* p) : v(_mm256_set1_epi32(static_cast<int>(*p))) {}
+  explicit PairBroadcast(const uint32_t* p)
+      : v(_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)))) {}
 };
 
 struct Pairs16 {

@@ -118,22 +118,28 @@ inline void from_float(float v, f16* out) {
 #endif
 
 // 16 numbers: any format, one by one. Non-template overloads below are for what an instruction set does at once.
+template <class Number>
+inline void fill(Lane16& lane, const Number& number) {
+#if T2_VECTOR_BITS == 0
+  for (int i = 0; i < kPanel; ++i) lane.v[i] = number(i);
+#else
+  alignas(64) float wide[kPanel];
+  for (int i = 0; i < kPanel; ++i) wide[i] = number(i);
+  lane.load(wide);
+#endif
+}
 template <class T>
 void load(Lane16& lane, const T* p) {
-  alignas(64) float wide[kPanel];
-  for (int i = 0; i < kPanel; ++i) wide[i] = to_float(p[i]);
-  lane.load(wide);
+  fill(lane, [p](int i) { return to_float(p[i]); });
 }
 // The terms with even or odd index of 16 columns of a paired panel.
 template <class T>
 void load_even(Lane16& lane, const T* p) {
-  alignas(64) float wide[kPanel];
-  for (int i = 0; i < kPanel; ++i) wide[i] = to_float(p[2 * i]);
-  lane.load(wide);
+  fill(lane, [p](int i) { return to_float(p[2 * i]); });
 }
 template <class T>
 void load_odd(Lane16& lane, const T* p) {
-  load_even(lane, p + 1);
+  fill(lane, [p](int i) { return to_float(p[2 * i + 1]); });
 }
 template <class T>
 void store(const Lane16& lane, T* p) {

@@ -1,6 +1,6 @@
 // The matmul driver and its micro-kernel, compiled once per instruction set. The including file defines, in an
 // anonymous namespace:
-//   Lane16, Broadcast       16 float32 lanes: zero, load, store, multiply, scale_and_add, sum; step: an FMA with a value
+//   Lane16, Broadcast       16 float32 lanes: zero, load, store, multiply, scale_and_add, sum; step, an FMA
 //   Pairs16, PairBroadcast  16 pairs of 16-bit terms of M, one pair of terms of x
 //   DotI16                  16 int32 lanes: zero, step, add_to (accumulators += lanes * scale)
 //   DotBf16                 16 float32 lanes: zero, load, store, step; used if kBf16Products
@@ -37,8 +37,8 @@ using t2::RowInput;
 using t2::RowOutput;
 using t2::Storage;
 
-// Machine constants, from the sizes of L1 (32 KiB or more) and L2 (512 KiB or more). None changes an output bit. Half or
-// twice of kSlice or kGroup changed 33 rows x 2048 x 2048 by less than 4%, within noise (Zen 4, AVX-512 BF16).
+// Machine constants, from the sizes of L1 (32 KiB or more) and L2 (512 KiB or more). None changes an output bit.
+// Half or twice of kSlice or kGroup changed 33 rows x 2048 x 2048 by less than 4%, within noise (Zen 4, AVX-512 BF16).
 // Register tiles (kMaxRows, panels_per_tile) stand beside the lanes that they fill.
 constexpr int64_t kRowBlock = 256;        // rows packed at a time; with kSlice 256 KiB of float32 x, half of L2
 constexpr int64_t kSlice = 256;           // terms; 16 KiB a float32 panel: the 2 of a tall tile fill an L1 of 32 KiB
@@ -169,7 +169,7 @@ Arithmetic arithmetic(const RowInput& in, const Matrix& m) {
 // load, and skip `jump` bytes when the load comes to term `turn`.
 //
 // A single row tile reads `run` panels side by side, straight from memory, and uses nothing twice. Each panel is
-// prefetched kBytesAhead / run bytes ahead (n) of its load (w), and near its end the next run is. Panel 0 of a run of 2:
+// prefetched kBytesAhead / run bytes ahead (n) of its load (w); near its end the next run is. Panel 0 of a run of 2:
 //
 //        this run                        next run
 //        panel 0         panel 1         panel 2         panel 3
@@ -177,8 +177,8 @@ Arithmetic arithmetic(const RowInput& in, const Matrix& m) {
 //      [==========w----n               |               |               ]   turn: n is at the panel's end and jumps over
 //      [===========w   |               |n              |               ]   run - 1 panels; panel 1's goes to panel 3
 //
-// Several row tiles read the same slice of a run in turn, all but the first from cache. Each prefetches its share of the
-// slice that is read next, so that memory is read at an even pace (turn = depth, no jump):
+// Several row tiles read the same slice of a run in turn, all but the first from cache. Each prefetches its share of
+// the slice that is read next, so that memory is read at an even pace (turn = depth, no jump):
 //
 //      this slice  [ read by tile 0, then by tile 1, then by tile 2 ]
 //      next slice  [ tile 0's n    | tile 1's n    | tile 2's n     ]

@@ -20,7 +20,9 @@ struct Broadcast {
 struct Lane16 {
   float v[16];
   void zero() { std::memset(v, 0, sizeof v); }
-  void load(const float* p) { std::memcpy(v, p, sizeof v); }
+  void load(const float* p) {  // gcc 12 keeps lanes in memory if this is a memcpy
+    for (int i = 0; i < 16; ++i) v[i] = p[i];
+  }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
   void multiply(const float* p) {
     for (int i = 0; i < 16; ++i) v[i] *= p[i];
