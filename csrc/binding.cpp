@@ -142,15 +142,8 @@ Rows rows_of(const Tensor& x, int64_t features, const char* name, bool bf16_prod
 }
 
 t2::RowInput scaled_rows(const float* t, int64_t rank, const Routing& route, const float* component_scale, bool round) {
-  return {t,
-          t2::DType::f32,
-          rank,
-          route.scales_data,
-          route.scales_stride,
-          route.slots_data,
-          route.rows_per_slot,
-          component_scale,
-          round};
+  return {t, t2::DType::f32, rank, route.scales_data, route.scales_stride, route.slots_data, route.rows_per_slot,
+          component_scale, round};
 }
 
 Tensor like(const Tensor& x, int64_t features) {
