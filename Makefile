@@ -26,15 +26,16 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --quiet -m slow
-	$(BIN)/python -m pytest --quiet benchmarks/bench_linear.py benchmarks/bench_experts.py benchmarks/bench_attention.py -k agree
+	$(BIN)/python -m pytest --quiet benchmarks/kernels/linear.py benchmarks/kernels/experts.py \
+		benchmarks/kernels/attention.py -k agree
 
 test-families: $(INSTALLED)
 	$(BIN)/python -m tests.families --out benchmarks/results/families.json
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.render
 
 test-versions:
 	tests/versions.sh python3.11 python3.12 python3.13 -- 2.11.0 2.13.0 2.15.0
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.render
 
 test-sanitize: $(INSTALLED)
 	tests/sanitize.sh
@@ -44,7 +45,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
-	$(BIN)/python benchmarks/readme.py --check
+	$(BIN)/python -m benchmarks.render --check
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -53,20 +54,20 @@ AVX2 := T2KERNELS_CPU=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 RESULTS := benchmarks/results
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest benchmarks/bench_linear.py --quiet --benchmark-json=$(RESULTS)/cpu-linear.json
-	$(BIN)/python -m pytest benchmarks/bench_experts.py --quiet --benchmark-json=$(RESULTS)/cpu-experts.json
-	$(BIN)/python -m pytest benchmarks/bench_attention.py --quiet --benchmark-json=$(RESULTS)/cpu-attention.json
-	$(AVX2) $(BIN)/python -m pytest benchmarks/bench_linear.py --quiet -k '(8B and q and not backward) or compile' \
+	$(BIN)/python -m pytest benchmarks/kernels/linear.py --quiet --benchmark-json=$(RESULTS)/cpu-linear.json
+	$(BIN)/python -m pytest benchmarks/kernels/experts.py --quiet --benchmark-json=$(RESULTS)/cpu-experts.json
+	$(BIN)/python -m pytest benchmarks/kernels/attention.py --quiet --benchmark-json=$(RESULTS)/cpu-attention.json
+	$(AVX2) $(BIN)/python -m pytest benchmarks/kernels/linear.py --quiet -k '(8B and q and not backward) or compile' \
 		--benchmark-json=$(RESULTS)/cpu-linear-avx2.json
-	$(BIN)/python benchmarks/serving.py
-	$(BIN)/python benchmarks/plan.py
-	$(BIN)/python benchmarks/fidelity.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/sandbox.py
-	$(BIN)/python benchmarks/humaneval.py
+	$(BIN)/python -m benchmarks.serving.throughput
+	$(BIN)/python -m benchmarks.serving.plans
+	$(BIN)/python -m benchmarks.serving.fidelity
+	$(BIN)/python -m benchmarks.serving.memory
+	$(BIN)/python -m benchmarks.tasks.sandbox
+	$(BIN)/python -m benchmarks.tasks.humaneval
 	$(BIN)/t2 demo --results $(RESULTS)/demo.json
-	$(BIN)/python benchmarks/results_cpu.py
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.kernels.report
+	$(BIN)/python -m benchmarks.render
 
 rehearse-gpu:
 	benchmarks/gpu/rehearse.sh

@@ -1,15 +1,12 @@
 """Decode and prefill of a whole model of Llama-3-8B's shapes on one GPU: dense, factored, and gathered LoRA.
 
-    python benchmarks/gpu/end_to_end.py --out DIR [--paths dense,int8,...] [--rows 1,8,32] [--layers N]
-    python benchmarks/gpu/end_to_end.py --out DIR --smoke         # tiny sizes on the CPU, no CUDA graphs
-
 Weights and factors are random. A decode step is everything between two tokens: embedding, layers, `lm_head`, argmax,
 and writing the token back; it is captured as a CUDA graph over a `StaticCache`. All paths share the transformers model
 and one attention function, so they differ in their linear layers alone. Every row of a batch has an expert of its own
 in the factored paths, and an adapter of its own in the LoRA path. After the capture the rows get other experts, and the
 replayed step is compared with an eager one.
 
-On a GPU each path runs in a process of its own: a capture that fails leaves its process unusable. All of them import
+On a GPU each path runs in a process of its own, since a failed capture leaves its process unusable. All of them import
 and compile their kernels at the same time; then they are measured one after the other.
 """
 
@@ -19,7 +16,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import inspect
 import itertools
 import json
 import statistics
@@ -31,9 +27,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -41,18 +35,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.initialization import no_init_weights
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-import t2.model.decomposed  # noqa: E402
-from t2 import Expert, SVFConfig, SVFModel  # noqa: E402
-from t2.weights.targets import linear_layers  # noqa: E402
-from t2kernels import DenseWeight, FactoredWeight, Factors  # noqa: E402
-from t2kernels.packing import GPU_STORAGE_DTYPES  # noqa: E402
+from benchmarks.common.tables import ROOT
+from t2 import Expert, SVFConfig, SVFModel
+from t2.weights.targets import linear_layers
+from t2kernels import DenseWeight, FactoredWeight, Factors
 
 ATTENTION = "benchmark_attention"
 CONFIG = ROOT / "benchmarks" / "configs" / "llama-3-8b.json"
-STORAGES = {"bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+STORAGES = {"bf16": torch.bfloat16, "int8": torch.int8}
 TITLES = {"dense": "dense bf16", "lora": "gathered LoRA"} | {name: f"ours {name}" for name in STORAGES}
 PATHS = ("dense", "int8", "lora", "bf16")  # in the order they are measured
 ADAPTERS, RANK = 32, 16
@@ -60,7 +50,7 @@ STD = 0.02  # of dense weights, and of W = U diag(s) Vh
 
 
 class Store(Protocol):
-    """Keeps measurements by name (`benchmarks.gpu.common.Results`)."""
+    """Keeps measurements by name (`benchmarks.gpu.harness.Results`)."""
 
     def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]: ...
 
@@ -186,17 +176,7 @@ class RandomFactors:
 
 def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
     """Wraps the model with random factors in place of a decomposition; on a GPU its dense weights are freed."""
-    factors = RandomFactors()
-    if "factors" in inspect.signature(SVFModel.__init__).parameters:
-        svf = SVFModel(model, config, factors=factors)
-    else:
-        keys = (f"{index:064x}" for index in range(1 << 20))
-        with (
-            patch.object(t2.model.decomposed, "decompose", lambda weight: factors("", weight)),
-            patch.object(t2.model.decomposed, "weight_key", lambda weight: next(keys)),
-            patch.object(t2.model.decomposed, "STORAGE_DTYPES", GPU_STORAGE_DTYPES),
-        ):
-            svf = SVFModel(model, config)
+    svf = SVFModel(model, config, factors=RandomFactors())
     if svf.sigma.device.type != "cpu":  # `detach`, `merge` and, on a CPU, plans need them
         for target in svf.decomposed.layers.values():
             target.weight = None
@@ -207,7 +187,7 @@ def factored_model(model: nn.Module, config: SVFConfig) -> SVFModel:
 
 
 class Subject:
-    """A model to measure, and how a batch is served with it."""
+    """Model to measure, and the way a batch is served with it."""
 
     model: nn.Module
 
@@ -239,28 +219,11 @@ class Factored(Subject):
         for index in range(experts):
             self.svf.add_expert(str(index), Expert.random(self.svf.layout, seed=index))
         self._experts = experts
-        self._captured: Any = None
 
     @contextmanager
     def serving(self, rows: int, shift: int = 0) -> Iterator[None]:
         with self.svf.route([str((row + shift) % self._experts) for row in range(rows)]):
-            self._follow()
             yield
-
-    def _follow(self) -> None:
-        """Lets a captured graph follow the route, if routes do not have slots at a fixed address."""
-        route = getattr(self.svf.router, "current", None)
-        slots, captured = getattr(route, "slots", None), self._captured
-        if slots is None or captured is None or slots.shape != captured.slots.shape or slots is captured.slots:
-            return
-        captured.slots.copy_(slots)
-
-    def capturing(self) -> None:
-        """Keeps the route whose tensors a graph reads."""
-        self._captured = getattr(self.svf.router, "current", None)
-
-    def released(self) -> None:
-        self._captured = None
 
     def weight_bytes(self, rows: int) -> int:
         modules = self.svf.model.modules()
@@ -287,7 +250,7 @@ class GatheredLinear(nn.Module):
 
 def _add_lora(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     if device.type == "cuda":
-        from benchmarks.multi_lora import add_lora
+        from benchmarks.gpu.gathered_lora import add_lora
 
         return add_lora
 
@@ -306,6 +269,7 @@ class GatheredLoRA(Subject):
         self._layers = []
         with torch.no_grad():
             for name, linear in linear_layers(self.model).items():
+                assert isinstance(linear, nn.Linear)
                 self._layers.append(GatheredLinear(linear, ids))
                 self.model.set_submodule(name, self._layers[-1])
 
@@ -333,12 +297,13 @@ class Decoder:
     def __init__(self, model: nn.Module, config: LlamaConfig, device: torch.device, rows: int, sizes: Sizes) -> None:
         self.model, self.filled = model, sizes.filled
         head_dim = config.hidden_size // config.num_attention_heads
-        self.cache = StaticCache(config=config, max_cache_len=sizes.cache)
-        self.cache.early_initialization(rows, config.num_key_value_heads, head_dim, torch.bfloat16, device)
+        cache: Any = StaticCache(config=config, max_cache_len=sizes.cache)
+        cache.early_initialization(rows, config.num_key_value_heads, head_dim, torch.bfloat16, device)
         g = torch.Generator(device).manual_seed(rows)
-        for layer in self.cache.layers:
+        for layer in cache.layers:
             layer.keys[:, :, : sizes.filled].normal_(generator=g)
             layer.values[:, :, : sizes.filled].normal_(generator=g)
+        self.cache: Any = cache
         self._first = torch.randint(3, config.vocab_size, (rows, 1), device=device, generator=g)
         self.token, self.position = self._first.clone(), torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._places = torch.arange(sizes.cache, device=device)
@@ -378,9 +343,9 @@ class Replay:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def make_replay(decoder: Decoder, device: torch.device, graphs: bool) -> Replay:
-    """Warms the step up, and captures it."""
-    if device.type != "cuda" or not graphs:
+def make_replay(decoder: Decoder, device: torch.device) -> Replay:
+    """Warms the step up, and captures it on a GPU."""
+    if device.type != "cuda":
         eager = Replay(lambda: None, False)
 
         def run() -> None:
@@ -455,14 +420,12 @@ def start_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: bool) -> dict[str, Any]:
+def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes) -> dict[str, Any]:
     """Seconds of a decode step; of the factored paths also whether a replay follows a change of experts."""
     device = decoder.token.device
     found: dict[str, Any] = {}
     with subject.serving(rows):
-        if isinstance(subject, Factored):
-            subject.capturing()
-        replay = make_replay(decoder, device, graphs)
+        replay = make_replay(decoder, device)
         decoder.reset()
         seconds = seconds_of(replay.run, sizes.replays, device)
         decoder.reset()
@@ -495,34 +458,7 @@ def decode(subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: 
             decoder.reset()
             found["other_experts"] = difference(replayed, decoder.step())
             found["change_by_experts"] = float((replayed.float() - first.float()).abs().max())
-        subject.released()
     return found
-
-
-def _decode_or_eager(
-    results: Store, title: str, subject: Subject, decoder: Decoder, rows: int, sizes: Sizes, graphs: bool
-) -> dict[str, Any]:
-    """`decode`; where the capture fails and leaves the process usable, without CUDA graphs."""
-    try:
-        return decode(subject, decoder, rows, sizes, graphs)
-    except RuntimeError as error:
-        text = f"{type(error).__name__}: {error}"[:500]
-        results.once(f"end to end | capture {rows} | {title}", lambda: {"error": text})
-        if not graphs or not usable(decoder.token.device):
-            raise
-    return decode(subject, decoder, rows, sizes, graphs=False)
-
-
-def usable(device: torch.device) -> bool:
-    """Whether the process can go on after an error: a failed capture or an illegal access spoils it."""
-    try:
-        torch.randn(1, device=device)
-        wait(device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    except RuntimeError:
-        return False
-    return True
 
 
 def difference(a: Tensor, b: Tensor) -> dict[str, Any]:
@@ -601,19 +537,16 @@ def run_path(
     device: torch.device,
     config: LlamaConfig,
     sizes: Sizes,
-    graphs: bool = True,
 ) -> None:
-    """All figures of one path, each stored as soon as it is there."""
+    """Makes all measurements of one path, each stored at once."""
     title, start = TITLES[path], time.perf_counter()
-    said = _figures(results, path, device, config, sizes, graphs)
+    said = _measure_path(results, path, device, config, sizes)
     start_peak(device)
     end = time.perf_counter() - start
     print(f"{title}: {', '.join(said)} ({end:.1f} s in all)", file=sys.stderr, flush=True)
 
 
-def _figures(
-    results: Store, path: str, device: torch.device, config: LlamaConfig, sizes: Sizes, graphs: bool
-) -> list[str]:
+def _measure_path(results: Store, path: str, device: torch.device, config: LlamaConfig, sizes: Sizes) -> list[str]:
     """Measures and stores; returns what to print."""
     title, start = TITLES[path], time.perf_counter()
     start_peak(device)
@@ -627,7 +560,7 @@ def _figures(
         decoder = Decoder(subject.model, config, device, rows, sizes)
         found = results.once(
             f"end to end | decode {rows} | {title}",
-            functools.partial(_decode_or_eager, results, title, subject, decoder, rows, sizes, graphs),
+            functools.partial(decode, subject, decoder, rows, sizes),
         )
         said.append(f"{rows} rows {found.get('seconds', float('nan')) * 1e3:.2f} ms")
         if path != "lora" and rows in sizes.eager_rows:
@@ -648,23 +581,17 @@ def _figures(
 
 
 class Printed:
-    """A store that prints each measurement as a line of JSON, errors too; one that spoils the process is raised.
+    """Store that prints each measurement as a line of JSON, errors too; an error that spoils the process is raised."""
 
-    done: names that need no measurement any more.
-    """
-
-    def __init__(self, device: torch.device, done: Sequence[str] = ()) -> None:
-        self._device, self._done = device, set(done)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
-        if name in self._done:
-            return {}
         try:
             found = measure()
         except Exception as error:  # kernels may fail in their own ways
             traceback.print_exc()
-            if not usable(self._device):
-                raise
+            wait(self._device)  # raises again if the process is spoilt
             found = {"error": f"{type(error).__name__}: {error}"[:500]}
         print(json.dumps({"name": name, "value": found}), flush=True)
         return found
@@ -683,7 +610,6 @@ class PathProcess:
             text=True,
         )
         self.ready = threading.Event()
-        self.found: dict[str, dict[str, Any]] = {}
         self._store: Store | None = None
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -700,11 +626,11 @@ class PathProcess:
             elif "ready" in said:
                 self.ready.set()
             elif self._store is not None:
-                self.found[said["name"]] = self._store.once(said["name"], lambda said=said: said["value"])
+                self._store.once(said["name"], lambda said=said: said["value"])
         self.ready.set()
 
     def run(self, results: Store, seconds: float) -> bool:
-        """Gives the path its turn; whether it came to its end in time."""
+        """Gives the path its turn; True if it finished in time."""
         self._store = results
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -729,29 +655,23 @@ def measure(
     device: torch.device,
     smoke: bool,
     *,
-    layers: int | None = None,
     paths: Sequence[str] = PATHS,
-    rows: Sequence[int] | None = None,
     own_processes: bool | None = None,
 ) -> None:
     """Stores "end to end | <case> | <path>" for all paths; a path that fails is stored with "error".
 
     Args:
-        smoke: tiny sizes, no CUDA graphs.
-        layers: of the model; default 32.
-        own_processes: whether each path gets a process; default on a GPU.
+        smoke: Tiny sizes, no CUDA graphs.
+        own_processes: Measure each path in its own process; default on a GPU.
     """
-    sizes = _sizes(smoke, rows)
+    sizes = SMOKE if smoke else Sizes()
     if unknown := set(paths) - set(PATHS):
         raise ValueError(f"paths: expected some of {', '.join(PATHS)}, got {', '.join(sorted(unknown))}")
-    if device.type == "cpu":
-        paths = [path for path in paths if path != "fp8"]
     if not (device.type == "cuda" if own_processes is None else own_processes):
         for path in paths:
-            run_path(results, path, device, llama_config(smoke, layers), sizes)
+            run_path(results, path, device, llama_config(smoke), sizes)
         return
-    options = ["--rows", ",".join(map(str, sizes.rows)), *(["--layers", str(layers)] if layers else [])]
-    options += ["--smoke"] if smoke else []
+    options = ["--smoke"] if smoke else []
     start = time.perf_counter()
 
     def left() -> float:
@@ -763,48 +683,12 @@ def measure(
         for process in processes:  # all compile before anything is timed
             process.ready.wait(max(0.0, start + sizes.seconds - time.perf_counter()))
         print(f"end to end: {len(processes)} paths ready after {time.perf_counter() - start:.1f} s", flush=True)
-        failed = [process for process in processes if not process.run(results, left())]
-        for process in failed:
-            title = TITLES[process.path]
-            print(f"{title}: failed, or took too long; the rest of it again, without CUDA graphs", flush=True)
-            results.once(f"end to end | failed | {title}", lambda: {"error": "see the log; then without CUDA graphs"})
-            again = [*options, "--no-graphs", "--unprepared", "--done", *process.found]
-            PathProcess(process.path, again).run(results, left())
+        for process in processes:
+            if not process.run(results, left()):
+                results.once(f"end to end | failed | {TITLES[process.path]}", lambda: {"error": "see the log"})
     finally:
         for process in processes:
             process.stop()
-
-
-def _sizes(smoke: bool, rows: Sequence[int] | None) -> Sizes:
-    sizes = SMOKE if smoke else Sizes()
-    if rows is None:
-        return sizes
-    return Sizes(**(vars(sizes) | {"rows": tuple(rows), "eager_rows": tuple(r for r in sizes.eager_rows if r in rows)}))
-
-
-def _child(arguments: argparse.Namespace, device: torch.device, sizes: Sizes) -> None:
-    config = llama_config(arguments.smoke, arguments.layers)
-    if not arguments.unprepared:
-        prepare(arguments.child, device, config, sizes)
-    print(json.dumps({"ready": True}), flush=True)
-    if not sys.stdin.readline():
-        return
-    run_path(Printed(device, arguments.done), arguments.child, device, config, sizes, graphs=not arguments.no_graphs)
-
-
-class FileResults:
-    """Measurements in one JSON file, written after each."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.found = path, dict[str, Any]()
-
-    def once(self, name: str, measure: Callable[[], dict[str, Any]], /) -> dict[str, Any]:
-        if name not in self.found:
-            self.found[name] = measure()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.found, indent=1) + "\n")
-        found: dict[str, Any] = self.found[name]
-        return found
 
 
 def pick_device(smoke: bool) -> torch.device:
@@ -817,34 +701,17 @@ def pick_device(smoke: bool) -> torch.device:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of end-to-end.json")
+    """One path, as a child of `measure`; starts at the first line on standard input."""
+    parser = argparse.ArgumentParser(description="Child process of `python -m benchmarks.gpu.run --stages end_to_end`.")
+    parser.add_argument("--child", choices=PATHS, required=True)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--layers", type=int, help="layers of the model, default 32")
-    parser.add_argument("--paths", default=",".join(PATHS), help="default: %(default)s")
-    parser.add_argument("--rows", help="batch sizes of the decode step, default 32,8,1")
-    parser.add_argument("--one-process", action="store_true", help="measure all paths in this process")
-    parser.add_argument("--child", choices=PATHS, help=argparse.SUPPRESS)
-    parser.add_argument("--unprepared", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--done", nargs="*", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--no-graphs", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    rows = None if arguments.rows is None else [int(row) for row in arguments.rows.split(",")]
-    device = pick_device(arguments.smoke)
-    if arguments.child:
-        _child(arguments, device, _sizes(arguments.smoke, rows))
-        return
-    if arguments.out is None:
-        parser.error("--out is required")
-    measure(
-        FileResults(arguments.out / "end-to-end.json"),
-        device,
-        arguments.smoke,
-        layers=arguments.layers,
-        paths=arguments.paths.split(","),
-        rows=rows,
-        own_processes=False if arguments.one_process else None,
-    )
+    options = parser.parse_args()
+    config, sizes = llama_config(options.smoke), SMOKE if options.smoke else Sizes()
+    device = pick_device(options.smoke)
+    prepare(options.child, device, config, sizes)
+    print(json.dumps({"ready": True}), flush=True)
+    if sys.stdin.readline():
+        run_path(Printed(device), options.child, device, config, sizes)
 
 
 if __name__ == "__main__":

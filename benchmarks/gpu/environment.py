@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.common import Results
+from benchmarks.gpu.harness import Results
 from t2kernels import backends
 
 

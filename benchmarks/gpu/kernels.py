@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.common import GROUPS, SMOKE_GROUPS, Call, Clock, Layers, Results, name_of, pack, popular
+from benchmarks.common.expert_draws import draw_experts
+from benchmarks.gpu.harness import GROUPS, SMOKE_GROUPS, Call, Clock, Layers, Results, name_of, pack
 from t2kernels import ops
 from t2kernels.weights import FactoredGroup
 
@@ -26,7 +27,7 @@ def ours(layers: Layers, storage: torch.dtype, rows: int, ids: Tensor, table: in
 
 
 def dense(layers: Layers, rows: int) -> list[Call]:
-    """One product for the whole group, as engines that join q, k and v have it."""
+    """One product for the whole group, like engines that merge q, k and v."""
     x = layers.x(rows)
 
     def make() -> Call:
@@ -37,7 +38,7 @@ def dense(layers: Layers, rows: int) -> list[Call]:
 
 
 def two_products(layers: Layers, rows: int) -> list[Call]:
-    """cuBLAS on the two products alone, nothing between them: what prefill is held against."""
+    """cuBLAS on the two products alone, nothing between them: the target of prefill."""
     x = layers.x(rows)
 
     def make() -> Call:
@@ -59,7 +60,7 @@ def torch_factored(layers: Layers, rows: int, ids: Tensor) -> list[Call]:
 
 def multi_lora(layers: Layers, rows: int, ids: Tensor, rank: int = 16) -> list[Call]:
     """The dense product and each row's adapter, gathered."""
-    from benchmarks.multi_lora import add_lora
+    from benchmarks.gpu.gathered_lora import add_lora
 
     x, experts = layers.x(rows), int(ids.max()) + 1
 
@@ -130,7 +131,7 @@ def cases(layers: Layers, smoke: bool) -> Iterator[tuple[str, Callable[[], list[
         yield f"prefill {prefill} | ours {name_of(storage)}", lambda s=storage: ours(layers, s, prefill, read)
         if storage == torch.bfloat16:
             for kind in ("identical", "uniform", "zipf", "distinct"):
-                ids = popular(kind, most, device)
+                ids = draw_experts(kind, most).to(device)
                 yield f"popularity {most} {kind} | ours bfloat16", lambda i=ids: ours(layers, torch.bfloat16, most, i)
             for count in experts:  # as many in the table, drawn from all of it
                 ids = torch.linspace(0, count - 1, most, device=device).round().long()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rehearses benchmarks/gpu/run.py without a GPU, with the software of the GPU machine: builds the extension, collects the
+# Rehearses benchmarks.gpu.run without a GPU, with the software of the GPU machine: builds the extension, collects the
 # GPU tests, compiles every launch that the stage "tiles" times for sm_90 into a Triton cache that can be taken along, and
 # walks through the stages in tiny sizes. Takes VENV (made if there is none; needs python3.12) and OUT.
 set -euo pipefail
@@ -14,10 +14,10 @@ if [ ! -x "$VENV/bin/python" ]; then
 fi
 mkdir -p "$OUT"
 "$VENV/bin/python" setup.py build_ext --inplace >"$OUT/build.txt" 2>&1
-"$VENV/bin/python" benchmarks/gpu/run.py --out "$OUT" --smoke \
+"$VENV/bin/python" -m benchmarks.gpu.run --out "$OUT" --smoke \
   --stages environment,correct+tests,kernels,end_to_end,rl_step,peft
 # Triton notes the paths of its cache: unpack it at the same path, as TRITON_CACHE_DIR, on the machine with the GPU.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/t2-triton}
-"$VENV/bin/python" benchmarks/gpu/tiles.py --compile --jobs "$(nproc)"
+"$VENV/bin/python" -m benchmarks.gpu.tile_search --compile --jobs "$(nproc)"
 (cd "$TRITON_CACHE_DIR" && find . -name '*.json' -o -name '*.cubin') | tar -cJf "$OUT/triton-cache.tar.xz" -C "$TRITON_CACHE_DIR" -T -
 echo "rehearsed: $OUT/triton-cache.tar.xz, $OUT/tables.md"

@@ -1,7 +1,4 @@
-"""One step of REINFORCE on a model of Llama-3-8B's shapes on one GPU, against the memory that `t2.weights.estimate`
-plans.
-
-    python benchmarks/gpu/rl_step.py --out DIR [--smoke] [--layers N]
+"""One step of REINFORCE on a model of Llama-3-8B's shapes on one GPU, against the planned memory (`t2 estimate`).
 
 int8 factors, activation checkpointing, 2 prompts x 4 completions of 128 + 64 tokens, through the trainer's own code.
 Weights and factors are random. The first step compiles the kernels; the second one is reported. The plan adds weights,
@@ -10,71 +7,24 @@ trainable parameters with Adam's state, and the phase; the peaks are what torch'
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-
-from benchmarks.gpu.end_to_end import (
-    FileResults,
-    Store,
-    dense_model,
-    factored_model,
-    llama_config,
-    peak_bytes,
-    pick_device,
-    start_peak,
-    wait,
-)
+from benchmarks.common.random_task import SPECIAL, Parity, word_tokenizer
+from benchmarks.gpu.end_to_end import Store, dense_model, factored_model, llama_config, peak_bytes, start_peak, wait
 from t2 import SVFConfig
-from t2.tasks import Problem, Split, Task
 from t2.training import Trainer, TrainOptions
-from t2.weights.estimate import footprint
+from t2.weights.estimate import estimate_model
 from t2.weights.memory_model import Work
 
 WORK = Work(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
 SMOKE_WORK = Work(prompt_tokens=8, new_tokens=4, prompts_per_step=2, samples_per_prompt=2)
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
-
-
-class Parity(Task):
-    """Random prompts; a completion scores 1 if the checksum of its text is even."""
-
-    name = "parity"
-
-    def __init__(self, work: Work, vocabulary: int) -> None:
-        self._work, self._words = work, vocabulary - len(SPECIAL)
-        self.max_new_tokens = work.new_tokens
-
-    def problems(self, split: Split) -> Sequence[Problem]:
-        texts = [
-            " ".join(f"w{(7 * i + 13 * seed) % self._words}" for i in range(self._work.prompt_tokens))
-            for seed in range(self._work.prompts_per_step)
-        ]
-        return [Problem(({"role": "user", "content": text},)) for text in texts]
-
-    def scores(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
-        return [float(zlib.crc32(answer.encode()) % 2 == 0) for answer in answers]
-
-
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A word for every id."""
-    words = [*SPECIAL, *(f"w{i}" for i in range(vocabulary - len(SPECIAL)))]
-    table = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    table.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=table, **named)
 
 
 def options(work: Work, output: Path) -> TrainOptions:
@@ -96,7 +46,7 @@ def planned(config: LlamaConfig, work: Work, folder: Path) -> dict[str, float]:
     """Bytes of the model and of both phases of a step."""
     path = folder / "config.json"
     path.write_text(json.dumps(config.to_dict()))
-    plan = footprint(path, dtype=torch.bfloat16)
+    plan = estimate_model(path, dtype=torch.bfloat16)
     model = plan.serving(torch.int8)
     return {
         "model": model,
@@ -112,7 +62,9 @@ def steps(config: LlamaConfig, work: Work, device: torch.device, folder: Path) -
     svf = factored_model(dense_model(config, device, "sdpa"), SVFConfig(dtype=torch.int8, cache=False, progress=False))
     start_peak(device)
     model = peak_bytes(device)
-    trainer = Trainer(svf, tokenizer(config.vocab_size), Parity(work, config.vocab_size), options(work, folder / "run"))
+    words = config.vocab_size - len(SPECIAL)
+    task, knobs = Parity(work, words), options(work, folder / "run")
+    trainer = Trainer(svf, word_tokenizer(config.vocab_size), task, knobs)
     built = time.perf_counter() - start
     seconds: list[dict[str, float]] = []
     row: dict[str, Any] = {}
@@ -142,9 +94,9 @@ def steps(config: LlamaConfig, work: Work, device: torch.device, folder: Path) -
     }
 
 
-def measure(results: Store, device: torch.device, smoke: bool, *, layers: int | None = None) -> None:
+def measure(results: Store, device: torch.device, smoke: bool) -> None:
     """Stores "rl step": seconds, peaks, and the plan of each peak."""
-    config, work = llama_config(smoke, layers), SMOKE_WORK if smoke else WORK
+    config, work = llama_config(smoke), SMOKE_WORK if smoke else WORK
 
     def run() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
@@ -168,17 +120,3 @@ def measure(results: Store, device: torch.device, smoke: bool, *, layers: int | 
     ]
     phases = f"rollout {found['rollout_seconds']:.2f} s, update {found['update_seconds']:.2f} s"
     print(f"rl step: {', '.join([phases, *peaks])}", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of rl-step.json")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--layers", type=int, help="layers of the model, default 32")
-    arguments = parser.parse_args()
-    results = FileResults(arguments.out / "rl-step.json")
-    measure(results, pick_device(arguments.smoke), arguments.smoke, layers=arguments.layers)
-
-
-if __name__ == "__main__":
-    main()

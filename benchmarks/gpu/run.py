@@ -1,10 +1,10 @@
-"""What a GPU has to say about these kernels, stage by stage, without a network.
+"""Tests and timings on a GPU, stage by stage, without a network.
 
-    python benchmarks/gpu/run.py --out DIR [--stages environment,correct+tests,kernels] [--seconds 420]
-    python benchmarks/gpu/run.py --out DIR --smoke       # tiny sizes on the CPU: a test of this program
+    python -m benchmarks.gpu.run --out DIR [--stages environment,correct+tests,kernels] [--seconds 420]
+    python -m benchmarks.gpu.run --out DIR --smoke       # tiny sizes on the CPU: a test of this program
 
 Each stage is a process with a time limit of its own; one that fails or hangs leaves the others as they are. Stages
-joined by "+", none of which measures time, run side by side. DIR gets results.json (every figure as it comes; figures
+joined by "+", none of which measures time, run side by side. DIR gets results.json (each measurement as it comes; those
 already there are kept, errors are measured again), tables.md, log.txt and tests.txt. Needs torch, Triton and
 transformers, and for some stages peft, pytest, pytest-xdist and pytest-timeout.
 """
@@ -26,40 +26,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # the parent must not start CUDA: its forks use it
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.gpu import tables  # noqa: E402
-from benchmarks.gpu.common import Results  # noqa: E402
+from benchmarks.gpu.harness import Results
+from benchmarks.gpu.report import report
 
 Measure = Callable[[Results, torch.device, bool], None]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A module of this package that has `measure`, and the seconds it may take."""
+    """Function in a module of this package, and the seconds it may take."""
 
     module: str
     seconds: int
     default: bool = True
+    function: str = "measure"
 
 
 STAGES = {
     "environment": Stage("environment", 30),
-    "correct": Stage("correct", 60),
-    "tests": Stage("suite", 130),
+    "correct": Stage("correctness", 60),
+    "tests": Stage("pytest_gpu", 130),
     "kernels": Stage("kernels", 120),
     "end_to_end": Stage("end_to_end", 220),
-    "peft": Stage("peft_mixed", 90),
+    "peft": Stage("peft_mixed_batch", 90),
     "rl_step": Stage("rl_step", 75),
-    "generate": Stage("generate", 60),
-    "compile": Stage("ahead_of_time", 90, default=False),
-    "tiles": Stage("tiles", 200, default=False),
+    "generate": Stage("compiled_generate", 60),
+    "compile": Stage("tile_search", 90, default=False, function="compile_stage"),
+    "tiles": Stage("tile_search", 200, default=False),
     "sanitizer": Stage("sanitizer", 90, default=False),
-    "counters": Stage("counters", 60, default=False),
+    "counters": Stage("nsight", 60, default=False),
 }
 
 
@@ -75,7 +74,7 @@ class Running:
             os.dup2(writer, 1)
             os.dup2(writer, 2)
             sys.stdout, sys.stderr = (os.fdopen(each, "w", buffering=1) for each in (1, 2))
-            _measure(STAGES[name].module, results, smoke)
+            _measure(STAGES[name], results, smoke)
         os.close(writer)
         os.set_blocking(self._reader, False)
         self._copy(f"== {name}\n".encode())
@@ -107,10 +106,10 @@ class Running:
         sys.stdout.flush()
 
 
-def _measure(module: str, results: Path, smoke: bool) -> NoReturn:
+def _measure(stage: Stage, results: Path, smoke: bool) -> NoReturn:
     status = 1
     try:
-        measure: Measure = importlib.import_module(f"benchmarks.gpu.{module}").measure
+        measure: Measure = getattr(importlib.import_module(f"benchmarks.gpu.{stage.module}"), stage.function)
         measure(Results(results), torch.device("cpu" if smoke else "cuda"), smoke)
         status = 0
     except SystemExit as error:
@@ -124,7 +123,7 @@ def _measure(module: str, results: Path, smoke: bool) -> NoReturn:
 
 
 def side_by_side(names: Sequence[str], out: Path, smoke: bool, seconds: float) -> dict[str, str]:
-    """How each of these stages ended. Several write to a file of their own first."""
+    """Runs these stages side by side; returns "ok", "failed" or "timeout" of each. Several write to own files first."""
     whole = out / "results.json"
     paths = {name: whole if len(names) == 1 else out / f".{name}.json" for name in names}
     for path in paths.values():
@@ -147,7 +146,7 @@ def side_by_side(names: Sequence[str], out: Path, smoke: bool, seconds: float) -
 
 
 def pack_cache(cache: Path, target: Path) -> None:
-    """What travels of Triton's cache: kernels and their metadata, to be unpacked at the same path."""
+    """Archives kernels and metadata of Triton's cache, to be unpacked at the same path elsewhere."""
     with tarfile.open(target, "w:xz", preset=1) as archive:
         for file in sorted(cache.rglob("*")):
             if file.suffix in (".json", ".cubin", ".so"):
@@ -166,7 +165,7 @@ def main() -> None:
     if unknown := {name for joined in names for name in joined.split("+")} - set(STAGES):
         parser.error(f"--stages: expected some of {', '.join(STAGES)}, got {', '.join(sorted(unknown))}")
     if not options.smoke and torch.version.cuda is None:
-        raise SystemExit(f"run.py: expected a torch built with CUDA, got {torch.__version__}")
+        raise SystemExit(f"benchmarks.gpu.run: expected a torch built with CUDA, got {torch.__version__}")
     begin = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     results, failed = options.out / "results.json", []
@@ -186,7 +185,7 @@ def main() -> None:
         for name, how in ended.items():
             Results(results).put(f"stage | {name}", {"ended": how, "took": round(time.monotonic() - start, 1)})
         failed += [name for name, how in ended.items() if how != "ok"]
-        (options.out / "tables.md").write_text(tables.report(json.loads(results.read_text())))
+        (options.out / "tables.md").write_text(report(json.loads(results.read_text())))
     if options.pack_cache and (cache := os.environ.get("TRITON_CACHE_DIR")):
         pack_cache(Path(cache), options.out / "triton-cache.tar.xz")
     print((options.out / "tables.md").read_text(), flush=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.common import Results
+from benchmarks.common.tables import ROOT
+from benchmarks.gpu.harness import Results
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import torch
-from benchmarks.gpu.correct import Problem
+from benchmarks.gpu.correctness import Problem
 from t2kernels import linear_group
 device = torch.device("cuda")
 for storage in (torch.bfloat16, torch.int8):
@@ -32,13 +31,10 @@ print("done")
 
 def measure(results: Results, device: torch.device, smoke: bool) -> None:
     tool = shutil.which("compute-sanitizer")
-    words = [] if smoke or tool is None else [tool, "--tool", "memcheck", "--error-exitcode", "9"]
-    if not smoke and tool is None:
-        results.put("sanitizer", {"skipped": "compute-sanitizer was not found"})
+    if smoke or tool is None:
+        results.put("sanitizer", {"skipped": "no GPU" if smoke else "compute-sanitizer was not found"})
         return
-    if smoke:
-        results.put("sanitizer", {"skipped": "no GPU"})
-        return
+    words = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
     done = subprocess.run([*words, sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
     text = (done.stdout + done.stderr)[-3000:]
     print(text, flush=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu import end_to_end, peft_mixed, rl_step
+from benchmarks.gpu import end_to_end, peft_mixed_batch, rl_step
 from benchmarks.gpu.end_to_end import SMOKE, Decoder, dense_model, llama_config, make_subject
 
 CPU = torch.device("cpu")
@@ -116,10 +116,10 @@ def test_a_step_of_reinforce() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
 def test_peft_runs_an_adapter_for_each_row() -> None:
     found = Store()
-    peft_mixed.measure_peft(found, CPU, smoke=True)
+    peft_mixed_batch.measure(found, CPU, smoke=True)
     assert {name.rpartition(" | ")[2] for name in found} == {"dense bf16", "ours bf16", "PEFT mixed"}
     config = llama_config(smoke=True)
-    subject = peft_mixed.PeftMixed(config, CPU, 3)
+    subject = peft_mixed_batch.PeftMixed(config, CPU, 3)
     decoder = Decoder(subject.model, config, CPU, 3, SMOKE)
     with subject.serving(3):
         first = decoder.step().clone()

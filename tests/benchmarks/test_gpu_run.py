@@ -6,20 +6,21 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import run, tables
-from benchmarks.gpu.common import Results
+from benchmarks.common.tables import ROOT, read_results
+from benchmarks.gpu import run
+from benchmarks.gpu.harness import Results
+from benchmarks.gpu.report import report
 
-PROGRAM = Path(run.__file__)
+PROGRAM = [sys.executable, "-m", "benchmarks.gpu.run"]
 
 
 def test_walks_through_its_stages_and_goes_on_where_it_stopped(tmp_path):
-    words = [sys.executable, PROGRAM, "--out", tmp_path, "--smoke", "--stages", "environment,correct+sanitizer,kernels"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    words = [*PROGRAM, "--out", tmp_path, "--smoke", "--stages", "environment,correct+sanitizer,kernels"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     path = tmp_path / "results.json"
     data = json.loads(path.read_text())
@@ -32,7 +33,7 @@ def test_walks_through_its_stages_and_goes_on_where_it_stopped(tmp_path):
     kept, failed = "down | decode 1 | ours bfloat16", "down | decode 1 | ours int8"
     data[kept], data[failed] = {"seconds": 42.0}, {"error": "out of luck"}
     path.write_text(json.dumps(data))
-    assert subprocess.run(words, capture_output=True).returncode == 0
+    assert subprocess.run(words, capture_output=True, cwd=ROOT).returncode == 0
     again = json.loads(path.read_text())
     assert again[kept] == {"seconds": 42.0} and again[failed]["seconds"] < 42
 
@@ -69,18 +70,17 @@ def test_errors_are_stored_and_measured_again(tmp_path):
 
 
 def test_tables_of_a_real_run():
-    data = json.loads((Path(run.ROOT) / "benchmarks" / "results" / "gpu-h200.json").read_text())
-    text = tables.report(data)
+    text = report(read_results("gpu-h200.json"))
     assert "# NVIDIA H200" in text and "17 of 17 checks against float64 right" in text and "## gate, up" in text
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_says_that_torch_has_no_cuda(tmp_path):
-    done = subprocess.run([sys.executable, PROGRAM, "--out", tmp_path], capture_output=True, text=True)
+    done = subprocess.run([*PROGRAM, "--out", tmp_path], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "expected a torch built with CUDA" in done.stderr
 
 
 def test_an_unknown_stage_is_named(tmp_path):
-    words = [sys.executable, PROGRAM, "--out", tmp_path, "--stages", "kernels,nothing"]
-    done = subprocess.run(words, capture_output=True, text=True)
+    words = [*PROGRAM, "--out", tmp_path, "--stages", "kernels,nothing"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "got nothing" in done.stderr

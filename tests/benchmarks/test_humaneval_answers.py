@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.humaneval import Answers
+from benchmarks.tasks.humaneval import Answers
 
 SETTINGS = {"model": "m", "new_tokens": 8}
 

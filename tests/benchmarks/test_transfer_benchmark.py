@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from benchmarks.transfer import plot, quantised, resumed, with_noise
+from benchmarks.adaptation.transfer import plot, quantised, resumed, with_noise
 
 
 def generator():

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[3]))
-from benchmarks.sandbox import PROGRAMS, Host, attack, programs_alive
+from benchmarks.tasks.sandbox import PROGRAMS, Host, attack, programs_alive
 from t2.sandbox import Limits, SandboxUnavailable, backend, run_program, run_programs, runner
 
 REASONS = {name: runner.why_not(name) for name in runner.BACKENDS}

@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-TOOL = Path(__file__).parents[3] / "benchmarks" / "triton_compile.py"
+TOOL = [sys.executable, "-m", "benchmarks.gpu.triton_compile"]
 
 
 def compiled(out, *options):
-    """What the tool found; a process of its own, since the kernels here are interpreted."""
+    """Launches that the tool compiled, in a process of its own, since the kernels here are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, TOOL, "--out", out, *options], capture_output=True, text=True, env=environment
-    )
+    command = [*TOOL, "--out", out, *options]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[3])
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     return json.loads(out.read_text())["launches"]
 

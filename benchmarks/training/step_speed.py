@@ -1,0 +1,163 @@
+"""Seconds and peak memory of a training step: SVF, LoRA, and SVF the published way.
+
+    python -m benchmarks.training.step_speed
+
+SmolLM2-135M-Instruct, 8 prompts with 6 completions of exactly 16 tokens each, then the update with its exact KL, all in
+the loop of `t2 train`, prompts with zero advantage included. Each method is a process of its own; they take turns. A
+turn is two steps of which the second counts: the memory of a process that waited is cold. Peak memory is the process's
+anonymous memory, sampled every 20 ms; the model is first copied there from its mapped file, so that the weights that a
+method computes with count, and no others. Writes benchmarks/results/training-speed.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+import t2
+from benchmarks.common.memory import AnonymousPeak
+from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
+from t2.tasks import get
+from t2.training import Trainer, TrainOptions
+from t2.weights.machine import machine
+
+MODEL = "smollm2-135m-instruct"
+TASK, TASK_OPTIONS = "reasoning-gym:chain_sum", '{"config": {"min_terms": 2, "max_terms": 2, "max_digits": 2}}'
+METHODS = {
+    "SVF": {"method": "svf"},
+    "SVF, bfloat16 factors and products": {"method": "svf", "factor_dtype": "bfloat16", "bf16_products": True},
+    "SVF, MLP alone": {"method": "svf", "target_modules": ("mlp",)},
+    "LoRA r=16 (PEFT)": {"method": "lora"},
+    "W' built, dW' projected (published)": {"method": "dense-compose"},
+}
+PROMPTS, SAMPLES, TOKENS = 8, 6, 16
+
+
+def work(name: str) -> None:
+    """Runs one step for each line on standard input; prints its metrics and the peak so far as JSON."""
+    memory = AnonymousPeak(interval=0.02)
+    memory.start()
+    model, tokenizer = t2.load(MODEL)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    task = get(TASK, **json.loads(TASK_OPTIONS))
+    with tempfile.TemporaryDirectory() as folder:
+        options = TrainOptions(
+            task=TASK,
+            task_options=TASK_OPTIONS,
+            output=Path(folder),
+            prompts_per_step=PROMPTS,
+            samples_per_prompt=SAMPLES,
+            max_new_tokens=TOKENS,
+            skip_zero_advantage=False,  # every step does all the work that one can have
+            validate_every=10**9,
+            save_every=10**9,
+            steps=10**9 - 1,
+            trackers=(),
+            **METHODS[name],  # type: ignore[arg-type]
+        )
+        trainer = Trainer(model, tokenizer, task, options)
+        trainer.generator = replace(trainer.generator, eos_ids=(int(tokenizer.pad_token_id) + 10**6,))
+        print(json.dumps({"trainable": trainer.policy.trainable}), flush=True)
+        for _ in sys.stdin:
+            row = trainer.step()
+            assert row["length"] == TOKENS
+            print(json.dumps(row | {"peak": memory.peak}), flush=True)
+
+
+class Worker:
+    """A method's process."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.training.step_speed", "--method", name]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.trainable = self._read()["trainable"]
+
+    def _read(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        while line := self.process.stdout.readline():
+            if line.startswith("{"):
+                found: dict[str, float] = json.loads(line)
+                return found
+        raise RuntimeError(f"the method's process ended with exit code {self.process.wait()}")
+
+    def step(self) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return self._read()
+
+
+def speed_table(results: Any) -> Table:
+    """Seconds and peak memory of a step by method."""
+    machine = results["machine"]
+    rows = [
+        [
+            name,
+            f"{found['trainable']:,}",
+            f"{statistics.median(found['seconds']):.1f}",
+            f"{statistics.median(found['rollout_seconds']):.1f}",
+            f"{found['over_svf']:.2f}",
+            f"{found['peak_anonymous_bytes'] / 1e6:,.0f}",
+        ]
+        for name, found in results["methods"].items()
+    ]
+    return Table(
+        f"One step of SmolLM2-135M-Instruct: {results['rollouts']} answers of {results['new_tokens']} tokens and the "
+        f"update with its exact KL, float32 unless it says otherwise, {machine['threads']} cores of "
+        f"{machine['processor']}; processes that take turns, median of {results['rounds']}; weights in use are in the "
+        "peak, mapped files are not (`python -m benchmarks.training.step_speed`):",
+        ["method", "trainable parameters", "s a step", "of that, rollout", "this / SVF", "peak anonymous, MB"],
+        rows,
+    )
+
+
+def main(method: str | None = None, rounds: int = 5, results: Path = RESULTS / "training-speed.json") -> None:
+    """Args:
+    method: Run this method in this process, one step for each line on standard input; default all, in processes.
+    rounds: Turns of each method.
+    results: File for the results as JSON.
+    """
+    if method is not None:
+        return work(method)
+    workers = {name: Worker(name) for name in tqdm(METHODS, desc="loading")}
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    names = list(METHODS)
+    for turn in tqdm(range(rounds), desc="rounds"):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            workers[name].step()
+            steps[name].append(workers[name].step())
+    methods: dict[str, dict[str, Any]] = {}
+    for name, rows in steps.items():
+        over = (row["seconds"] / ours["seconds"] for row, ours in zip(rows, steps["SVF"], strict=True))
+        methods[name] = {
+            "trainable": workers[name].trainable,
+            "seconds": [row["seconds"] for row in rows],
+            "rollout_seconds": [row["rollout_seconds"] for row in rows],
+            "over_svf": statistics.median(over),
+            "peak_anonymous_bytes": max(row["peak"] for row in rows),
+        }
+        workers[name].process.kill()
+    found = {
+        "machine": machine(),
+        "rollouts": PROMPTS * SAMPLES,
+        "new_tokens": TOKENS,
+        "rounds": rounds,
+        "methods": methods,
+    }
+    write_results(results, found)
+    speed_table(found).show()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,250 @@
+"""Experts trained in three domains, and SVF against LoRA at equal rollouts, with `t2 train`.
+
+    python -m benchmarks.training.train_experts                    # all runs, one after the other; about an hour
+    python -m benchmarks.training.train_experts --only sums        # the runs whose name starts with "sums"
+
+Finished runs are skipped, interrupted ones resume. Everything a run writes is in its folder below `runs/`. Writes
+benchmarks/results/training.json and docs/training-*.png from the runs that exist.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.common.tables import RESULTS, ROOT, Table, with_interval, write_results
+from t2.tasks import get
+from t2.weights.machine import machine
+from t2kernels.files import replacing
+
+MODEL = "smollm2-135m-instruct"
+SEEDS = (0, 1, 2)
+
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sums": ("reasoning-gym:chain_sum", {"config": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}),
+    "reading": ("reasoning-gym:needle_haystack", {"config": {"min_num_statements": 3, "max_num_statements": 6}}),
+    "logic": ("reasoning-gym:syllogism", {"config": {"invalid_ratio": 0.5}}),
+}
+"""Three domains in which the base has some signal: arithmetic, reading, and logic with half of its solutions yes."""
+DOMAINS = {
+    "sums": "adding and subtracting numbers",
+    "reading": "finding in some statements about people the person that is asked for",
+    "logic": "whether a conclusion follows from statements",
+}
+PUZZLES = (
+    "letter_counting",
+    "spell_backward",
+    "calendar_arithmetic",
+    "family_relationships",
+    "word_sorting",
+    "time_intervals",
+    "simple_geometry",
+    "leg_counting",
+    "caesar_cipher",
+    "letter_jumble",
+)
+"""Tasks of reasoning-gym that stand, with general questions, for prompts outside the domains of the classifier."""
+GENERAL = {"name": "jsonl:benchmarks/general-questions.jsonl", "validation_size": 30, "test_size": 50}
+_BY_NAME = {domain: {"name": name, **options} for domain, (name, options) in TASKS.items()}
+_PUZZLES = {"name": "mixture", "tasks": {task: {"name": f"reasoning-gym:{task}"} for task in PUZZLES}}
+_ELSE = {"name": "mixture", "tasks": {"general": GENERAL, "puzzles": _PUZZLES}}
+TASKS["classifier"] = "classify", {"tasks": _BY_NAME | {"others": _ELSE}, "domains": DOMAINS}
+TASKS["all"] = "mixture", {"tasks": _BY_NAME}
+SHARED = ("--samples-per-prompt", "8", "--kl-coefficient", "0.01", "--learning-rate", "1e-3", "--decay", "--trackers")
+FACTORS = ("--factor-dtype", "bfloat16", "--bf16-products")
+EXPERTS = {
+    "sums": "--cold-start-steps 60 --steps 100 --prompts-per-step 64 --max-new-tokens 6 --validate-every 10",
+    "reading": "--cold-start-steps 30 --steps 50 --prompts-per-step 32 --max-new-tokens 8 --validate-every 5",
+    "logic": "--cold-start-steps 25 --steps 50 --prompts-per-step 32 --max-new-tokens 4 --validate-every 5",
+}
+OF_ALL = {
+    "classifier": "--objective next-token --steps 64 --prompts-per-step 32 --learning-rate 4e-3 --validate-every 16",
+    "all-lora": "--cold-start-steps 30 --steps 45 --prompts-per-step 48 --samples-per-prompt 4 --max-new-tokens 8 "
+    "--validate-every 15 --method lora --cold-start-learning-rate 1e-3 --learning-rate 2e-4",
+}
+"""The classification expert, and one adapter for all domains, which experts are compared with."""
+COMPARED = "--steps 24 --prompts-per-step 32 --validate-every 24"
+"""Options of every run of the comparison: same prompts, same number of completions."""
+VARIANTS = {
+    "svf": "--cold-start-steps 12 --max-new-tokens 6",
+    "lora": "--cold-start-steps 12 --max-new-tokens 6 --method lora --cold-start-learning-rate 1e-3",
+    "mlp": "--cold-start-steps 12 --max-new-tokens 6 --target-modules mlp",
+    "attention": "--cold-start-steps 12 --max-new-tokens 6 --target-modules attention",
+    "rewards-alone": "--max-new-tokens 12",
+    "solutions-alone": "--objective next-token --learning-rate 4e-3",
+}
+
+
+def runs() -> dict[str, tuple[str, list[str]]]:
+    """Task and further options of each run, by name."""
+    made: dict[str, tuple[str, list[str]]] = {}
+    for seed in SEEDS:
+        made[f"sums-{seed}"] = "sums", [*EXPERTS["sums"].split(), *FACTORS, "--seed", str(seed)]
+    for name in ("reading", "logic"):
+        made[f"{name}-0"] = name, [*EXPERTS[name].split(), *FACTORS]
+    made["classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS]
+    made["all-lora"] = "all", OF_ALL["all-lora"].split()
+    for name, options in VARIANTS.items():
+        storage = () if name == "lora" else FACTORS
+        for seed in SEEDS[:2]:
+            made[f"compare-{name}-{seed}"] = (
+                "sums",
+                [*COMPARED.split(), *options.split(), *storage, "--seed", str(seed)],
+            )
+    return made
+
+
+def command(task: str, options: list[str], output: Path) -> list[str]:
+    name, task_options = TASKS[task]
+    command = ["train", MODEL, "--task", name, "--task-options", json.dumps(task_options), "--output", str(output)]
+    return [*command, *SHARED, *options]  # the last one of two counts
+
+
+@functools.cache
+def majority(task: str) -> float:
+    """Share of test problems that the most frequent solution would get right."""
+    solutions = [problem.solution for problem in get(TASKS[task][0], **TASKS[task][1]).problems("test")[:200]]
+    return max(Counter(solutions).values()) / len(solutions)
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    """Curve and result of every finished run."""
+    found: dict[str, Any] = {}
+    for name, (task, options) in runs().items():
+        result = folder / name / "result.json"
+        if result.is_file():
+            rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+            arguments = command(task, options, Path("runs") / name)
+            about = {"curve": rows, "command": " ".join(["t2", *arguments]), "majority": majority(task)}
+            found[name] = json.loads(result.read_text()) | about
+    return found
+
+
+def plot(found: dict[str, Any], prefix: str, path: Path) -> None:
+    """Plots validation accuracy and reward of the runs whose name starts with `prefix`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, run in found.items():
+        if not name.startswith(prefix):
+            continue
+        rows = run["curve"]
+        validated = [(row["step"], 100 * row["validation"]) for row in rows if row.get("validation") is not None]
+        (line,) = left.plot(*zip(*validated, strict=True), marker="o", markersize=3, label=name)
+        left.axhline(validated[0][1], linestyle="--", linewidth=0.8, color=line.get_color())
+        rewarded = [(row["step"], row["reward"]) for row in rows if row.get("reward") is not None]
+        if rewarded:
+            right.plot(*zip(*rewarded, strict=True), color=line.get_color())
+    left.set_ylabel("validation accuracy, % (dashed: base)")
+    right.set_ylabel("mean reward of the drawn answers")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def trained_table(results: Any) -> Table:
+    """One row for each expert."""
+    rows = []
+    for name, run in results["runs"].items():
+        if name.startswith("compare-"):
+            continue
+        scores = [run["curve"][0]["base"], *(row["validation"] for row in run["curve"] if "validation" in row)]
+        rows.append(
+            [
+                name,
+                with_interval(run["base"]),
+                f"**{with_interval(run['best'])}**",
+                f"{run['best']['step']} of {run['steps']}",
+                f"{run['majority']:.0%}",
+                f"{max(scores):.0%}, {scores[-1]:.0%}",
+                f"{run['training_seconds'] / 60:.1f}",
+            ]
+        )
+    machine, settings = results["machine"], next(iter(results["runs"].values()))
+    return Table(
+        f"Right answers to {settings['test_problems']} test problems with 95% intervals; base and expert with the same "
+        f'storage, {settings["options"]["dtype"]}; "one answer" is what the commonest one would get right. '
+        f"{machine['threads']} cores of {machine['processor']} (`python -m benchmarks.training.train_experts`):",
+        ["task and seed", "base", "trained", "best step", "one answer", "validation: best, last", "minutes"],
+        rows,
+    )
+
+
+VARIANT_TITLES = {
+    "svf": "SVF, all layers",
+    "lora": "LoRA r=16 (PEFT), all layers",
+    "mlp": "SVF, MLP alone",
+    "attention": "SVF, attention alone",
+    "rewards-alone": "SVF, rewards alone",
+    "solutions-alone": "SVF, solutions alone",
+}
+SPEED_METHODS = {"svf": "SVF, bfloat16 factors and products", "lora": "LoRA r=16 (PEFT)"}
+"""Method in the results of `benchmarks.training.step_speed` that has the speed of a variant."""
+
+
+def comparison_table(results: Any, speed: Any) -> Table:
+    """One row for each variant, its seeds side by side; `speed` is what step_speed.py measured."""
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for name, run in results["runs"].items():
+        if name.startswith("compare-"):
+            variants.setdefault(name.removeprefix("compare-").rpartition("-")[0], []).append(run)
+    rows = []
+    for name, found in variants.items():
+        step = speed["methods"][SPEED_METHODS[name]] if name in SPEED_METHODS else None
+        rows.append(
+            [
+                VARIANT_TITLES[name],
+                ", ".join(f"{run['best']['accuracy']:.1%}" for run in found),
+                f"{found[0]['trainable']:,}",
+                f"{statistics.median(step['seconds']):.1f}" if step else "",
+                f"{step['peak_anonymous_bytes'] / 1e6:,.0f}" if step else "",
+            ]
+        )
+    first = next(iter(variants.values()))[0]
+    options = first["options"]
+    return Table(
+        f"{options['steps']} steps of {options['prompts_per_step']} prompts, {options['cold_start_steps']} of them on "
+        f"solutions where both are used, else {options['samples_per_prompt']} answers a prompt; the base has "
+        f"{first['base']['accuracy']:.1%}. Seconds and memory as above, where the methods took turns:",
+        ["trained", "right, by seed", "trainable parameters", "s a step", "peak, MB"],
+        rows,
+    )
+
+
+def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) -> None:
+    """Args:
+    only: Train only runs whose name starts with this.
+    folder: Folder of the runs.
+    collect: Train nothing; write results of the finished runs.
+    """
+    for name, (task, options) in runs().items():
+        output = folder / name
+        if collect or not name.startswith(only) or (output / "result.json").is_file():
+            continue
+        again = ["--resume"] if (output / "checkpoint.safetensors").is_file() else []
+        print(name, flush=True)
+        trained = [sys.executable, "-m", "t2", *command(task, options, output.resolve()), *again]
+        subprocess.run(trained, check=True, cwd=ROOT)
+    found = collected(folder)
+    results = {"machine": machine(), "runs": found}
+    write_results(RESULTS / "training.json", results)
+    for prefix in ("sums", "reading", "logic"):
+        if any(name.startswith(prefix) for name in found):
+            plot(found, prefix, ROOT / "docs" / f"training-{prefix}.png")
+    trained_table(results).show()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
