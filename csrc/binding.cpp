@@ -1,5 +1,5 @@
-// The one file that knows torch: the CPU kernels of the t2kernels operators, on torch's stable ABI, and the build
-// report for Python. Schemas, meta kernels and gradients are in t2kernels/ops.py.
+// Binds the CPU kernels to the t2kernels operators on torch's stable ABI, and reports the build to Python. No other
+// file includes torch. Schemas, meta kernels and gradients are in t2kernels/ops.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -9,6 +9,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <atomic>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -36,16 +38,24 @@ t2::DType dtype_of(const Tensor& tensor, const char* name) {
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, t2::RangeFn fn, void* context) {
-  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { fn(b, e, context); });
+  std::atomic<bool> out_of_memory{false};  // an exception must not leave the callback, which C code calls
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) {
+    try {
+      fn(b, e, context);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  if (out_of_memory) throw std::bad_alloc();
 }
 
-// A 2-D tensor is the matrix [n, k] itself; panels are [ceil(n / 16), k, 16] or, paired, [ceil(n / 16), ceil(k / 2), 16, 2].
+// A 2-D tensor is the matrix [n, k]; panels are [ceil(n / 16), k, 16] or, paired, [ceil(n / 16), ceil(k / 2), 16, 2].
 t2::Matrix matrix(const Tensor& m, int64_t n, int64_t k, const char* name) {
   const t2::DType dtype = dtype_of(m, name);
   if (m.dim() == 2) {
     STD_TORCH_CHECK(m.size(0) == n && m.size(1) == k, name, ": expected shape [", n, ", ", k, "], got [", m.size(0),
                     ", ", m.size(1), "]");
-    STD_TORCH_CHECK(dtype != t2::DType::i8, name, ": int8 needs packed panels");
+    STD_TORCH_CHECK(t2::is_activation(dtype), name, ": 8-bit storage needs packed panels");
     return {m.const_data_ptr(), dtype, t2::Storage::strided, n, k, m.stride(0), m.stride(1)};
   }
   const bool pairs = t2::paired(dtype);
@@ -124,7 +134,7 @@ Rows rows_of(const Tensor& x, int64_t features, const char* name, bool bf16_prod
                   ", got ", x.dim() ? x.size(x.dim() - 1) : 0);
   const Tensor c = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const t2::DType dtype = dtype_of(c, name);
-  STD_TORCH_CHECK(dtype != t2::DType::i8, name, ": expected float32, bfloat16 or float16, got int8");
+  STD_TORCH_CHECK(t2::is_activation(dtype), name, ": expected float32, bfloat16 or float16, got 8-bit storage");
   const bool round = bf16_products || dtype == t2::DType::bf16;
   int64_t count = 1;
   for (int64_t d = 0; d + 1 < c.dim(); ++d) count *= c.size(d);
@@ -132,15 +142,8 @@ Rows rows_of(const Tensor& x, int64_t features, const char* name, bool bf16_prod
 }
 
 t2::RowInput scaled_rows(const float* t, int64_t rank, const Routing& route, const float* component_scale, bool round) {
-  return {t,
-          t2::DType::f32,
-          rank,
-          route.scales_data,
-          route.scales_stride,
-          route.slots_data,
-          route.rows_per_slot,
-          component_scale,
-          round};
+  return {t, t2::DType::f32, rank, route.scales_data, route.scales_stride, route.slots_data, route.rows_per_slot,
+          component_scale, round};
 }
 
 Tensor like(const Tensor& x, int64_t features) {
@@ -192,8 +195,8 @@ void store_at(void* data, t2::DType dtype, int64_t i, float value) {
   }
 }
 
-// A list of products over the same rows, run in as few kernel calls as its length allows. Kernels see no empty one:
-// there is nothing to do without rows or columns, and a sum without terms is the bias.
+// Products over the same rows, run in as few kernel calls as kMaxProducts allows. Empty ones never reach a kernel:
+// without rows or columns there is nothing to do, and a sum without terms is the bias.
 class Batch {
  public:
   explicit Batch(int64_t rows) : rows_(rows) {}
@@ -226,8 +229,8 @@ class Batch {
   t2::Product products_[t2::kMaxProducts];
 };
 
-// t = x Vh^T, part by part.
-void add_project(Batch& batch, const Rows& rows, const Factors& f, float* t, int64_t rank) {
+// Shrink: t = x Vh^T, part by part.
+void add_shrink(Batch& batch, const Rows& rows, const Factors& f, float* t, int64_t rank) {
   int64_t first = 0;
   for (int i = 0; i < f.parts; ++i) {
     batch.add(product(rows.input, f.down[i], columns(t, rank, first)));
@@ -235,7 +238,7 @@ void add_project(Batch& batch, const Rows& rows, const Factors& f, float* t, int
   }
 }
 
-// y = (t * scale) U^T + bias, the parts of U side by side.
+// Expand: y = (t * scale) U^T + bias, the parts of U side by side.
 void add_expand(Batch& batch, const t2::RowInput& in, const Factors& f, const t2::RowOutput& out) {
   t2::Product p{in, {}, f.parts, out};
   for (int i = 0; i < f.parts; ++i) p.parts[i] = f.up[i];
@@ -257,7 +260,7 @@ std::tuple<Tensor, Tensor> factored_linear(const Tensor& x, const std::vector<Te
   const Tensor y = like(x, out_features);
   float* t_data = static_cast<float*>(t.mutable_data_ptr());
   Batch batch(rows.count);
-  add_project(batch, rows, f, t_data, rank);
+  add_shrink(batch, rows, f, t_data, rank);
   batch.run();
   add_expand(batch, scaled_rows(t_data, rank, route, component, rows.input.round_to_bf16), f,
              output(y, nullptr, pointer(bias)));
@@ -302,7 +305,7 @@ std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const 
   return {dx, dscales};
 }
 
-// Where a call keeps its t between the two products: reused from call to call while it is small.
+// Storage of t between shrink and expand: thread-local and reused while small, else a tensor.
 class Intermediate {
  public:
   Intermediate(const Tensor& x, int64_t floats) {
@@ -340,7 +343,7 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
   for (const Tensor& s : scales) ranks += s.size(s.dim() - 1);
   const Intermediate intermediate(x, rows.count * ranks);
   float* t = intermediate.data();
-  Batch project(rows.count), expand(rows.count);
+  Batch shrink(rows.count), expand(rows.count);
   std::vector<Routing> routes;  // they keep what the products point to
   std::vector<Tensor> ys;
   routes.reserve(layers);
@@ -348,10 +351,10 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
   for (size_t l = 0; l < layers; ++l) {
     const int64_t rank = scales[l].size(scales[l].dim() - 1);
     const Factors f = factors(&u[l * parts], &vh[l * parts], parts, out_features[l], rank, in_features);
-    add_project(project, rows, f, t, rank);
+    add_shrink(shrink, rows, f, t, rank);
     t += rows.count * rank;
   }
-  project.run();
+  shrink.run();
   t = intermediate.data();
   for (size_t l = 0; l < layers; ++l) {
     const int64_t rank = scales[l].size(scales[l].dim() - 1);
@@ -411,7 +414,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
                   "key: expected [", rows, ", a divisor of ", heads, ", length, ", dim, ", a multiple of 16]");
   for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(value.size(i) == key.size(i), "value: expected the shape of key");
   const t2::DType dtype = dtype_of(query, "query");
-  STD_TORCH_CHECK(dtype != t2::DType::i8 && key.scalar_type() == query.scalar_type() &&
+  STD_TORCH_CHECK(t2::is_activation(dtype) && key.scalar_type() == query.scalar_type() &&
                       value.scalar_type() == query.scalar_type(),
                   "key: expected query, key and value of one dtype: float32, bfloat16 or float16");
   const Tensor q = last_contiguous(query), k = last_contiguous(key), v = last_contiguous(value);
@@ -445,7 +448,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
   return out;
 }
 
-// Machine limits, for benchmarks and the planner's cost model; the caller holds the clock.
+// Machine limits for benchmarks and the planner's cost model; the caller takes the time.
 
 int64_t multiply_adds(t2::Arithmetic kind, int64_t threads, int64_t steps) {
   const auto work = t2::kernels().multiply_adds;
@@ -476,7 +479,7 @@ STABLE_TORCH_LIBRARY_IMPL(t2kernels, CPU, m) {
 }
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What this build of the t2kernels extension is, and which CPU kernels it runs.";
+  m.doc() = "Build report of the t2kernels extension, choice of CPU kernels, machine limits.";
   m.def("compiler", [] {
 #if defined(__clang__)
     return std::string("clang ") + __clang_version__;

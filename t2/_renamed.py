@@ -57,6 +57,9 @@ NAMES: dict[str, str] = {
     "Missing": "MissingResult",
     "Plan": "EvalSpec",
     "TaskPlan": "TaskSpec",
+    "Footprint": "ModelEstimate",
+    "footprint": "estimate_model",
+    "ServedExperts": "ExpertRegistry",
     "load_plan": "load_spec",
     "parse_plan": "parse_spec",
 }

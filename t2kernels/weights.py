@@ -78,7 +78,7 @@ def _cast(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def int8_head(rank: int) -> int:
+def float16_rank(rank: int) -> int:
     """Leading components that int8 storage keeps in float16: about 1/32 of them, whole panels; none below rank 64."""
     return PANEL * -(-rank // (32 * PANEL)) if rank >= 64 else 0
 
@@ -136,7 +136,7 @@ class FactoredWeight(_FrozenWeight):
     @property
     def part_ranks(self) -> list[int]:
         """Components of each part."""
-        head = int8_head(self.rank) if self.parts == 2 else 0
+        head = float16_rank(self.rank) if self.parts == 2 else 0
         return [head, self.rank - head][-self.parts :]
 
     def _matrices(self) -> dict[str, tuple[int, int]]:
@@ -179,7 +179,7 @@ class FactoredWeight(_FrozenWeight):
 
         int8 keeps one float32 scale per component and factor: a component's column of U and row of Vh have unit
         norm, so each is quantised against its own largest entry, and both scales fold into the per-component scale
-        that the product applies anyway. The first `int8_head(r)` components, which decompositions order by singular
+        that the product applies anyway. The first `float16_rank(r)` components, which decompositions order by singular
         value, stay in float16, since their rounding is what models notice most.
 
         Args:
@@ -203,7 +203,7 @@ class FactoredWeight(_FrozenWeight):
             checks.check_device(name, value, u, "u")
         component_scale = None
         if dtype in EIGHT_BITS:
-            head = int8_head(len(s))
+            head = float16_rank(len(s))
             u_tail, u_scale = quantize(u[:, head:], 1, dtype)
             vh_tail, vh_scale = quantize(vh[head:], 0, dtype)
             component_scale = torch.cat([u_scale.new_ones(head), u_scale * vh_scale])

@@ -20,7 +20,7 @@ from benchmarks.common.random_task import SPECIAL, Parity, word_tokenizer
 from benchmarks.gpu.end_to_end import Store, dense_model, factored_model, llama_config, peak_bytes, start_peak, wait
 from t2 import SVFConfig
 from t2.training import Trainer, TrainOptions
-from t2.weights.estimate import footprint
+from t2.weights.estimate import estimate_model
 from t2.weights.memory_model import Work
 
 WORK = Work(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
@@ -46,7 +46,7 @@ def planned(config: LlamaConfig, work: Work, folder: Path) -> dict[str, float]:
     """Bytes of the model and of both phases of a step."""
     path = folder / "config.json"
     path.write_text(json.dumps(config.to_dict()))
-    plan = footprint(path, dtype=torch.bfloat16)
+    plan = estimate_model(path, dtype=torch.bfloat16)
     model = plan.serving(torch.int8)
     return {
         "model": model,

@@ -22,7 +22,7 @@ from benchmarks.gpu.harness import GROUPS, Call, Clock, Layers, Results, name_of
 from t2kernels.packing import interleave
 from t2kernels.triton import launch, tuning
 from t2kernels.triton.tuning import Tile
-from t2kernels.weights import int8_head
+from t2kernels.weights import float16_rank
 
 
 def decode_tiles(rows: int, storage: torch.dtype) -> list[Tile]:
@@ -176,7 +176,7 @@ class _Shape:
 
     def __init__(self, out: int, inputs: int, storage: torch.dtype) -> None:
         rank = min(out, inputs)
-        head = int8_head(rank) if storage.itemsize == 1 else 0
+        head = float16_rank(rank) if storage.itemsize == 1 else 0
         kinds = [(r, t) for r, t in ((head, torch.float16), (rank - head, storage)) if r]
         self.u = [_empty(out, r, t) for r, t in kinds]
         self.vh = [_empty(r, inputs, t) for r, t in kinds]

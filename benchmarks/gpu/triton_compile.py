@@ -33,7 +33,7 @@ from benchmarks.gpu.compile_only import SM_90, compiling, using_tile
 from t2kernels.packing import interleave
 from t2kernels.triton import launch, tuning
 from t2kernels.triton.tuning import TABLES, Tile
-from t2kernels.weights import int8_head
+from t2kernels.weights import float16_rank
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -108,7 +108,7 @@ def launches(factors: str, tile: Tile) -> None:
 
     def parts(n: int) -> tuple[list[Tensor], list[Tensor]]:
         """Parts of U and Vh of rank n."""
-        head = int8_head(n) if factors == HEAD else 0
+        head = float16_rank(n) if factors == HEAD else 0
         kinds = [(rank, dtype) for rank, dtype in ((head, torch.float16), (n - head, storage)) if rank]
         u = [zeros(n, rank, dtype) for rank, dtype in kinds]
         return u, [zeros(rank, features, dtype) for rank, dtype in kinds]

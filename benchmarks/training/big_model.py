@@ -36,7 +36,7 @@ from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
 from t2.model.serving_plan import cost_model
 from t2.training import Trainer, TrainOptions
 from t2.training.policies import svf_config
-from t2.weights.estimate import Footprint, footprint
+from t2.weights.estimate import ModelEstimate, estimate_model
 from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.machine import machine
 from t2.weights.memory_model import Rates, Work
@@ -161,7 +161,7 @@ def measure(phase: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def planned(plan: Footprint, checkpointing: bool) -> dict[str, float]:
+def planned(plan: ModelEstimate, checkpointing: bool) -> dict[str, float]:
     """Planned bytes in the phases of `train`, without embeddings and norms, which stay in their files."""
     model = plan.serving(torch.int8) - plan.dense_parameters * plan.dtype.itemsize
     batch = WORK.prompts_per_step, WORK.rows
@@ -184,7 +184,7 @@ def compare(measured: dict[int, dict[str, Any]], folder: Path, vocabulary: int, 
         for layers in stacks:
             path = folder / "config.json"
             write_text(path, json.dumps(config(layers, vocabulary).to_dict()))
-            plans[layers] = planned(footprint(path), checkpointing)[name]
+            plans[layers] = planned(estimate_model(path), checkpointing)[name]
         found[name] = {"a_layer": layer, "measured": stacks, "planned": plans}
     return found
 
@@ -192,7 +192,7 @@ def compare(measured: dict[int, dict[str, Any]], folder: Path, vocabulary: int, 
 def write_plans() -> None:
     """Writes the plans of the docs, which need no measurement."""
     for path in sorted((ROOT / "benchmarks" / "configs").glob("*.json")):
-        write_results(RESULTS / f"plan-{path.name}", footprint(path).to_dict() | {"model": path.stem})
+        write_results(RESULTS / f"plan-{path.name}", estimate_model(path).to_dict() | {"model": path.stem})
 
 
 PLANNED = {"Llama-3-8B": "plan-llama-3-8b.json", "Llama-3-70B": "plan-llama-3-70b.json"}
@@ -301,7 +301,7 @@ def main(
         base = measure("imports", root / f"{layers[0]}")["peak"]
         decomposed = measure("decompose", root / f"{layers[0]}")
         decomposed["peak"] -= base
-        plan = footprint(root / f"{layers[0]}", rates=Rates.measure())
+        plan = estimate_model(root / f"{layers[0]}", rates=Rates.measure())
         decomposed |= {"planned_peak": plan.decompose_peak, "planned_seconds": plan.decompose_seconds}
         steps = {}
         for name, checkpointing in (("train", False), ("train, layers run again", True)):

@@ -1,16 +1,16 @@
-// Attention of one new token a row over the keys and values that its row has kept, on pointers and sizes only.
+// Decode attention: one new token per row over its key-value cache, on pointers and sizes only.
 //
 //   p = softmax over allowed keys j of scale * <q[h], k[h / group, j]>        out[h] = sum_j p[j] * v[h / group, j]
 //
-// A row's bits depend on its keys from the first allowed one on: left padding is skipped, and every sum runs in the same
-// order from there, whatever the batch and the thread count.
+// A row's bits depend on its keys from the first allowed one on: left padding is skipped, and every sum runs in the
+// same order from there, whatever the batch and the thread count.
 #pragma once
 
 #include "matmul.h"
 
 namespace t2 {
 
-// Of a tensor whose last dimension is contiguous.
+// Strides of a tensor whose last dimension is contiguous.
 struct HeadStrides {
   int64_t row, head, key;
 };

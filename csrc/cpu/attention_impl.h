@@ -1,20 +1,24 @@
 // The kernel behind attention.h, compiled once per instruction set after matmul_impl.h, whose lanes it uses.
 //
 // Tiling. A job is one row and one key head with the query heads that share it, so that every key and value is read
-// from memory once. First all scores (a dot product of head_dim / 16 lanes for each key and query head), then softmax in
-// place, then the values: up to 3 query heads x kValueLanes lanes of the output stay in registers over the whole length.
-// Data movement: length * head_dim of keys and of values per job, once; scores stay in L1 or L2.
-// Limit: memory bandwidth. Jobs are not split, so a single row with fewer key heads than threads leaves threads idle.
+// from memory once. First come all scores (a dot product of head_dim / 16 lanes for each key and query head), then
+// softmax in place, then the values: up to kValueHeads query heads x kValueLanes lanes of the output stay in registers
+// over the whole length.
+// Data movement. length * head_dim of keys and of values per job, once; scores stay in L1 or L2.
+// Limit. Memory bandwidth. Jobs are not split, so rows * key heads bound the number of threads.
 
 #include "attention.h"
 
 namespace {
 
-constexpr int kValueLanes = kMaxRows >= 12 ? 4 : 2;
-constexpr int kValueHeads = 3;
-constexpr int64_t kAhead = 16;
+// Machine constants.
+constexpr int kValueLanes = kMaxRows >= 12 ? 4 : 2;  // bound by registers: 3 x 4 sums, 4 values and a weight of 32
+constexpr int kValueHeads = 3;                       // (AVX2: 3 x 2 sums of 2 registers each of 16)
+constexpr int64_t kKeysAhead = 16;                   // 2 KiB (16-bit) or 4 KiB of keys of 64 in flight; see kBytesAhead
+constexpr int64_t kAttentionGrain = 65536;           // FMAs worth a thread, as kFmaGrain
 
-// e^v for v <= 0, a polynomial after Cody and Waite's reduction; 0 below -87. Multiplications and additions only, so that all sets agree to the bit.
+// e^v for v <= 0, a polynomial after Cody and Waite's reduction; 0 below -87. Multiplications and additions only, so
+// that all sets agree to the bit.
 inline float exp_nonpositive(float v) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -67,8 +71,8 @@ void weigh_values(const float* p, int64_t p_stride, const T* v, int64_t v_stride
     Lane16 w[Lanes];
 #pragma GCC unroll 4
     for (int l = 0; l < Lanes; ++l) {
-      w[l].load(v + l * kPanel);
-      __builtin_prefetch(v + kAhead * v_stride + l * kPanel);
+      load(w[l], v + l * kPanel);
+      __builtin_prefetch(v + kKeysAhead * v_stride + l * kPanel);
     }
 #pragma GCC unroll 4
     for (int h = 0; h < Heads; ++h) {
@@ -84,7 +88,7 @@ void weigh_values(const float* p, int64_t p_stride, const T* v, int64_t v_stride
 #pragma GCC unroll 4
     for (int l = 0; l < Lanes; ++l) {
       c[h][l].multiply(factor);
-      c[h][l].store(out + h * out_stride + l * kPanel);
+      store(c[h][l], out + h * out_stride + l * kPanel);
     }
   }
 }
@@ -126,14 +130,14 @@ void attend_job(const t2::DecodeAttention& a, int64_t row, int64_t key_head) {
   for (int64_t j = 0; j < length; ++j, key += ks.key) {
     const bool visible = allowed == nullptr || allowed[(begin + j) * a.allowed_stride];
     for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(key + kAhead * ks.key + d);
+      __builtin_prefetch(key + kKeysAhead * ks.key + d);
     }
     for (int64_t h = 0; h < group; ++h) {
       Lane16 c;
       c.zero();
       for (int64_t d = 0; d < dim; d += kPanel) {
         Lane16 k, q;
-        k.load(key + d);
+        load(k, key + d);
         q.load(query + h * dim + d);
         c.step(k, q);
       }
@@ -155,15 +159,11 @@ void attend_job(const t2::DecodeAttention& a, int64_t row, int64_t key_head) {
 }
 
 void attend(const t2::DecodeAttention& a, ParallelFor parallel_for) {
-  constexpr int64_t kGrain = 65536;
-  parallel(parallel_for, a.rows * a.key_heads, grain(kGrain, a.length * a.head_dim), [&](int64_t begin, int64_t end) {
+  const int64_t at_least = grain(kAttentionGrain, a.length * a.head_dim);
+  parallel(parallel_for, a.rows * a.key_heads, at_least, [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
       const int64_t row = job / a.key_heads, key_head = job % a.key_heads;
-      switch (a.dtype) {
-        case DType::f32: attend_job<float>(a, row, key_head); break;
-        case DType::bf16: attend_job<bf16>(a, row, key_head); break;
-        default: attend_job<f16>(a, row, key_head); break;
-      }
+      with_activation(a.dtype, [&]<class T>(T) { attend_job<T>(a, row, key_head); });
     }
   });
 }

@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C: a 6 x 16 register tile, 12 accumulators of 8 lanes.
+// AVX2 + FMA + F16C: a register tile of 6 rows x 1 panel (3 x 2, 1 x 4), 12 sums of 8 lanes in 16 registers.
 #if defined(__x86_64__)
 #include "x86_target.h"
 T2_TARGET_BEGIN("avx2,fma,f16c")
@@ -6,16 +6,15 @@ T2_TARGET_BEGIN("avx2,fma,f16c")
 
 #include <cstdint>
 
+#define T2_VECTOR_BITS 256
+
 namespace {
+
+constexpr bool kBf16Products = false;
+using DotBf16 = struct Lane16;  // never used
 
 constexpr int kMaxRows = 6;
 constexpr int panels_per_tile(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
-
-inline float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
-inline uint16_t float_to_half(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
-
-struct bf16;
-struct f16;
 
 struct Broadcast {
   __m256 v;
@@ -29,53 +28,9 @@ struct Lane16 {
     lo = _mm256_loadu_ps(p);
     hi = _mm256_loadu_ps(p + 8);
   }
-  static __m256 widen_bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
-  void load(const bf16* p) {
-    const auto* q = reinterpret_cast<const __m128i*>(p);
-    lo = widen_bf16(_mm_loadu_si128(q));
-    hi = widen_bf16(_mm_loadu_si128(q + 1));
-  }
-  void load(const f16* p) {
-    const auto* q = reinterpret_cast<const __m128i*>(p);
-    lo = _mm256_cvtph_ps(_mm_loadu_si128(q));
-    hi = _mm256_cvtph_ps(_mm_loadu_si128(q + 1));
-  }
-  void load_even(const bf16* p) {
-    const auto* q = reinterpret_cast<const __m256i*>(p);
-    lo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q), 16));
-    hi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q + 1), 16));
-  }
-  // The mask stays in memory: it would take the register that the last accumulator needs.
-  static __m256 upper_halves(__m256i v) {
-    alignas(32) static const uint32_t mask[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
-                                                 0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
-    asm("vpand %1, %0, %0" : "+x"(v) : "m"(mask));
-    return _mm256_castsi256_ps(v);
-  }
-  void load_odd(const bf16* p) {
-    const auto* q = reinterpret_cast<const __m256i*>(p);
-    lo = upper_halves(_mm256_loadu_si256(q));
-    hi = upper_halves(_mm256_loadu_si256(q + 1));
-  }
   void store(float* p) const {
     _mm256_storeu_ps(p, lo);
     _mm256_storeu_ps(p + 8, hi);
-  }
-  static __m256i round_to_bf16(__m256 v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i lowest = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lowest);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
-  }
-  void store(bf16* p) const {
-    const __m256i packed = _mm256_packus_epi32(round_to_bf16(lo), round_to_bf16(hi));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
-  }
-  void store(f16* p) const {
-    auto* q = reinterpret_cast<__m128i*>(p);
-    _mm_storeu_si128(q, _mm256_cvtps_ph(lo, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128(q + 1, _mm256_cvtps_ph(hi, _MM_FROUND_TO_NEAREST_INT));
   }
   void multiply(const float* p) {
     lo = _mm256_mul_ps(lo, _mm256_loadu_ps(p));
@@ -104,16 +59,12 @@ struct Lane16 {
 
 struct PairBroadcast {
   __m256i v;
-  explicit PairBroadcast(const uint32_t* p) : v(_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)))) {}
+  explicit PairBroadcast(const uint32_t* p)
+      : v(_mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)))) {}
 };
 
 struct Pairs16 {
   __m256i lo, hi;
-  void load(const int8_t* p) {
-    const auto* q = reinterpret_cast<const __m128i*>(p);
-    lo = _mm256_cvtepi8_epi16(_mm_loadu_si128(q));
-    hi = _mm256_cvtepi8_epi16(_mm_loadu_si128(q + 1));
-  }
 };
 
 struct DotI16 {
@@ -139,7 +90,6 @@ inline void keep(DotI16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi))
 
 }  // namespace
 
-#include "no_bf16_products.h"
 #include "matmul_impl.h"
 #include "attention_impl.h"
 

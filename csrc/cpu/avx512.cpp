@@ -4,7 +4,6 @@
 T2_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #include "avx512_lanes.h"
 
-#include "no_bf16_products.h"
 #include "matmul_impl.h"
 #include "attention_impl.h"
 

@@ -1,27 +1,9 @@
-// AVX-512 with dot products of bfloat16 (BF16) and of 16-bit integers (VNNI): twice the multiply-adds of fp32.
+// AVX-512 with dot products of bfloat16 (BF16) and of 16-bit integers (VNNI): two FMAs a lane where float32 has one.
 #if defined(__x86_64__)
 #include "x86_target.h"
 T2_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
-#define T2_VNNI
+#define T2_DOT_PRODUCTS
 #include "avx512_lanes.h"
-
-namespace {
-
-constexpr bool kBf16Products = true;
-
-struct DotBf16 {
-  __m512 v;
-  void zero() { v = _mm512_setzero_ps(); }
-  void load(const float* p) { v = _mm512_loadu_ps(p); }
-  void store(float* p) const { _mm512_storeu_ps(p, v); }
-  void step(const Pairs16& w, const PairBroadcast& b) {
-    v = _mm512_dpbf16_ps(v, reinterpret_cast<__m512bh>(w.v), reinterpret_cast<__m512bh>(b.v));
-  }
-};
-
-inline void keep(DotBf16& lane) { asm volatile("" : "+v"(lane.v)); }
-
-}  // namespace
 
 #include "matmul_impl.h"
 #include "attention_impl.h"

@@ -1,21 +1,17 @@
-// 16 lanes of AVX-512 F/BW/DQ/VL, and the register tile they fill: 12 rows x 2 panels or 6 x 4. A taller one
-// would load a broadcast for every multiply-add, which processors with two of each a cycle can't sustain. The order of
-// fp32 operations is that of the AVX2 set, and so are the bits.
+// 16 lanes of AVX-512 F/BW/DQ/VL, and the register tile they fill: 12 rows x 2 panels or 6 x 4, 24 sums of 32
+// registers. A 24 x 1 tile would load a broadcast for every FMA, which processors with two of each a cycle can't
+// sustain. The order of float32 operations is that of the AVX2 set, and so are the bits.
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
 
+#define T2_VECTOR_BITS 512
+
 namespace {
 
 constexpr int kMaxRows = 12;
 constexpr int panels_per_tile(int rows) { return rows <= 6 ? 4 : 2; }
-
-inline float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
-inline uint16_t float_to_half(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
-
-struct bf16;
-struct f16;
 
 struct Broadcast {
   __m512 v;
@@ -26,28 +22,7 @@ struct Lane16 {
   __m512 v;
   void zero() { v = _mm512_setzero_ps(); }
   void load(const float* p) { v = _mm512_loadu_ps(p); }
-  void load(const bf16* p) {
-    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(q), 16));
-  }
-  void load(const f16* p) { v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  void load_even(const bf16* p) { v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
-  void load_odd(const bf16* p) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), upper));
-  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
-  void store(bf16* p) const {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lowest);
-    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i out = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
-  }
-  void store(f16* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
   void multiply(const float* p) { v = _mm512_mul_ps(v, _mm512_loadu_ps(p)); }
   void scale_and_add(const float* scale, const float* bias) {
     v = _mm512_fmadd_ps(v, _mm512_loadu_ps(scale), _mm512_loadu_ps(bias));
@@ -70,10 +45,6 @@ struct PairBroadcast {
 
 struct Pairs16 {
   __m512i v;
-  void load(const bf16* p) { v = _mm512_loadu_si512(p); }
-  void load(const int8_t* p) {
-    v = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
 };
 
 struct DotI16 {
@@ -81,7 +52,7 @@ struct DotI16 {
   void zero() { v = _mm512_setzero_si512(); }
   void step(const Pairs16& w, const PairBroadcast& b) {
     // gcc 12 spills the accumulators of the intrinsics.
-#if defined(T2_VNNI)
+#if defined(T2_DOT_PRODUCTS)
     asm("vpdpwssd %2, %1, %0" : "+v"(v) : "v"(w.v), "v"(b.v));
 #else
     asm("vpaddd %1, %0, %0" : "+v"(v) : "v"(_mm512_madd_epi16(w.v, b.v)));
@@ -92,6 +63,23 @@ struct DotI16 {
     _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), _mm512_set1_ps(scale), a));
   }
 };
+
+#if defined(T2_DOT_PRODUCTS)
+constexpr bool kBf16Products = true;
+struct DotBf16 {
+  __m512 v;
+  void zero() { v = _mm512_setzero_ps(); }
+  void load(const float* p) { v = _mm512_loadu_ps(p); }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void step(const Pairs16& w, const PairBroadcast& b) {
+    v = _mm512_dpbf16_ps(v, reinterpret_cast<__m512bh>(w.v), reinterpret_cast<__m512bh>(b.v));
+  }
+};
+inline void keep(DotBf16& lane) { asm volatile("" : "+v"(lane.v)); }
+#else
+constexpr bool kBf16Products = false;
+using DotBf16 = Lane16;  // never used
+#endif
 
 inline void keep(Lane16& lane) { asm volatile("" : "+v"(lane.v)); }
 inline void keep(Pairs16& lane) { asm volatile("" : "+v"(lane.v)); }

@@ -1,6 +1,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "matmul.h"
 
@@ -50,6 +51,14 @@ std::atomic<const Kernels*>& chosen() {
 }
 
 }  // namespace
+
+char* allocate(int64_t bytes) {
+  void* data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+  if (data == nullptr) throw std::bad_alloc();
+  return static_cast<char*>(data);
+}
+
+void release(char* data) { std::free(data); }
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_acquire); }
 

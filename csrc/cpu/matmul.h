@@ -2,24 +2,18 @@
 //
 //   y[b, n] = column_scale[n] * sum_k x[b, k] * scale[slot(b), k] * component_scale[k] * M[n, k]  +  bias[n]
 //
-// A row's bits depend on that row and on M alone, whatever the batch size, the row's position, the tile that computes it
-// or the thread it lands on, because the sum over k always runs in the same order:
-//   float32 products   one fused multiply-add per term, k ascending
+// A row's bits depend on that row and on M alone, whatever the batch size, the row's position, the tile that computes
+// it or the thread it lands on, because the sum over k always runs in the same order:
+//   float32 products   one FMA per term, k ascending
 //   bfloat16 products  one hardware dot of two terms after the other, k ascending (instruction sets that have it)
 //   int8 matrices      activations become 16-bit integers per block of kBlock terms; a block's sum is exact, and blocks
 //                      are added in float32, k ascending
+// Columns are split over threads in panels of 16, rows are not: 192 columns are 12 panels and feed at most 12 threads.
 #pragma once
 
-#include <cstdint>
+#include "formats.h"
 
 namespace t2 {
-
-enum class DType : int { f32, bf16, f16, i8 };
-
-// Output columns are packed 16 to a panel; columns past N hold zeros. float32 and float16 panels are [K][16]; bfloat16
-// and int8 ones [ceil(K / 2)][16][2], two terms of a column side by side, an odd last term beside a zero.
-constexpr int64_t kPanel = 16;
-constexpr bool paired(DType dtype) { return dtype == DType::bf16 || dtype == DType::i8; }
 
 // Terms that share one activation scale in int8 products: the most whose sum of 127 * 32767 fits 32 bits.
 constexpr int64_t kBlock = 512;
@@ -59,7 +53,7 @@ struct RowOutput {
   DType bias_dtype;
 };
 
-// M = [parts[0] | parts[1]] along k: factors whose leading components are stored with more bits.
+// M = [parts[0] | parts[1]] along k: leading components may be stored with more bits.
 constexpr int kMaxParts = 2;
 struct Product {
   RowInput in;
@@ -74,6 +68,10 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFn 
 
 enum class Arithmetic : int { f32, bf16, i16 };
 
+// Scratch memory, on cache lines; std::bad_alloc if there is none.
+char* allocate(int64_t bytes);
+void release(char* data);
+
 struct DecodeAttention;  // attention.h
 
 struct Kernels {
@@ -85,7 +83,7 @@ struct Kernels {
   void (*reduce_scales)(const float* t, const float* h, const float* component_scale, const int64_t* slots,
                         int64_t rows_per_slot, int64_t rows, int64_t k, float* dscales, ParallelFor);
   void (*attend)(const DecodeAttention&, ParallelFor);
-  // Machine limits: `steps` times as many multiply-adds as returned, from registers only, on the calling thread.
+  // Machine limits: `steps` times as many FMAs as returned, from registers only, on the calling thread.
   int64_t (*multiply_adds)(Arithmetic, int64_t steps);
   // Reads every whole 512 bytes once.
   void (*read)(const void* data, int64_t bytes);

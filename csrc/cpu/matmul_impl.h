@@ -1,27 +1,25 @@
-// The driver and micro-kernels behind matmul.h, compiled once per instruction set. The including file defines, in an
+// The matmul driver and its micro-kernel, compiled once per instruction set. The including file defines, in an
 // anonymous namespace:
-//   Lane16                  16 fp32 lanes: zero, load and store (float, bf16, f16), step with a Broadcast, multiply,
-//                           scale_and_add; load_even, load_odd take every other one of 32 bfloat16
+//   Lane16, Broadcast       16 float32 lanes: zero, load, store, multiply, scale_and_add, sum; step, an FMA
 //   Pairs16, PairBroadcast  16 pairs of 16-bit terms of M, one pair of terms of x
 //   DotI16                  16 int32 lanes: zero, step, add_to (accumulators += lanes * scale)
-//   DotBf16                 16 fp32 lanes: zero, load, store, step; only used if kBf16Products
+//   DotBf16                 16 float32 lanes: zero, load, store, step; used if kBf16Products
 //   keep                    makes the compiler believe that a lane's value is used
-//   half_to_float, float_to_half
 //   kMaxRows                rows of the largest register tile
 //   panels_per_tile(rows)   panels that a tile of so many rows spans
+// formats.h adds loads and stores of every storage format.
 //
-// Tiling. A thread owns a range of panels. Rows go in blocks of 256, which are scaled, converted to what the arithmetic
-// takes (fp32, bf16 pairs, int16 pairs with a scale per kBlock terms) and interleaved tile by tile ([tile][k][rows of
-// tile]), so that a micro-kernel reads one stream of broadcasts. Within a group of 8 panels the reduction advances a
-// slice at a time: the row block's slice stays in L2, the panels' slice in L1 for all tiles. Accumulators leave
-// registers between slices as fp32, which rounds nothing.
+// Tiling. A thread owns a range of panels, 16 columns each, so panels bound the number of threads: 192 columns are 12
+// panels and feed 12 threads, whatever the number of rows. Rows go in blocks of kRowBlock, which are scaled, converted
+// to the operands of the arithmetic (float32, bfloat16 pairs, or int16 pairs with a scale per kBlock terms) and
+// interleaved tile by tile ([tile][k][rows of tile]), so that the micro-kernel reads one stream of broadcasts. Within a
+// group of kGroup panels the reduction advances a slice at a time: the row block's slice stays in L2, the panels' slice
+// in L1 for all tiles. Between slices accumulators are stored as float32, which rounds nothing.
 // Data movement. Every weight byte is read from memory once per row block and used straight from its storage format by
-// every row tile; matrices that are not packed, or packed the other way round, are gathered into fp32 panels first, a
-// slice at a time.
-// Limit: memory bandwidth for few rows, multiply-adds for many; packing x shows only where M has few columns.
+// every row tile. Matrices that are not packed, or packed the other way round, are first gathered into float32 panels,
+// a slice at a time.
+// Limit. Memory bandwidth for few rows, FMAs for many; packing x shows only where M has few columns.
 
-#include <cstdlib>
-#include <cstring>
 #include <type_traits>
 
 #include "matmul.h"
@@ -29,11 +27,9 @@
 namespace {
 
 using t2::Arithmetic;
-using t2::DType;
 using t2::kBlock;
 using t2::kMaxParts;
 using t2::kMaxProducts;
-using t2::kPanel;
 using t2::Matrix;
 using t2::ParallelFor;
 using t2::Product;
@@ -41,58 +37,38 @@ using t2::RowInput;
 using t2::RowOutput;
 using t2::Storage;
 
+// Machine constants, from the sizes of L1 (32 KiB or more) and L2 (512 KiB or more). None changes an output bit.
+// Half or twice of kSlice or kGroup changed 33 rows x 2048 x 2048 by less than 4%, within noise (Zen 4, AVX-512 BF16).
+// Register tiles (kMaxRows, panels_per_tile) stand beside the lanes that they fill.
+constexpr int64_t kRowBlock = 256;        // rows packed at a time; with kSlice 256 KiB of float32 x, half of L2
+constexpr int64_t kSlice = 256;           // terms; 16 KiB a float32 panel: the 2 of a tall tile fill an L1 of 32 KiB
+constexpr int64_t kGroup = 8;             // panels with open sums: 128 KiB for kRowBlock rows, a quarter of L2
+constexpr int64_t kNearBytes = 20 << 10;  // a panel up to this size stays in L1 beside x: one slice, sums in registers
+// Bytes in flight for one core: latency times bandwidth (100 ns x 50 GB/s = 5 KB), and some.
+constexpr int64_t kBytesAhead = 6144;
+constexpr int64_t kReadAhead = 1024;  // for each of read()'s 8 streams
+// Work worth a thread, microseconds as waking one takes: elements of x packed, FMAs, scales.
+constexpr int64_t kPackGrain = 16384;
+constexpr int64_t kFmaGrain = 65536;
+constexpr int64_t kScaleGrain = 64;
+
 // std::min would be emitted for this file's instruction set and shared, by the linker, with everyone.
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t grain(int64_t enough, int64_t each) { return each <= 0 || each >= enough ? 1 : enough / each; }
 inline int64_t even(int64_t k) { return k + (k & 1); }
-
-constexpr int64_t kRowBlock = 256;
-constexpr int64_t kSlice = 256;
-constexpr int64_t kGroup = 8;
-constexpr int64_t kBytesAhead = 6144;  // what one core waits for at a time: latency times its bandwidth, and some
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
-inline float to_float(float v) { return v; }
-inline float to_float(int8_t v) { return static_cast<float>(v); }
-inline float to_float(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline float to_float(f16 v) { return half_to_float(v.bits); }
-
-inline uint32_t bits_of(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return bits;
-}
-
-inline void from_float(float v, float* out) { *out = v; }
-inline void from_float(float v, bf16* out) {
-  const uint32_t bits = bits_of(v);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  out->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-inline void from_float(float v, f16* out) { out->bits = float_to_half(v); }
+inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Per-thread scratch that grows and stays: a call allocates nothing once warm.
 struct Scratch {
   char* data = nullptr;
   int64_t size = 0;
-  ~Scratch() { std::free(data); }
+  ~Scratch() { t2::release(data); }
   char* get(int64_t bytes) {
     if (bytes > size) {
-      std::free(data);
+      t2::release(data);
+      data = nullptr;
       size = 0;
-      data = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
-      if (data == nullptr) std::abort();
+      data = t2::allocate(bytes);
       size = bytes;
     }
     return data;
@@ -101,237 +77,199 @@ struct Scratch {
 
 template <class Fn>
 void parallel(ParallelFor parallel_for, int64_t count, int64_t at_least, const Fn& fn) {
-  parallel_for(
-      0, count, at_least, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Fn*>(context))(begin, end); },
-      const_cast<void*>(static_cast<const void*>(&fn)));
+  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Fn*>(context))(begin, end); };
+  parallel_for(0, count, at_least, call, const_cast<void*>(static_cast<const void*>(&fn)));
 }
 
-// What a micro-kernel prefetches: `start` bytes from the first weight on, `step` bytes further with every load of a
-// panel, and from term `turn` on `jump` bytes further still.
-struct Ahead {
+// Arithmetics of the micro-kernel. One load of a panel gives kTerms terms, which meet x in kSteps steps of MR values.
+
+struct FloatSums {
+  template <class Lane>
+  static void begin(Lane& sums, const float* acc, bool first) {
+    if (first) {
+      sums.zero();
+    } else {
+      sums.load(acc);
+    }
+  }
+  template <class Lane>
+  static void end(const Lane& sums, float* acc, const float*, int, bool) {
+    sums.store(acc);
+  }
+};
+
+// Any format, widened to float32 as it is loaded.
+template <class T>
+struct F32Products : FloatSums {
+  using Weight = T;
+  using Weights = Lane16;
+  using X = float;
+  using XBroadcast = Broadcast;
+  using Sums = Lane16;
+  static constexpr Arithmetic kArithmetic = Arithmetic::f32;
+  static constexpr int kTerms = t2::paired(kDType<T>) ? 2 : 1, kSteps = kTerms;
+  static void load_step(Lane16& w, const T* p, int step) {
+    if constexpr (kSteps == 1) {
+      load(w, p);
+    } else if (step == 0) {
+      load_even(w, p);
+    } else {
+      load_odd(w, p);
+    }
+  }
+};
+
+// Pairs of 16-bit terms, one dot product a step.
+template <class T, class Lane>
+struct PairProducts {
+  using Weight = T;
+  using Weights = Pairs16;
+  using X = uint32_t;
+  using XBroadcast = PairBroadcast;
+  using Sums = Lane;
+  static constexpr int kTerms = 2, kSteps = 1;
+  static void load_step(Pairs16& w, const T* p, int) { load(w, p); }
+};
+
+struct Bf16Products : PairProducts<bf16, DotBf16>, FloatSums {
+  static constexpr Arithmetic kArithmetic = Arithmetic::bf16;
+};
+
+// Exact sums of one block of at most kBlock terms, times the activation scales of these rows.
+struct I16Products : PairProducts<int8_t, DotI16> {
+  static constexpr Arithmetic kArithmetic = Arithmetic::i16;
+  static void begin(DotI16& sums, const float*, bool) { sums.zero(); }
+  static void end(const DotI16& sums, float* acc, const float* scale, int row, bool first) {
+    sums.add_to(acc, scale[row], first);
+  }
+};
+
+// The arithmetic of packed weights: 16-bit pairs where format and instruction set have them, else float32.
+template <class T>
+struct Products {
+  using Type = F32Products<T>;
+};
+template <>
+struct Products<bf16> {
+  using Type = std::conditional_t<kBf16Products, Bf16Products, F32Products<bf16>>;
+};
+template <>
+struct Products<int8_t> {
+  using Type = I16Products;
+};
+
+Arithmetic arithmetic(const RowInput& in, const Matrix& m) {
+  Arithmetic kind = Arithmetic::f32;
+  if (m.storage == Storage::panels)
+    with_format(m.dtype, [&]<class T>(T) { kind = Products<T>::Type::kArithmetic; });
+  return kind == Arithmetic::bf16 && !in.round_to_bf16 ? Arithmetic::f32 : kind;
+}
+
+// Prefetches of one tile: they begin `start` bytes past the first weight of each panel, advance `step` bytes with every
+// load, and skip `jump` bytes when the load comes to term `turn`.
+//
+// A single row tile reads `run` panels side by side, straight from memory, and uses nothing twice. Each panel is
+// prefetched kBytesAhead / run bytes ahead (n) of its load (w); near its end the next run is. Panel 0 of a run of 2:
+//
+//        this run                        next run
+//        panel 0         panel 1         panel 2         panel 3
+//      [===w----n      |               |               |               ]   n = w + start
+//      [==========w----n               |               |               ]   turn: n is at the panel's end and jumps over
+//      [===========w   |               |n              |               ]   run - 1 panels; panel 1's goes to panel 3
+//
+// Several row tiles read the same slice of a run in turn, all but the first from cache. Each prefetches its share of
+// the slice that is read next, so that memory is read at an even pace (turn = depth, no jump):
+//
+//      this slice  [ read by tile 0, then by tile 1, then by tile 2 ]
+//      next slice  [ tile 0's n    | tile 1's n    | tile 2's n     ]
+struct Prefetch {
   int64_t start, step, turn, jump;
 };
 
-// Micro-kernels. x: [depth][MR] (fp32) or [depth / 2][MR] (pairs). w: NP panels, w_stride elements apart.
-// acc: NP x [rows][16], acc_stride floats apart; `first` starts it from zero.
-
-template <int MR, int NP, class T>
-void micro(const float* x, const T* w, int64_t w_stride, int64_t depth, float* acc, int64_t acc_stride, bool first,
-           Ahead ahead) {
-  Lane16 c[MR][NP];
-  const char* next = reinterpret_cast<const char*>(w) + ahead.start;
-  int64_t stop = smaller(ahead.turn, depth);
+// The micro-kernel. c[MR][NP] accumulators of 16 columns stay in registers over `depth` terms; each load of a panel
+// meets MR broadcasts of x. x: [depth / terms of an X][MR]. w: NP panels, w_stride elements apart. acc: NP x
+// [rows][16], acc_stride floats apart, read unless `first`. scale: of MR rows, or null.
+// Limit: FMAs while the slice of the panels is in L1; a full tile needs less than one load an FMA.
+template <class A, int MR, int NP>
+void micro(const typename A::X* x, const float* scale, const typename A::Weight* w, int64_t w_stride, int64_t depth,
+           float* acc, int64_t acc_stride, bool first, Prefetch prefetch) {
+  typename A::Sums c[MR][NP];
+  const char* next = reinterpret_cast<const char*>(w) + prefetch.start;
+  int64_t stop = smaller(prefetch.turn, depth);
 #pragma GCC unroll 24
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) {
-      if (first) {
-        c[r][p].zero();
-      } else {
-        c[r][p].load(acc + p * acc_stride + r * kPanel);
-      }
-    }
+    for (int p = 0; p < NP; ++p) A::begin(c[r][p], acc + p * acc_stride + r * kPanel, first);
   }
-  if constexpr (std::is_same_v<T, bf16>) {
-    for (int64_t k = 0; k < depth; stop = depth, next += ahead.jump) {
-      for (; k < stop; k += 2, next += ahead.step) {
-        Lane16 v[NP];
+  for (int64_t k = 0; k < depth; stop = depth, next += prefetch.jump) {
+    for (; k < stop; k += A::kTerms, x += A::kSteps * MR, next += prefetch.step) {
+      typename A::Weights v[NP];
+      const auto run = [&](int step) __attribute__((always_inline)) {  // a loop costs the portable set 10%
 #pragma GCC unroll 8
         for (int p = 0; p < NP; ++p) {
-          v[p].load_even(w + p * w_stride + k * kPanel);
-          __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
+          A::load_step(v[p], w + p * w_stride + k * kPanel, step);
+          if (step == 0) __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
         }
 #pragma GCC unroll 24
         for (int r = 0; r < MR; ++r) {
-          const Broadcast b(x + k * MR + r);
+          const typename A::XBroadcast b(x + step * MR + r);
 #pragma GCC unroll 8
           for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
         }
-#pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) v[p].load_odd(w + p * w_stride + k * kPanel);
-#pragma GCC unroll 24
-        for (int r = 0; r < MR; ++r) {
-          const Broadcast b(x + (k + 1) * MR + r);
-#pragma GCC unroll 8
-          for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
-        }
-      }
-    }
-  } else {
-    for (int64_t k = 0; k < depth; stop = depth, next += ahead.jump) {
-      for (; k < stop; ++k, next += ahead.step) {
-        Lane16 v[NP];
-#pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) {
-          v[p].load(w + p * w_stride + k * kPanel);
-          __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
-        }
-#pragma GCC unroll 24
-        for (int r = 0; r < MR; ++r) {
-          const Broadcast b(x + k * MR + r);
-#pragma GCC unroll 8
-          for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
-        }
-      }
+      };
+      run(0);
+      if constexpr (A::kSteps == 2) run(1);
     }
   }
 #pragma GCC unroll 24
   for (int r = 0; r < MR; ++r) {
 #pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) c[r][p].store(acc + p * acc_stride + r * kPanel);
+    for (int p = 0; p < NP; ++p) A::end(c[r][p], acc + p * acc_stride + r * kPanel, scale, r, first);
   }
 }
-
-template <int MR, int NP>
-void micro_bf16(const uint32_t* x, const bf16* w, int64_t w_stride, int64_t depth, float* acc, int64_t acc_stride,
-                bool first, Ahead ahead) {
-  DotBf16 c[MR][NP];
-  const char* next = reinterpret_cast<const char*>(w) + ahead.start;
-  int64_t stop = smaller(ahead.turn, depth);
-#pragma GCC unroll 24
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) {
-      if (first) {
-        c[r][p].zero();
-      } else {
-        c[r][p].load(acc + p * acc_stride + r * kPanel);
-      }
-    }
-  }
-  for (int64_t k = 0; k < depth; stop = depth, next += ahead.jump) {
-    for (; k < stop; k += 2, x += MR, next += ahead.step) {
-      Pairs16 v[NP];
-#pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) {
-        v[p].load(w + p * w_stride + k * kPanel);
-        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
-      }
-#pragma GCC unroll 24
-      for (int r = 0; r < MR; ++r) {
-        const PairBroadcast b(x + r);
-#pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
-      }
-    }
-  }
-#pragma GCC unroll 24
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) c[r][p].store(acc + p * acc_stride + r * kPanel);
-  }
-}
-
-// One block of at most kBlock terms. scale: the block's activation scales of these rows.
-template <int MR, int NP>
-void micro_i16(const uint32_t* x, const float* scale, const int8_t* w, int64_t w_stride, int64_t depth, float* acc,
-               int64_t acc_stride, bool first, Ahead ahead) {
-  DotI16 c[MR][NP];
-  const char* next = reinterpret_cast<const char*>(w) + ahead.start;
-  int64_t stop = smaller(ahead.turn, depth);
-#pragma GCC unroll 24
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) c[r][p].zero();
-  }
-  for (int64_t k = 0; k < depth; stop = depth, next += ahead.jump) {
-    for (; k < stop; k += 2, x += MR, next += ahead.step) {
-      Pairs16 v[NP];
-#pragma GCC unroll 8
-      for (int p = 0; p < NP; ++p) {
-        v[p].load(w + p * w_stride + k * kPanel);
-        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(*w)));
-      }
-#pragma GCC unroll 24
-      for (int r = 0; r < MR; ++r) {
-        const PairBroadcast b(x + r);
-#pragma GCC unroll 8
-        for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
-      }
-    }
-  }
-#pragma GCC unroll 24
-  for (int r = 0; r < MR; ++r) {
-#pragma GCC unroll 8
-    for (int p = 0; p < NP; ++p) c[r][p].add_to(acc + p * acc_stride + r * kPanel, scale[r], first);
-  }
-}
-
-template <class T>
-using MicroFn = void (*)(const float*, const T*, int64_t, int64_t, float*, int64_t, bool, Ahead);
-using MicroBf16Fn = void (*)(const uint32_t*, const bf16*, int64_t, int64_t, float*, int64_t, bool, Ahead);
-using MicroI16Fn = void (*)(const uint32_t*, const float*, const int8_t*, int64_t, int64_t, float*, int64_t, bool, Ahead);
 
 // The micro-kernel for so many rows: over panels_per_tile(rows) panels if `wide`, else over one.
-template <class T, int MR = kMaxRows>
-MicroFn<T> micro_for(int64_t rows, bool wide) {
+template <class A, int MR = kMaxRows>
+auto micro_for(int64_t rows, bool wide) -> decltype(&micro<A, 1, 1>) {
   if constexpr (MR == 0) {
     return nullptr;
   } else {
-    if (rows == MR) return wide ? &micro<MR, panels_per_tile(MR), T> : &micro<MR, 1, T>;
-    return micro_for<T, MR - 1>(rows, wide);
-  }
-}
-
-template <int MR = kMaxRows>
-MicroBf16Fn micro_bf16_for(int64_t rows, bool wide) {
-  if constexpr (MR == 0 || !kBf16Products) {
-    return nullptr;
-  } else {
-    if (rows == MR) return wide ? &micro_bf16<MR, panels_per_tile(MR)> : &micro_bf16<MR, 1>;
-    return micro_bf16_for<MR - 1>(rows, wide);
-  }
-}
-
-template <int MR = kMaxRows>
-MicroI16Fn micro_i16_for(int64_t rows, bool wide) {
-  if constexpr (MR == 0) {
-    return nullptr;
-  } else {
-    if (rows == MR) return wide ? &micro_i16<MR, panels_per_tile(MR)> : &micro_i16<MR, 1>;
-    return micro_i16_for<MR - 1>(rows, wide);
+    if (rows == MR) return wide ? &micro<A, MR, panels_per_tile(MR)> : &micro<A, MR, 1>;
+    return micro_for<A, MR - 1>(rows, wide);
   }
 }
 
 // Splits `rows` into the fewest tiles of at most kMaxRows rows, sizes differing by at most one.
 struct Tiles {
   int64_t count, small, large_count;
-  explicit Tiles(int64_t rows) : count((rows + kMaxRows - 1) / kMaxRows), small(rows / count), large_count(rows % count) {}
+  explicit Tiles(int64_t n) : count((n + kMaxRows - 1) / kMaxRows), small(n / count), large_count(n % count) {}
   int64_t rows(int64_t tile) const { return small + (tile < large_count ? 1 : 0); }
   int64_t begin(int64_t tile) const { return tile * small + smaller(tile, large_count); }
 };
 
-Arithmetic arithmetic(const RowInput& in, const Matrix& m) {
-  if (m.storage == Storage::panels && m.dtype == DType::i8) return Arithmetic::i16;
-  if (m.storage == Storage::panels && m.dtype == DType::bf16 && kBf16Products && in.round_to_bf16)
-    return Arithmetic::bf16;
-  return Arithmetic::f32;
-}
-
-// The terms [k0, k0 + k) of a row block as one arithmetic wants them; terms are padded with zeros to an even number.
+// The terms [k0, k0 + k) of a block of rows, packed for one arithmetic, padded with zeros to an even number of terms.
 struct PackedRows {
   RowInput in;
   Arithmetic arithmetic;
-  int64_t k0, k;
-  char* data;    // [tile][even(k)][rows of tile] fp32, or [tile][even(k) / 2][rows of tile] pairs
-  float* scale;  // i16: [ceil(k / kBlock)][rows of the block of rows]
+  int64_t k0, k, rows;
+  char* data;    // [tile][even(k)][rows of tile] float32, or [tile][even(k) / 2][rows of tile] pairs
+  float* scale;  // i16: [ceil(k / kBlock)][rows]
 
   int64_t element_bytes() const { return arithmetic == Arithmetic::f32 ? 4 : 2; }
-  int64_t data_bytes(int64_t rows) const { return (rows * even(k) * element_bytes() + 63) / 64 * 64; }
-  int64_t scale_bytes(int64_t rows) const {
-    return arithmetic == Arithmetic::i16 ? ((k + kBlock - 1) / kBlock * rows * 4 + 63) / 64 * 64 : 0;
+  int64_t data_bytes() const { return whole_lines(rows * even(k) * element_bytes()); }
+  int64_t scale_bytes() const {
+    return arithmetic == Arithmetic::i16 ? whole_lines((k + kBlock - 1) / kBlock * rows * 4) : 0;
   }
   bool same(const PackedRows& other) const {
     return in.data == other.in.data && in.scales == nullptr && other.in.scales == nullptr &&
            in.component_scale == nullptr && other.in.component_scale == nullptr && arithmetic == other.arithmetic &&
            k0 == other.k0 && k == other.k && in.stride == other.in.stride;
   }
-  const float* floats(int64_t first_row, int64_t tile_rows, int64_t term) const {
-    return reinterpret_cast<const float*>(data) + first_row * even(k) + term * tile_rows;
+  template <class X>
+  X* at(int64_t first_row, int64_t tile_rows, int64_t term) const {
+    return reinterpret_cast<X*>(data + (first_row * even(k) + term * tile_rows) * element_bytes());
   }
-  const uint32_t* pairs(int64_t first_row, int64_t tile_rows, int64_t term) const {
-    return reinterpret_cast<const uint32_t*>(data) + (first_row * even(k) + term * tile_rows) / 2;
-  }
+  float* scale_at(int64_t row, int64_t term) const { return scale + term / kBlock * rows + row; }
 };
 
 template <class T>
@@ -339,10 +277,21 @@ void widen(const T* x, int64_t count, float* out) {
   int64_t k = 0;
   for (; k + kPanel <= count; k += kPanel) {
     Lane16 v;
-    v.load(x + k);
+    load(v, x + k);
     v.store(out + k);
   }
   for (; k < count; ++k) out[k] = to_float(x[k]);
+}
+
+template <class T>
+void narrow(const float* v, int64_t count, T* out) {
+  int64_t k = 0;
+  for (; k + kPanel <= count; k += kPanel) {
+    Lane16 lane;
+    lane.load(v + k);
+    store(lane, out + k);
+  }
+  for (; k < count; ++k) from_float(v[k], out + k);
 }
 
 void multiply(float* v, const float* factor, int64_t count) {
@@ -356,33 +305,14 @@ void multiply(float* v, const float* factor, int64_t count) {
   for (; k < count; ++k) v[k] *= factor[k];
 }
 
-template <class T>
-void narrow(const float* v, int64_t count, T* out) {
-  int64_t k = 0;
-  for (; k + kPanel <= count; k += kPanel) {
-    Lane16 lane;
-    lane.load(v + k);
-    lane.store(out + k);
-  }
-  for (; k < count; ++k) from_float(v[k], out + k);
-}
-
-// Row `row`, scaled, as fp32: out[even(k)].
+// Row `row`, scaled, as float32: out[even(k)].
 void scaled_row(const PackedRows& p, int64_t row, float* out) {
-  const int64_t start = row * p.in.stride + p.k0;
-  switch (p.in.dtype) {
-    case DType::f32: widen(static_cast<const float*>(p.in.data) + start, p.k, out); break;
-    case DType::bf16: widen(static_cast<const bf16*>(p.in.data) + start, p.k, out); break;
-    default: widen(static_cast<const f16*>(p.in.data) + start, p.k, out); break;
-  }
-  if (p.in.scales) {
-    const float* scale = p.in.scales + p.in.slots[row / p.in.rows_per_slot] * p.in.scales_stride + p.k0;
-    multiply(out, scale, p.k);
-  }
-  if (p.in.component_scale) {
-    const float* component = p.in.component_scale + p.k0;
-    multiply(out, component, p.k);
-  }
+  with_activation(p.in.dtype, [&]<class T>(T) {
+    widen(static_cast<const T*>(p.in.data) + row * p.in.stride + p.k0, p.k, out);
+  });
+  if (p.in.scales)
+    multiply(out, p.in.scales + p.in.slots[row / p.in.rows_per_slot] * p.in.scales_stride + p.k0, p.k);
+  if (p.in.component_scale) multiply(out, p.in.component_scale + p.k0, p.k);
   if (p.k & 1) out[p.k] = 0.0f;
 }
 
@@ -393,8 +323,7 @@ float quantize(const float* v, int64_t count, int16_t* out) {
     const uint32_t magnitude = bits_of(v[k]) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
-  float top;
-  std::memcpy(&top, &largest, 4);
+  const float top = float_of(largest);
   constexpr float kTiny = 1e-33f;  // below, 32767 / top would overflow
   const bool finite = largest < 0x7f800000u;
   const float inverse = finite && top > kTiny ? 32767.0f / top : 0.0f;
@@ -404,14 +333,14 @@ float quantize(const float* v, int64_t count, int16_t* out) {
   return top > kTiny ? top / 32767.0f : 0.0f;
 }
 
-void pack_row(const PackedRows& p, int64_t row0, int64_t rows, const Tiles& tiles, int64_t tile, int64_t index) {
+void pack_row(const PackedRows& p, int64_t row0, const Tiles& tiles, int64_t tile, int64_t index) {
   thread_local Scratch scratch;
-  const int64_t k = even(p.k), step = tiles.rows(tile), first_row = tiles.begin(tile);
+  const int64_t k = even(p.k), tile_rows = tiles.rows(tile), first_row = tiles.begin(tile), row = first_row + index;
   float* v = reinterpret_cast<float*>(scratch.get(k * 6));
-  scaled_row(p, row0 + first_row + index, v);
+  scaled_row(p, row0 + row, v);
   if (p.arithmetic == Arithmetic::f32) {
-    float* out = reinterpret_cast<float*>(p.data) + first_row * k + index;
-    for (int64_t j = 0; j < k; ++j) out[j * step] = v[j];
+    float* out = p.at<float>(first_row, tile_rows, 0) + index;
+    for (int64_t j = 0; j < k; ++j) out[j * tile_rows] = v[j];
     return;
   }
   char* pairs = reinterpret_cast<char*>(v + k);
@@ -419,14 +348,14 @@ void pack_row(const PackedRows& p, int64_t row0, int64_t rows, const Tiles& tile
     narrow(v, k, reinterpret_cast<bf16*>(pairs));
   } else {
     int16_t* out = reinterpret_cast<int16_t*>(pairs);
-    for (int64_t j = 0; j < k; j += kBlock)
-      p.scale[j / kBlock * rows + first_row + index] = quantize(v + j, smaller(kBlock, k - j), out + j);
+    for (int64_t j = 0; j < k; j += kBlock) *p.scale_at(row, j) = quantize(v + j, smaller(kBlock, k - j), out + j);
   }
-  uint32_t* out = reinterpret_cast<uint32_t*>(p.data) + first_row * k / 2 + index;
-  for (int64_t j = 0; j < k / 2; ++j) std::memcpy(out + j * step, pairs + j * 4, 4);
+  uint32_t* out = p.at<uint32_t>(first_row, tile_rows, 0) + index;
+  for (int64_t j = 0; j < k / 2; ++j) std::memcpy(out + j * tile_rows, pairs + j * 4, 4);
 }
 
-// Gathers terms [k0, k0 + depth) of 16 columns of a matrix that is not packed this way round, as fp32: out[depth][16].
+// Gathers terms [k0, k0 + depth) of 16 columns of a matrix that is not packed this way round, as float32:
+// out[depth][16].
 template <class T>
 void gather_panel(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, float* out) {
   const T* data = static_cast<const T*>(m.data);
@@ -436,15 +365,12 @@ void gather_panel(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, flo
   if (m.storage == Storage::panels_transposed) {
     // Stored panels hold 16 terms of this product side by side: element (n, k) at [k / 16][n][k % 16], or, paired,
     // [k / 16][n / 2][k % 16][n % 2].
-    constexpr bool pairs = std::is_same_v<T, bf16> || std::is_same_v<T, int8_t>;
+    constexpr bool pairs = t2::paired(kDType<T>);
     const int64_t stored = pairs ? even(m.n) : m.n;
     for (int64_t k = 0; k < depth; ++k) {
       const T* w = data + ((k0 + k) / kPanel * stored + n0) * kPanel + (k0 + k) % kPanel * (pairs ? 2 : 1);
-      if constexpr (pairs) {
-        for (int64_t j = 0; j < columns; ++j) out[k * kPanel + j] = to_float(w[j / 2 * 2 * kPanel + (j & 1)]);
-      } else {
-        for (int64_t j = 0; j < columns; ++j) out[k * kPanel + j] = to_float(w[j * kPanel]);
-      }
+      for (int64_t j = 0; j < columns; ++j)
+        out[k * kPanel + j] = to_float(pairs ? w[j / 2 * 2 * kPanel + (j & 1)] : w[j * kPanel]);
     }
     return;
   }
@@ -458,44 +384,56 @@ void gather_panel(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, flo
   }
 }
 
-// Where weights lie: elements of a panel, bytes of an element, bytes that a micro-kernel loads of a panel at a time.
+// The weights that a product reads from memory: elements of a panel, bytes of an element, terms of one load of a panel.
+// Gathered ones are in cache: none.
 struct Stream {
-  int64_t panel_size, element_bytes, load_bytes;
+  int64_t panel_size, element_bytes, terms;
+  int64_t panel_bytes() const { return panel_size * element_bytes; }
+  int64_t term_bytes() const { return kPanel * element_bytes; }
+  int64_t load_bytes() const { return term_bytes() * terms; }
 };
 
-template <class T>
+template <class A>
 Stream stream_of(const Matrix& m) {
-  const bool pairs = t2::paired(m.dtype);
-  const int64_t bytes = sizeof(T);
-  return {(pairs ? even(m.k) : m.k) * kPanel, bytes, kPanel * bytes * (pairs ? 2 : 1)};
+  return {(A::kTerms == 2 ? even(m.k) : m.k) * kPanel, sizeof(typename A::Weight), A::kTerms};
 }
 
 // Terms of a slice: all of them for one tile, which keeps its sums in registers, or where a panel fits in L1 anyway.
 int64_t slice_of(const Tiles& tiles, int64_t k, const Stream& stream) {
-  constexpr int64_t kNearBytes = 20 << 10;
-  return tiles.count == 1 || stream.panel_size * stream.element_bytes <= kNearBytes ? k : kSlice;
+  return tiles.count == 1 || stream.panel_bytes() <= kNearBytes ? k : kSlice;
 }
 
-// One tile reads `run` panels at once, to their end `terms` terms from here, and the next run after them.
-Ahead stream_ahead(const Stream& stream, int64_t run, int64_t terms) {
-  const int64_t term_bytes = kPanel * stream.element_bytes, each = kBytesAhead / run;
-  if (term_bytes == 0) return {0, 0, terms, 0};
-  const int64_t before_end = terms - each / term_bytes;
-  return {each, stream.load_bytes, before_end < 0 ? 0 : even(before_end),
-          (run - 1) * stream.panel_size * stream.element_bytes};
+// Of the only row tile, with `terms` terms to the end of a run.
+Prefetch prefetch_stream(const Stream& stream, int64_t run, int64_t terms) {
+  if (stream.element_bytes == 0) return {0, 0, terms, 0};
+  const int64_t start = kBytesAhead / run, before_end = terms - start / stream.term_bytes();
+  return {start, stream.load_bytes(), before_end < 0 ? 0 : even(before_end), (run - 1) * stream.panel_bytes()};
 }
+
+// Of row tile `tile`, `distance` elements before the slice that is read next.
+Prefetch prefetch_share(const Stream& stream, const Tiles& tiles, int64_t tile, int64_t distance, int64_t depth) {
+  const int64_t share = depth * stream.term_bytes() / tiles.count;
+  return {distance * stream.element_bytes + tile * share, stream.load_bytes() / tiles.count, depth, 0};
+}
+
+// One call of the micro-kernel: rows [row, row + rows) of the block, one panel or `wide`, terms [k0, k0 + depth).
+struct Tile {
+  int64_t row, rows, panel;
+  int64_t index;  // of the panel in its run
+  bool wide;
+  int64_t k0, depth;
+  Prefetch prefetch;
+};
 
 // Visits every (slice of terms, run of panels, row tile) of one part in the order that keeps slices in cache:
-// prepare(panel, panels, k0, depth) once per run, then tile(row, rows, panel, index in run, wide, k0, depth, ahead) for
-// each. The tiles of a run share the work of prefetching the next one, so that memory is read at an even pace.
-template <class Prepare, class Tile>
+// prepare(panel, panels, k0) once per run and slice, then run_tile(Tile) for each.
+template <class Prepare, class RunTile>
 void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t slice, const Stream& stream,
-           const Prepare& prepare, const Tile& tile) {
+           const Prepare& prepare, const RunTile& run_tile) {
   const int64_t span = panels_per_tile(static_cast<int>(tiles.rows(0)));
-  const int64_t term_bytes = kPanel * stream.element_bytes;
   if (tiles.count == 1 && begin + span < end) {  // nothing is used twice: one run after the other, from end to end
     for (int64_t panel = begin; panel < end; panel += span)
-      sweep(tiles, panel, smaller(panel + span, end), k, slice, stream, prepare, tile);
+      sweep(tiles, panel, smaller(panel + span, end), k, slice, stream, prepare, run_tile);
     return;
   }
   for (int64_t k0 = 0; k0 < k; k0 += slice) {
@@ -503,85 +441,77 @@ void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t sl
     int64_t run = span;
     for (int64_t panel = begin; panel < end; panel += run) {
       if (panel + span > end) run = 1;
-      prepare(panel, run, k0, depth);
+      prepare(panel, run, k0);
       const bool run_follows = panel + run < end, slice_follows = k0 + slice < k;
-      const int64_t next_run = run_follows     ? run * stream.panel_size
+      const int64_t distance = run_follows     ? run * stream.panel_size
                                : slice_follows ? (begin - panel) * stream.panel_size + slice * kPanel
                                                : run * stream.panel_size - k0 * kPanel;
-      const int64_t share = depth * term_bytes / tiles.count;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t rows = tiles.rows(t), own_span = panels_per_tile(static_cast<int>(rows));
         const bool wide = own_span <= run;
-        const Ahead ahead = tiles.count == 1 ? stream_ahead(stream, run, k - k0)
-                                             : Ahead{next_run * stream.element_bytes + t * share,
-                                                     stream.load_bytes / tiles.count, depth, 0};
+        const Prefetch prefetch = tiles.count == 1 ? prefetch_stream(stream, run, k - k0)
+                                                   : prefetch_share(stream, tiles, t, distance, depth);
         for (int64_t j = 0; j < run; j += wide ? own_span : 1)
-          tile(tiles.begin(t), rows, panel, j, wide, k0, depth, ahead);
+          run_tile(Tile{tiles.begin(t), rows, panel + j, j, wide, k0, depth, prefetch});
       }
     }
   }
 }
 
-// acc of panels [begin, end), at most kGroup of them, (+)= the row block times one part of the matrix.
-// gathered: scratch of kGroup slices.
+// Accumulators of one group of panels: [panel][rows of the block][16].
+struct Accumulators {
+  float* data;
+  int64_t stride, begin, end;
+  bool first;  // nothing has been added yet
+  float* at(int64_t panel, int64_t row) const { return data + (panel - begin) * stride + row * kPanel; }
+};
+
+template <class A>
+void run_micro(const Tile& t, const PackedRows& x, const typename A::Weight* w, int64_t w_stride,
+               const Accumulators& acc) {
+  const int64_t depth = A::kTerms == 1 ? smaller(t.depth, x.k - t.k0) : t.depth;
+  const float* scale = A::kArithmetic == Arithmetic::i16 ? x.scale_at(t.row, t.k0) : nullptr;
+  micro_for<A>(t.rows, t.wide)(x.at<typename A::X>(t.row, t.rows, t.k0), scale, w, w_stride, depth,
+                               acc.at(t.panel, t.row), acc.stride, acc.first && t.k0 == 0, t.prefetch);
+}
+
+// acc (+)= the row block times one part of the matrix, packed.
+template <class A>
+void multiply_panels(const Matrix& m, const PackedRows& x, const Tiles& tiles, const Accumulators& acc) {
+  const Stream stream = stream_of<A>(m);
+  const auto* w = static_cast<const typename A::Weight*>(m.data);
+  const int64_t slice = A::kArithmetic == Arithmetic::i16 ? kBlock : slice_of(tiles, m.k, stream);
+  sweep(
+      tiles, acc.begin, acc.end, m.k, slice, stream, [](int64_t, int64_t, int64_t) {},
+      [&](const Tile& t) {
+        run_micro<A>(t, x, w + t.panel * stream.panel_size + t.k0 * kPanel, stream.panel_size, acc);
+      });
+}
+
+// The same for a matrix that is gathered first. gathered: scratch of kGroup slices.
 template <class T>
-void multiply_f32(const Matrix& m, const PackedRows& x, const Tiles& tiles, int64_t begin, int64_t end, float* acc,
-                  int64_t acc_stride, float* gathered, bool first) {
-  const auto out = [&](int64_t panel, int64_t row) { return acc + (panel - begin) * acc_stride + row * kPanel; };
-  if constexpr (!std::is_same_v<T, int8_t>) {
-    if (m.storage == Storage::panels) {
-      const Stream stream = stream_of<T>(m);
-      const int64_t panel_size = stream.panel_size;
-      const T* w = static_cast<const T*>(m.data);
-      sweep(
-          tiles, begin, end, m.k, slice_of(tiles, m.k, stream), stream, [](int64_t, int64_t, int64_t, int64_t) {},
-          [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
-            if (!t2::paired(m.dtype)) depth = smaller(depth, m.k - k0);
-            micro_for<T>(rows, wide)(x.floats(row, rows, k0), w + (panel + j) * panel_size + k0 * kPanel, panel_size,
-                                     depth, out(panel + j, row), acc_stride, first && k0 == 0, ahead);
-          });
-      return;
-    }
-  }
+void multiply_gathered(const Matrix& m, const PackedRows& x, const Tiles& tiles, const Accumulators& acc,
+                       float* gathered) {
+  constexpr int64_t kSize = kSlice * kPanel;
   sweep(
-      tiles, begin, end, m.k, kSlice, Stream{0, 0, 0},
-      [&](int64_t panel, int64_t run, int64_t k0, int64_t) {
+      tiles, acc.begin, acc.end, m.k, kSlice, Stream{0, 0, 0},
+      [&](int64_t panel, int64_t run, int64_t k0) {
         for (int64_t j = 0; j < run; ++j)
-          gather_panel<T>(m, panel + j, k0, smaller(kSlice, m.k - k0), gathered + j * kSlice * kPanel);
+          gather_panel<T>(m, panel + j, k0, smaller(kSlice, m.k - k0), gathered + j * kSize);
       },
-      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
-        micro_for<float>(rows, wide)(x.floats(row, rows, k0), gathered + j * kSlice * kPanel, kSlice * kPanel,
-                                     smaller(depth, m.k - k0), out(panel + j, row), acc_stride, first && k0 == 0, ahead);
-      });
+      [&](const Tile& t) { run_micro<F32Products<float>>(t, x, gathered + t.index * kSize, kSize, acc); });
 }
 
-void multiply_bf16(const Matrix& m, const PackedRows& x, const Tiles& tiles, int64_t begin, int64_t end, float* acc,
-                   int64_t acc_stride, bool first) {
-  const Stream stream = stream_of<bf16>(m);
-  const int64_t panel_size = stream.panel_size;
-  const bf16* w = static_cast<const bf16*>(m.data);
-  sweep(
-      tiles, begin, end, m.k, slice_of(tiles, m.k, stream), stream, [](int64_t, int64_t, int64_t, int64_t) {},
-      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
-        micro_bf16_for<>(rows, wide)(x.pairs(row, rows, k0), w + (panel + j) * panel_size + k0 * kPanel, panel_size,
-                                     depth, acc + (panel + j - begin) * acc_stride + row * kPanel, acc_stride,
-                                     first && k0 == 0, ahead);
-      });
-}
-
-void multiply_i16(const Matrix& m, const PackedRows& x, const Tiles& tiles, int64_t block_rows, int64_t begin,
-                  int64_t end, float* acc, int64_t acc_stride, bool first) {
-  const Stream stream = stream_of<int8_t>(m);
-  const int64_t panel_size = stream.panel_size;
-  const int8_t* w = static_cast<const int8_t*>(m.data);
-  sweep(
-      tiles, begin, end, m.k, kBlock, stream, [](int64_t, int64_t, int64_t, int64_t) {},
-      [&](int64_t row, int64_t rows, int64_t panel, int64_t j, bool wide, int64_t k0, int64_t depth, Ahead ahead) {
-        micro_i16_for<>(rows, wide)(x.pairs(row, rows, k0), x.scale + k0 / kBlock * block_rows + row,
-                                    w + (panel + j) * panel_size + k0 * kPanel, panel_size, depth,
-                                    acc + (panel + j - begin) * acc_stride + row * kPanel, acc_stride,
-                                    first && k0 == 0, ahead);
-      });
+template <class T>
+void multiply_part(const Matrix& m, const PackedRows& x, const Tiles& tiles, const Accumulators& acc, float* gathered) {
+  using Packed = typename Products<T>::Type;
+  if (m.storage != Storage::panels) {
+    multiply_gathered<T>(m, x, tiles, acc, gathered);
+  } else if (x.arithmetic == Packed::kArithmetic) {
+    multiply_panels<Packed>(m, x, tiles, acc);
+  } else if constexpr (Packed::kArithmetic == Arithmetic::bf16) {
+    multiply_panels<F32Products<T>>(m, x, tiles, acc);
+  }
 }
 
 template <class T>
@@ -590,23 +520,18 @@ void store_panel(const RowOutput& out, const float* acc, int64_t rows, int64_t r
   alignas(64) float bias[kPanel] = {};
   alignas(64) float scale[kPanel];
   for (int64_t j = 0; j < kPanel; ++j) scale[j] = out.column_scale && j < columns ? out.column_scale[n0 + j] : 1.0f;
-  if (out.bias) {
-    switch (out.bias_dtype) {
-      case DType::f32: widen(static_cast<const float*>(out.bias) + n0, columns, bias); break;
-      case DType::bf16: widen(static_cast<const bf16*>(out.bias) + n0, columns, bias); break;
-      default: widen(static_cast<const f16*>(out.bias) + n0, columns, bias); break;
-    }
-  }
+  if (out.bias)
+    with_activation(out.bias_dtype, [&]<class B>(B) { widen(static_cast<const B*>(out.bias) + n0, columns, bias); });
   for (int64_t r = 0; r < rows; ++r) {
     T* y = static_cast<T*>(out.data) + (row0 + r) * out.stride + n0;
     Lane16 v;
     v.load(acc + r * kPanel);
     v.scale_and_add(scale, bias);
     if (columns == kPanel) {
-      v.store(y);
+      store(v, y);
     } else {
       T whole[kPanel];
-      v.store(whole);
+      store(v, whole);
       std::memcpy(y, whole, static_cast<size_t>(columns) * sizeof(T));
     }
   }
@@ -616,42 +541,23 @@ void store_panel(const RowOutput& out, const float* acc, int64_t rows, int64_t r
 void panel_range(const Product& product, const PackedRows* const* x, int64_t row0, int64_t rows, int64_t begin,
                  int64_t end) {
   thread_local Scratch scratch;
-  const int64_t acc_stride = rows * kPanel;
-  float* acc = reinterpret_cast<float*>(scratch.get((kGroup * acc_stride + kGroup * kSlice * kPanel) * 4));
-  float* gathered = acc + kGroup * acc_stride;
+  const int64_t stride = rows * kPanel;
+  float* data = reinterpret_cast<float*>(scratch.get((kGroup * stride + kGroup * kSlice * kPanel) * 4));
   const Tiles tiles(rows);
   const RowOutput& out = product.out;
-  const int64_t n = product.parts[0].n;
   for (int64_t group = begin; group < end; group += kGroup) {
-    const int64_t group_end = smaller(group + kGroup, end);
-    bool first = true;
+    Accumulators acc{data, stride, group, smaller(group + kGroup, end), true};
     for (int part = 0; part < product.part_count; ++part) {
       const Matrix& m = product.parts[part];
       if (m.k == 0) continue;
-      const PackedRows& in = *x[part];
-      if (in.arithmetic == Arithmetic::bf16) {
-        multiply_bf16(m, in, tiles, group, group_end, acc, acc_stride, first);
-      } else if (in.arithmetic == Arithmetic::i16) {
-        multiply_i16(m, in, tiles, rows, group, group_end, acc, acc_stride, first);
-      } else {
-        switch (m.dtype) {
-          case DType::f32: multiply_f32<float>(m, in, tiles, group, group_end, acc, acc_stride, gathered, first); break;
-          case DType::bf16: multiply_f32<bf16>(m, in, tiles, group, group_end, acc, acc_stride, gathered, first); break;
-          case DType::f16: multiply_f32<f16>(m, in, tiles, group, group_end, acc, acc_stride, gathered, first); break;
-          default: multiply_f32<int8_t>(m, in, tiles, group, group_end, acc, acc_stride, gathered, first); break;
-        }
-      }
-      first = false;
+      with_format(m.dtype, [&]<class T>(T) { multiply_part<T>(m, *x[part], tiles, acc, data + kGroup * stride); });
+      acc.first = false;
     }
-    if (first) std::memset(acc, 0, static_cast<size_t>(kGroup * acc_stride) * sizeof(float));
-    for (int64_t p = group; p < group_end; ++p) {
-      const float* a = acc + (p - group) * acc_stride;
-      switch (out.dtype) {
-        case DType::f32: store_panel<float>(out, a, rows, row0, n, p * kPanel); break;
-        case DType::bf16: store_panel<bf16>(out, a, rows, row0, n, p * kPanel); break;
-        default: store_panel<f16>(out, a, rows, row0, n, p * kPanel); break;
-      }
-    }
+    if (acc.first) std::memset(data, 0, static_cast<size_t>(kGroup * stride) * sizeof(float));
+    with_activation(out.dtype, [&]<class T>(T) {
+      for (int64_t p = group; p < acc.end; ++p)
+        store_panel<T>(out, acc.at(p, 0), rows, row0, product.parts[0].n, p * kPanel);
+    });
   }
 }
 
@@ -668,7 +574,7 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
     int64_t k0 = 0;
     for (int part = 0; part < products[i].part_count; ++part) {
       const Matrix& m = products[i].parts[part];
-      const PackedRows wanted{products[i].in, arithmetic(products[i].in, m), k0, m.k, nullptr, nullptr};
+      const PackedRows wanted{products[i].in, arithmetic(products[i].in, m), k0, m.k, 0, nullptr, nullptr};
       int found = 0;
       while (found < packs && !packed[found].same(wanted)) ++found;
       if (found == packs) packed[packs++] = wanted;
@@ -680,23 +586,25 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
   for (int64_t row0 = 0; row0 < rows; row0 += kRowBlock) {
     const int64_t block = smaller(kRowBlock, rows - row0);
     int64_t bytes = 0, pack_terms = 0;
-    for (int i = 0; i < packs; ++i) bytes += packed[i].data_bytes(block) + packed[i].scale_bytes(block);
+    for (int i = 0; i < packs; ++i) {
+      packed[i].rows = block;
+      bytes += packed[i].data_bytes() + packed[i].scale_bytes();
+      pack_terms = packed[i].k > pack_terms ? packed[i].k : pack_terms;
+    }
     char* at = scratch.get(bytes);
     for (int i = 0; i < packs; ++i) {
       packed[i].data = at;
-      packed[i].scale = reinterpret_cast<float*>(at + packed[i].data_bytes(block));
-      at += packed[i].data_bytes(block) + packed[i].scale_bytes(block);
-      pack_terms = packed[i].k > pack_terms ? packed[i].k : pack_terms;
+      packed[i].scale = reinterpret_cast<float*>(at + packed[i].data_bytes());
+      at += packed[i].data_bytes() + packed[i].scale_bytes();
     }
     const Tiles tiles(block);
     const auto pack = [&](int64_t begin, int64_t end) {
       for (int64_t job = begin; job < end; ++job) {
         const int64_t tile = job / packs;
         for (int64_t r = 0; r < tiles.rows(tile); ++r)
-          pack_row(packed[job % packs], row0, block, tiles, tile, r);
+          pack_row(packed[job % packs], row0, tiles, tile, r);
       }
     };
-    constexpr int64_t kPackGrain = 16384, kMacGrain = 65536;
     parallel(parallel_for, tiles.count * packs, grain(kPackGrain, tiles.rows(0) * pack_terms), pack);
     const auto compute = [&](int64_t begin, int64_t end) {
       for (int i = 0; i < count && begin < end; ++i) {
@@ -706,13 +614,13 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
         end -= own;
       }
     };
-    parallel(parallel_for, panels, grain(kMacGrain, block * terms * kPanel), compute);
+    parallel(parallel_for, panels, grain(kFmaGrain, block * terms * kPanel), compute);
   }
 }
 
 void reduce_scales(const float* t, const float* h, const float* component_scale, const int64_t* slots,
                    int64_t rows_per_slot, int64_t rows, int64_t k, float* dscales, ParallelFor parallel_for) {
-  parallel(parallel_for, k, 64, [&](int64_t begin, int64_t end) {
+  parallel(parallel_for, k, kScaleGrain, [&](int64_t begin, int64_t end) {
     for (int64_t b = 0; b < rows; ++b) {
       float* d = dscales + slots[b / rows_per_slot] * k;
       const float* tb = t + b * k;
@@ -722,13 +630,14 @@ void reduce_scales(const float* t, const float* h, const float* component_scale,
   });
 }
 
-// Independent accumulators enough to cover the latency of a multiply-add, few enough to stay in registers.
-template <class Lane, class Weights, class X, class T, class V>
-void chain(const T* weights, const V* x, int64_t steps) {
-  Lane c[kMaxRows];
-  Weights w;
-  w.load(weights);
-  const X b(x);
+// FMAs from registers alone: independent accumulators enough to cover their latency, few enough to stay in registers.
+template <class A>
+int64_t chain(int64_t steps) {
+  alignas(64) static const char zeros[4 * kPanel] = {};
+  typename A::Sums c[kMaxRows];
+  typename A::Weights w;
+  A::load_step(w, reinterpret_cast<const typename A::Weight*>(zeros), 0);
+  const typename A::XBroadcast b(reinterpret_cast<const typename A::X*>(zeros));
 #pragma GCC unroll 24
   for (int i = 0; i < kMaxRows; ++i) c[i].zero();
   for (int64_t s = 0; s < steps; ++s) {
@@ -739,29 +648,14 @@ void chain(const T* weights, const V* x, int64_t steps) {
       keep(c[i]);
     }
   }
+  return kMaxRows * kPanel * A::kTerms;
 }
 
-template <bool bf16_products>
-int64_t multiply_adds_of(Arithmetic kind, int64_t steps) {
-  alignas(64) static const char zeros[4 * kPanel] = {};
-  const auto* x = reinterpret_cast<const float*>(zeros);
-  const auto* pairs = reinterpret_cast<const uint32_t*>(zeros);
-  if (kind == Arithmetic::f32) {
-    chain<Lane16, Lane16, Broadcast>(x, x, steps);
-    return kMaxRows * kPanel;
-  }
-  if (kind == Arithmetic::i16) {
-    chain<DotI16, Pairs16, PairBroadcast>(reinterpret_cast<const int8_t*>(zeros), pairs, steps);
-    return kMaxRows * kPanel * 2;
-  }
-  if constexpr (bf16_products) {
-    chain<DotBf16, Pairs16, PairBroadcast>(reinterpret_cast<const bf16*>(zeros), pairs, steps);
-    return kMaxRows * kPanel * 2;
-  }
-  return 0;
+int64_t multiply_adds(Arithmetic kind, int64_t steps) {
+  if (kind == Arithmetic::f32) return chain<F32Products<float>>(steps);
+  if (kind == Arithmetic::i16) return chain<I16Products>(steps);
+  return kBf16Products ? chain<Products<bf16>::Type>(steps) : 0;
 }
-
-int64_t multiply_adds(Arithmetic kind, int64_t steps) { return multiply_adds_of<kBf16Products>(kind, steps); }
 
 // Eight streams, as many as a one-row product has.
 void read(const void* data, int64_t bytes) {
@@ -777,7 +671,7 @@ void read(const void* data, int64_t bytes) {
 #pragma GCC unroll 8
     for (int64_t s = 0; s < kStreams; ++s) {
       const char* line = at + s * share + i;
-      __builtin_prefetch(line + 1024);
+      __builtin_prefetch(line + kReadAhead);
       Lane16 v;
       v.load(reinterpret_cast<const float*>(line));
       sums[s % kSums].step(v, b);

@@ -33,11 +33,13 @@ def run(
     from rich.console import Console
 
     from t2.cli.estimate_tables import show
-    from t2.weights.estimate import footprint
+    from t2.weights.estimate import estimate_model
     from t2.weights.memory_model import Rates
     from t2kernels.files import write_text
 
-    estimate = footprint(model, as_targets(target_modules), dtype=getattr(torch, model_dtype), rates=Rates.measure())
+    estimate = estimate_model(
+        model, as_targets(target_modules), dtype=getattr(torch, model_dtype), rates=Rates.measure()
+    )
     show(estimate, training_step, Console())
     if json is not None:
         write_text(json, json_format.dumps(estimate.to_dict(training_step), indent=1) + "\n")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from t2.weights.estimate import RESERVED, Footprint
+from t2.weights.estimate import RESERVED, ModelEstimate
 from t2.weights.memory_model import Work
 
 
@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.1f} s"
 
 
-def show(plan: Footprint, work: Work, console: Console) -> None:
+def show(plan: ModelEstimate, work: Work, console: Console) -> None:
     """Prints the plan: matrices, decomposition, storage, serving, and training with the sizes of `work`."""
     facts = plan.to_dict(work)
     console.print(_matrices(facts))
@@ -80,7 +80,7 @@ def _serving(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _training(plan: Footprint, work: Work) -> Table:
+def _training(plan: ModelEstimate, work: Work) -> Table:
     smallest, whole = work.micro_batches()[0], (1, work.samples_per_prompt)
     title = (
         f"Training: {work.prompts_per_step} prompts of {work.prompt_tokens} tokens, {work.samples_per_prompt} answers "

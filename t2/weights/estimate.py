@@ -52,8 +52,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """The plan for one model. Sizes are bytes; `footprint` makes it."""
+class ModelEstimate:
+    """The estimate for one model, made by `estimate_model`. Sizes are bytes."""
 
     name: str
     dtype: torch.dtype  # of the model
@@ -256,13 +256,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def footprint(
+def estimate_model(
     name_or_path: str | Path,
     target_modules: str | Sequence[str] = "all-linear",
     *,
     dtype: torch.dtype = torch.bfloat16,
     rates: Rates | None = None,
-) -> Footprint:
+) -> ModelEstimate:
     """The plan for a model, from its config alone.
 
     Args:
@@ -289,7 +289,7 @@ def footprint(
     chosen = {id(layer.weight) for layer in targets.values()}
     rest = {id(p): prod(p.shape) for p in model.parameters() if id(p) not in chosen}
     others = {n: _shape(layer) for n, layer in other_linears(model, on_meta=True).items() if n not in targets}
-    return Footprint(
+    return ModelEstimate(
         name=str(name_or_path),
         dtype=dtype,
         architecture=Architecture.of(config, model),

@@ -12,7 +12,7 @@ from torch import nn
 
 from t2kernels.decomposition import ROWS
 from t2kernels.packing import PANEL
-from t2kernels.weights import int8_head
+from t2kernels.weights import float16_rank
 
 ACTIVATIONS_OF = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose activations `Architecture.layer_activations` describes."""
@@ -21,7 +21,7 @@ ACTIVATIONS_OF = ("llama", "mistral", "qwen2", "qwen3")
 def factor_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
     """Bytes of `FactoredWeight.pack(...)`: both factors, the singular values, int8's scales."""
     rank = min(out_features, in_features)
-    head = int8_head(rank) if dtype == torch.int8 else 0
+    head = float16_rank(rank) if dtype == torch.int8 else 0
     parts = [(head, torch.float16), (rank - head, dtype)] if head else [(rank, dtype)]
     total = 4 * rank * (2 if dtype == torch.int8 else 1)
     for components, stored in parts:

@@ -107,3 +107,29 @@ def test_limits_of_the_machine():
         limits.multiply_adds("float64", 10)
     with pytest.raises(ValueError, match="count: expected 0 to 4096 bytes, got 5000"):
         limits.Reader(4096).read(5000)
+
+
+@needs_extension
+@pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer reserves all addresses")
+@pytest.mark.parametrize(("rows", "terms"), [(256, 1 << 18), (1, 1 << 24)], ids=["packed rows", "a thread's scratch"])
+def test_scratch_that_cannot_be_allocated_is_a_memory_error(rows, terms):
+    run = python(
+        f"""
+        import resource, torch
+        from t2kernels import ops
+        def multiply(x, w):
+            return ops.dense_linear(x, w, None, None, len(w), False)
+        multiply(torch.ones(2, 8), torch.ones(16, 8))
+        x, w = torch.ones({rows}, {terms}), torch.ones(2, {terms})
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20, -1))
+        try:
+            multiply(x, w)
+        except MemoryError:
+            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+            assert multiply(x, w)[-1, 0] == {terms}
+            print("refused")
+        """
+    )
+    assert run.stdout == "refused\n", run.stderr

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from t2kernels import DenseWeight, FactoredWeight, SVFLinear, linear_group, svf_linear
-from t2kernels.weights import int8_head
+from t2kernels.weights import float16_rank
 from tests.t2kernels.problems import STORAGE, problem
 
 
@@ -169,7 +169,7 @@ def test_float16_storage_refuses_what_it_cannot_hold():
 
 @pytest.mark.parametrize(("rank", "head"), [(1, 0), (63, 0), (64, 16), (512, 16), (513, 32), (4096, 128)])
 def test_leading_components_that_int8_keeps(rank, head):
-    assert int8_head(rank) == head
+    assert float16_rank(rank) == head
     u, vh = torch.randn(20, rank), torch.randn(rank, 20)
     stored_u, _, stored_vh = FactoredWeight.pack(u, torch.ones(rank), vh, dtype=torch.int8).factors()
     assert torch.equal(stored_u[:, :head], u[:, :head].half().float())

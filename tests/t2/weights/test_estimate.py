@@ -14,7 +14,7 @@ from transformers import MistralConfig as Mistral
 import t2
 from t2.generation.scoring import PromptGroup
 from t2.training import Trainer
-from t2.weights.estimate import STORAGE, footprint, gpus_needed
+from t2.weights.estimate import STORAGE, estimate_model, gpus_needed
 from t2.weights.factor_cache import FactorCache, weight_key
 from t2.weights.memory_model import Rates, Work, decompose_bytes, dense_bytes, disk_bytes, factor_bytes
 from t2kernels import DenseWeight, FactoredWeight, decompose
@@ -65,7 +65,7 @@ def plan_of(tmp_path):
     def make(settings, *args, **kwargs):
         path = tmp_path / "config.json"
         path.write_text(json.dumps(settings))
-        return footprint(path, *args, **kwargs)
+        return estimate_model(path, *args, **kwargs)
 
     return make
 
@@ -125,7 +125,7 @@ def test_llama_3_70b_needs_more_than_one_small_gpu(plan_of):
 def test_the_plans_of_the_docs_are_these(name):
     benchmarks = Path(__file__).parents[3] / "benchmarks"
     written = json.loads((benchmarks / "results" / f"plan-{name}.json").read_text())
-    plan = json.loads(json.dumps(footprint(benchmarks / "configs" / f"{name}.json").to_dict()))
+    plan = json.loads(json.dumps(estimate_model(benchmarks / "configs" / f"{name}.json").to_dict()))
     for facts in (written, plan):
         del facts["model"]
     assert plan == written
@@ -281,6 +281,6 @@ def test_bad_arguments(plan_of, tmp_path):
     with pytest.raises(ValueError, match="new_tokens: expected an integer >= 1, got 0"):
         Work(new_tokens=0)
     with pytest.raises(FileNotFoundError, match=r"config .*absent.json does not exist"):
-        footprint(tmp_path / "absent.json")
+        estimate_model(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="target_modules: expected"):
         plan_of(SMOLLM2_135M, "nothing")

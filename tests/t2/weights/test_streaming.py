@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import t2
 from t2.model.load import load_svf
 from t2.weights import factor_cache as svd
-from t2.weights.estimate import footprint
+from t2.weights.estimate import estimate_model
 from t2.weights.files import FileFormatError
 from t2.weights.memory_model import decompose_bytes
 from t2.weights.shards import INDEX, StoredWeight
@@ -161,7 +161,7 @@ def test_the_dense_model_is_never_in_memory(tmp_path, checkpoint, monkeypatch):
         peaks[way] = live.peak
     weights = [target.layer.weight for target in svf.decomposed.layers.values()]
     dense = sum(4 * w.in_features * w.out_features for w in weights)
-    plan = footprint(path, dtype=torch.float32)
+    plan = estimate_model(path, dtype=torch.float32)
     bound = plan.serving(torch.int8) + decompose_bytes(256, 96, torch.float32)
     assert peaks["yes"] <= bound < dense <= peaks["no"]
 

@@ -1,0 +1,242 @@
+// Storage formats: every line of the kernels that knows the bits of a number. A new format needs
+//   1. here: an entry in DType, a type with to_float, its kDType and a line in with_format (and paired, where two terms
+//      of a column should lie side by side);
+//   2. its torch dtype in csrc/binding.cpp;
+//   3. its torch dtype in t2kernels/packing.py.
+// It is then multiplied in float32, through to_float. Faster loads and products of 16-bit pairs are overloads of load()
+// below and a Products<T> in matmul_impl.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace t2 {
+
+enum class DType : int { f32, bf16, f16, i8 };
+
+// x, y and bias may have these; a matrix may have any.
+constexpr bool is_activation(DType dtype) { return dtype <= DType::f16; }
+
+// Layout of a panel, 16 columns of M: [K][16], or, paired, [ceil(K / 2)][16][2], two terms of a column side by side as
+// dot-product instructions take them. Columns past N and an odd last term's partner are zero.
+constexpr int64_t kPanel = 16;
+constexpr bool paired(DType dtype) { return dtype == DType::bf16 || dtype == DType::i8; }
+
+}  // namespace t2
+
+// The rest is for files that define lanes first (matmul_impl.h lists them) and T2_VECTOR_BITS: 512 (AVX-512), 256
+// (AVX2) or 0 (portable).
+#if defined(T2_VECTOR_BITS)
+namespace {
+
+using t2::DType;
+using t2::kPanel;
+
+inline uint32_t bits_of(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+constexpr DType kDType = DType::f32;
+template <>
+constexpr DType kDType<bf16> = DType::bf16;
+template <>
+constexpr DType kDType<f16> = DType::f16;
+template <>
+constexpr DType kDType<int8_t> = DType::i8;
+
+// fn(T{}) with the type of a matrix, or of activations.
+template <class Fn>
+void with_format(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::bf16: return fn(bf16{});
+    case DType::f16: return fn(f16{});
+    case DType::i8: return fn(int8_t{});
+  }
+}
+template <class Fn>
+void with_activation(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::bf16: return fn(bf16{});
+    default: return fn(f16{});
+  }
+}
+
+// One number. Rounding is to nearest, ties to even.
+inline float to_float(float v) { return v; }
+inline float to_float(int8_t v) { return static_cast<float>(v); }
+inline float to_float(bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
+
+inline void from_float(float v, float* out) { *out = v; }
+inline void from_float(float v, bf16* out) {
+  const uint32_t bits = bits_of(v);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+#if T2_VECTOR_BITS > 0
+inline float to_float(f16 v) { return _cvtsh_ss(v.bits); }
+inline void from_float(float v, f16* out) { out->bits = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline float to_float(f16 v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
+  const uint32_t magnitude = v.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= 0x400u) return float_of(sign | ((magnitude << 13) + 0x38000000u));
+  return float_of(sign | bits_of(static_cast<float>(magnitude) * 0x1p-24f));
+}
+inline void from_float(float v, f16* out) {
+  const uint32_t bits = bits_of(v), magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    half = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(((bits >> 16) & 0x8000u) | half);
+}
+#endif
+
+// 16 numbers: any format, one by one. Non-template overloads below are for what an instruction set does at once.
+template <class Number>
+inline void fill(Lane16& lane, const Number& number) {
+#if T2_VECTOR_BITS == 0
+  for (int i = 0; i < kPanel; ++i) lane.v[i] = number(i);
+#else
+  alignas(64) float wide[kPanel];
+  for (int i = 0; i < kPanel; ++i) wide[i] = number(i);
+  lane.load(wide);
+#endif
+}
+template <class T>
+void load(Lane16& lane, const T* p) {
+  fill(lane, [p](int i) { return to_float(p[i]); });
+}
+// The terms with even or odd index of 16 columns of a paired panel.
+template <class T>
+void load_even(Lane16& lane, const T* p) {
+  fill(lane, [p](int i) { return to_float(p[2 * i]); });
+}
+template <class T>
+void load_odd(Lane16& lane, const T* p) {
+  fill(lane, [p](int i) { return to_float(p[2 * i + 1]); });
+}
+template <class T>
+void store(const Lane16& lane, T* p) {
+  alignas(64) float wide[kPanel];
+  lane.store(wide);
+  for (int i = 0; i < kPanel; ++i) from_float(wide[i], p + i);
+}
+inline void load(Lane16& lane, const float* p) { lane.load(p); }
+inline void store(const Lane16& lane, float* p) { lane.store(p); }
+
+#if T2_VECTOR_BITS == 512
+inline void load(Lane16& lane, const bf16* p) {
+  const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  lane.v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(q), 16));
+}
+inline void load_even(Lane16& lane, const bf16* p) {
+  lane.v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+}
+inline void load_odd(Lane16& lane, const bf16* p) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  lane.v = _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), upper));
+}
+inline void store(const Lane16& lane, bf16* p) {
+  const __m512i bits = _mm512_castps_si512(lane.v);
+  const __m512i lowest = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), lowest);
+  const __mmask16 nan = _mm512_cmp_ps_mask(lane.v, lane.v, _CMP_UNORD_Q);
+  const __m512i out = _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+}
+inline void load(Lane16& lane, const f16* p) {
+  lane.v = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(const Lane16& lane, f16* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(lane.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void load(Pairs16& pairs, const bf16* p) { pairs.v = _mm512_loadu_si512(p); }
+inline void load(Pairs16& pairs, const int8_t* p) {
+  pairs.v = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+#elif T2_VECTOR_BITS == 256
+inline __m256 widen_bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+inline void load(Lane16& lane, const bf16* p) {
+  const auto* q = reinterpret_cast<const __m128i*>(p);
+  lane.lo = widen_bf16(_mm_loadu_si128(q));
+  lane.hi = widen_bf16(_mm_loadu_si128(q + 1));
+}
+inline void load_even(Lane16& lane, const bf16* p) {
+  const auto* q = reinterpret_cast<const __m256i*>(p);
+  lane.lo = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q), 16));
+  lane.hi = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(q + 1), 16));
+}
+// The mask stays in memory: it would take the register that the last accumulator needs.
+inline __m256 upper_halves(__m256i v) {
+  alignas(32) static const uint32_t mask[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                               0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
+  asm("vpand %1, %0, %0" : "+x"(v) : "m"(mask));
+  return _mm256_castsi256_ps(v);
+}
+inline void load_odd(Lane16& lane, const bf16* p) {
+  const auto* q = reinterpret_cast<const __m256i*>(p);
+  lane.lo = upper_halves(_mm256_loadu_si256(q));
+  lane.hi = upper_halves(_mm256_loadu_si256(q + 1));
+}
+inline __m256i round_to_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i lowest = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), lowest);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+inline void store(const Lane16& lane, bf16* p) {
+  const __m256i packed = _mm256_packus_epi32(round_to_bf16(lane.lo), round_to_bf16(lane.hi));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline void load(Lane16& lane, const f16* p) {
+  const auto* q = reinterpret_cast<const __m128i*>(p);
+  lane.lo = _mm256_cvtph_ps(_mm_loadu_si128(q));
+  lane.hi = _mm256_cvtph_ps(_mm_loadu_si128(q + 1));
+}
+inline void store(const Lane16& lane, f16* p) {
+  auto* q = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(q, _mm256_cvtps_ph(lane.lo, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(q + 1, _mm256_cvtps_ph(lane.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void load(Pairs16& pairs, const int8_t* p) {
+  const auto* q = reinterpret_cast<const __m128i*>(p);
+  pairs.lo = _mm256_cvtepi8_epi16(_mm_loadu_si128(q));
+  pairs.hi = _mm256_cvtepi8_epi16(_mm_loadu_si128(q + 1));
+}
+
+#else
+inline void load(Pairs16& pairs, const int8_t* p) {
+  for (int i = 0; i < 2 * kPanel; ++i) pairs.v[i] = p[i];
+}
+#endif
+
+}  // namespace
+#endif
