@@ -1,7 +1,7 @@
 """Train an expert with TRL's GRPOTrainer: an SVFModel is a module whose one trainable parameter is z.
 
-    pip install trl
-    python examples/train_with_trl.py --steps 20 --output sums.safetensors
+pip install trl
+python examples/train_with_trl.py --steps 20 --output sums.safetensors
 """
 
 from __future__ import annotations
