@@ -1,11 +1,11 @@
-"""A bank as a folder: experts, what each is for, and the classification expert that tells them apart.
+"""A bank as a folder: experts, descriptions of their domains, and a classification expert.
 
     domains.json              {"format": "t2-bank-folder", "format_version": "1", "domains": {NAME: DESCRIPTION, ...}}
     NAME.safetensors          the expert of each domain (`Expert.save`)
     classifier.safetensors    the classification expert, if there is one
 
-A description is one line that says what the questions of the domain are: it stands in the adaptation prompt. Other keys
-of domains.json and other files (a model card, curves) are nobody's business here.
+A description is one line on the domain's questions, which goes into the adaptation prompt. Other keys of domains.json
+and other files (a model card, curves) are ignored.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from t2.weights.files import FileFormatError, atomic_directory, check_regular, f
 from t2kernels.files import strict_json, write_text
 
 SHIPPED = Path(__file__).parent.parent / "banks"
-"""Banks that come with the package, a folder for each model."""
+"""Packaged banks, one folder per model."""
 FORMAT, FORMAT_VERSION = "t2-bank-folder", "1"
 CLASSIFIER = "classifier"
 
 
 @dataclass(frozen=True)
 class BankFolder:
-    """domains: what the experts are for, in order. experts: by the domains' names. classifier: or None."""
+    """Contents of a bank folder: domains in order, their experts by name, and the classification expert, if any."""
 
     domains: tuple[Domain, ...]
     experts: Mapping[str, Expert]
     classifier: Expert | None = None
 
     def add_to(self, svf: SVFModel) -> None:
-        """Adds all experts to a model's bank under their names, the classification expert as "classifier"."""
+        """Add all experts to a model under their names, the classification expert as "classifier"."""
         for domain in self.domains:
             svf.add_expert(domain.name, self.experts[domain.name])
         if self.classifier is not None:
@@ -45,20 +45,20 @@ class BankFolder:
 
 
 def bank_path(path: str | Path) -> Path:
-    """The folder itself, or the one of the bank with this name that comes with the package."""
+    """The folder itself, or that of the packaged bank with this name."""
     folder = Path(path).expanduser()
     shipped = SHIPPED / str(path)
     return shipped if not folder.exists() and (shipped / "domains.json").is_file() else folder
 
 
 def load_bank_folder(path: str | Path) -> BankFolder:
-    """Reads a folder that `save_bank_folder` wrote, one made by hand, or a bank that comes with the package, by name.
+    """Read a bank folder, or a packaged bank by its name.
 
     A warning names domains that the classification expert was not trained on.
 
     Raises:
-        FileNotFoundError: the folder, its domains.json, or an expert's file is not there.
-        FileFormatError: a file is not what it should be, or the experts are of different bases.
+        FileNotFoundError: the folder, its domains.json, or an expert's file is missing.
+        FileFormatError: a file is damaged, or the experts have different bases.
     """
     folder = bank_path(path)
     described = folder / "domains.json"
@@ -84,7 +84,7 @@ def load_bank_folder(path: str | Path) -> BankFolder:
 def save_bank_folder(
     path: str | Path, domains: Domains, experts: Mapping[str, Expert], classifier: Expert | None = None
 ) -> None:
-    """Writes a bank folder, whole or not at all.
+    """Write a bank folder atomically.
 
     Raises:
         ValueError: a domain has no expert, or an expert no domain; a name is no file name; bases differ.
@@ -136,9 +136,9 @@ def named_experts(pairs: Sequence[str], descriptions: Mapping[str, str] | None =
 
 
 def trained_domains(classifier: Expert, where: str = CLASSIFIER) -> tuple[str, ...] | None:
-    """The domains that a classification expert was trained on, by its metadata; None where that does not say.
+    """Domains that a classification expert was trained on, by its metadata; None if the metadata lacks them.
 
-    `t2 train` writes them as "domains", a JSON list of names; before it did, they stood in the "options" of its task.
+    `t2 train` writes them as "domains", a JSON list of names; older files have them in the "options" of the task.
     `where` names the file in errors.
 
     Raises:

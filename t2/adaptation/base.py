@@ -1,4 +1,4 @@
-"""What a strategy is: prompts in, a mix of experts for each request out (arXiv 2501.06252, section 3.2)."""
+"""Interface of strategies: prompts in, a mix of experts per request out (arXiv 2501.06252, section 3.2)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from t2.tasks.classify import BASE, Prompt
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What pass one came to: z = alpha @ [1; experts] for each request.
+    """Result of pass one: the weights of a mix, z = alpha @ [1; experts], for each request.
 
     names: columns of alpha: "base" (z = 1) first, then experts of the bank.
-    alpha: [B, E] float32, or [B, G, E] where groups of matrices have weights of their own.
-    seconds: that pass one took.
-    reasons: a line for each request, for people.
-    groups: the group of each matrix of the layout, where alpha has groups.
+    alpha: [B, E] float32, or [B, G, E] with separate weights for groups of matrices.
+    seconds: duration of pass one.
+    reasons: one readable line per request.
+    groups: the group of each matrix of the layout, if alpha has groups.
     """
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class Adaptation:
             raise ValueError(f"names: expected {BASE!r} first, got {self.names}")
 
     def choices(self, svf: SVFModel) -> list[ExpertChoice]:
-        """What `svf.generate(experts=...)` takes, one entry per request.
+        """Entries for `svf.generate(experts=...)`, one per request.
 
         None for the base, a name for one expert, a mapping for a mix without the base, else a tensor z [R]. Requests
         with equal weights have the same entry, so that they share a slot.
@@ -106,7 +106,7 @@ class Strategy(ABC):
         """Pass one over a batch: texts, problems, or conversations, one per request."""
 
     def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
-        """The user's words in each row of a batch that `generate` got: as `user_words` finds them."""
+        """User message in each row of a batch that `generate` got, as `user_words` finds it."""
         if attention_mask is None:
             padded = (input_ids == self.tokenizer.pad_token_id).long()
             attention_mask = 1 - padded.cumprod(1) | padded.flip(1).cumprod(1).flip(1)
@@ -117,9 +117,9 @@ class Strategy(ABC):
 
 @dataclass(frozen=True)
 class Template:
-    """What a chat template puts around a user's last words.
+    """Text that a chat template puts around the last user message.
 
-    start: before them if they are the first of all. turns: between what somebody else said and them. end: after them.
+    start: before it, if it is the first message. turns: between another message and it. end: after it.
     """
 
     start: str
@@ -128,7 +128,7 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Template | None:
-        """Found by filling the template in; None if the tokenizer has none."""
+        """Template of a tokenizer, found by rendering sample messages; None if it has none."""
         if tokenizer.chat_template is None:
             return None
         other, words, turns = "\x02", "\x03", []
@@ -147,9 +147,9 @@ def _talk(*first: tuple[str, str], **said: str) -> Problem:
 
 
 def user_words(text: str, tokenizer: PreTrainedTokenizerBase, template: Template | None) -> str:
-    """What the user said last in a prompt that went through the chat template.
+    """Last user message of a prompt that went through the chat template.
 
-    A text that is not of the template's form was no conversation, and is all the user's.
+    A text of another form counts as the user message as a whole.
     """
     if template is not None and text.rstrip().endswith(template.end.rstrip()):
         turns = [turn for turn in template.turns if turn.strip() and turn in text]

@@ -1,4 +1,4 @@
-"""What `t2 adapt` and `t2 generate --adapt` do."""
+"""Implementation of `t2 adapt` and `t2 generate --adapt`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def open_bank(bank: Path | None, candidates: Sequence[str], domains: Sequence[st
 
 
 def open_model(name: str, dtype: str, bank: BankFolder, *, bf16_products: bool = False) -> tuple[SVFModel, Any]:
-    """The model around all matrices that the bank's experts are for, with them in its bank; and its tokenizer."""
+    """Model with SVF in all matrices of the bank's experts and these experts added; and its tokenizer."""
     model, tokenizer = load(name)
     layout = next(iter(bank.experts.values())).layout
     storage = getattr(torch, dtype)
@@ -63,7 +63,7 @@ def answer(
     max_new_tokens: int,
     sample: bool,
 ) -> None:
-    """Prints each prompt, the expert that pass one gave it and why, and the answer; then both passes' seconds."""
+    """Print each prompt, the expert that pass one chose and why, and the completion; then both passes' seconds."""
     _check_classifier("adapt", strategy, bank)
     svf, tokenizer = open_model(model, dtype, bank)
     chosen = pass_one(strategy, svf, tokenizer, bank.domains)
@@ -89,9 +89,9 @@ def adapt_to_task(
     incumbent: str,
     console: Console,
 ) -> bool:
-    """The few-shot search of `t2 adapt`; False if it was interrupted, with what it knows saved beside the output.
+    """Few-shot search of `t2 adapt`; False if interrupted, with its progress saved beside the output.
 
-    incumbent: the name of a single, or of a strategy of pass one.
+    incumbent: "base", an expert's name, or the name of a strategy of pass one.
     """
     if output.suffix != ".safetensors":
         raise ValueError(f"output: expected a file named *.safetensors, got {output}")
@@ -116,7 +116,7 @@ def adapt_to_task(
         try:
             result = strategy.search()
         except KeyboardInterrupt:
-            console.print(f"Interrupted. The same command goes on from {memory}.")
+            console.print(f"Interrupted. The same command continues from {memory}.")
             return False
     strategy.expert().save(output)
     memory.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Strategies (a) and (b): the adaptation prompt asks the base, or a classification expert, for the domain."""
+"""Strategies that ask a model for a prompt's domain: the base (paper: a) or a classification expert (paper: b)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from t2.model.svf_model import ExpertChoice, SVFModel
 from t2.tasks.classify import BASE, OTHERS, Domains, Prompt, adaptation_problem, as_domains, labels_of
 
 CONTENT_FREE = ("N/A", "", "[MASK]")
-"""Inputs that say nothing of their domain (Zhao et al. 2021)."""
+"""Content-free inputs for calibration (Zhao et al. 2021)."""
 
 
 class PromptStrategy(Strategy):
-    """The model itself tells a prompt's domain: the likeliest label after the adaptation prompt.
+    """Classifies each prompt by the likeliest label after the adaptation prompt.
 
-    A label that is likelier whatever the question is held back by its prior (`calibrate`):
+    Calibration corrects for labels that are likelier than others on any input:
 
         p(label | prompt) ~ p_model(label | prompt) / prior(label)
 
@@ -33,8 +33,8 @@ class PromptStrategy(Strategy):
         calibration: "contextual" takes as prior the mean probabilities on inputs without content (Zhao et al. 2021,
             arXiv 2102.09690), "batch" those of the prompts of the call themselves (Zhou et al. 2023, arXiv 2309.17249),
             which expects them to be of all domains alike; "none" a flat one.
-        mixed: whether a request runs with all experts, each weighted by its probability, not with the likeliest alone.
-        token_budget: most tokens of a batch of pass one.
+        mixed: run each request with all experts, weighted by their probabilities, instead of the likeliest alone.
+        token_budget: maximum tokens of a batch of pass one.
     """
 
     name = "prompt"
@@ -68,7 +68,7 @@ class PromptStrategy(Strategy):
 
     @property
     def expert(self) -> ExpertChoice:
-        """What pass one runs with."""
+        """Expert that pass one runs with; None for the base."""
         return None
 
     def label_scores(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -84,13 +84,13 @@ class PromptStrategy(Strategy):
         )
 
     def calibrate(self, prompts: Sequence[Prompt] = CONTENT_FREE) -> None:
-        """Takes the labels' mean probabilities on these prompts as their prior from now on."""
+        """Set the prior to the labels' mean probabilities on these prompts."""
         if not len(prompts):
             raise ValueError("prompts: expected at least one to calibrate with, got none")
         self.prior = _log_mean(self.label_scores(prompts))
 
     def adapt(self, prompts: Sequence[Prompt]) -> Adaptation:
-        """As in `Strategy`; `reasons` are the labels' probabilities.
+        """Pass one over a batch; `reasons` are the labels' probabilities.
 
         Raises:
             ValueError: calibration "batch" has fewer than two prompts for a prior, and `calibrate` gave none.
@@ -106,7 +106,7 @@ class PromptStrategy(Strategy):
         return Adaptation(names, alpha, time.perf_counter() - start, reasons)
 
     def probabilities(self, scores: Tensor) -> Tensor:
-        """p(label | prompt) [B, labels] of what `label_scores` gave, with the prior taken off."""
+        """Calibrated p(label | prompt) [B, labels] from the scores that `label_scores` gives."""
         return torch.softmax(scores - self._prior(scores), dim=-1)
 
     def _prior(self, scores: Tensor) -> Tensor:
@@ -126,8 +126,9 @@ class PromptStrategy(Strategy):
 
 
 class ClassifierStrategy(PromptStrategy):
-    """As `PromptStrategy`, with pass one run by an expert that was trained for the adaptation prompt
-    (`classification_task`), on labels that come equally often: so without calibration.
+    """`PromptStrategy` whose pass one runs with an expert trained on the adaptation prompt (`classification_task`).
+
+    Its training has every label equally often, so the default is no calibration.
 
     Args:
         expert: its name in the bank.
@@ -157,5 +158,5 @@ class ClassifierStrategy(PromptStrategy):
 
 
 def _log_mean(scores: Tensor) -> Tensor:
-    """The logarithm of the mean probabilities [labels]."""
+    """Logarithm of the mean probabilities [labels]."""
     return scores.logsumexp(0) - torch.tensor(float(len(scores))).log()

@@ -1,5 +1,4 @@
-"""Two-pass inference (arXiv 2501.06252, section 3.2): a strategy reads the batch, then it is answered, every request
-with its own experts, still as one batch."""
+"""Two-pass inference (arXiv 2501.06252, section 3.2): pass one chooses experts, pass two completes the same batch."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from t2.tasks.classify import Prompt
 
 @dataclass(frozen=True)
 class TwoPass:
-    """sequences: token ids [B, length], prompts included. answers: their texts after the prompts."""
+    """Result of both passes. sequences: token ids [B, length], prompts included. answers: texts after the prompts."""
 
     adaptation: Adaptation
     sequences: Tensor
@@ -31,7 +30,7 @@ class TwoPass:
 
 
 def as_problem(prompt: Prompt) -> Problem:
-    """A text is what a user says."""
+    """Problem of a prompt; a text becomes a user message."""
     if isinstance(prompt, Problem):
         return prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -45,11 +44,11 @@ def two_pass(
     strategy: Strategy | str,
     **generate_kwargs: Any,
 ) -> TwoPass:
-    """Adapts to a batch of prompts and answers it.
+    """Choose experts for a batch of prompts, and complete it with them.
 
     Args:
         prompts: texts, problems or conversations; they go through the chat template.
-        strategy: or the name of one that `svf.set_adaptation` was given.
+        strategy: a strategy, or the name of one set by `svf.set_adaptation`.
         generate_kwargs: for `svf.generate`, such as max_new_tokens.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Which of some labels a model would answer with: scored, not generated and parsed.
+"""Scores of candidate labels as a model's next words, without generating and parsing text.
 
     log p(label | prompt) = sum_t log softmax(logits_t over the tokens that go on to a label)[label_t]
 
-That is decoding constrained to the valid labels, all of them followed. A token that only one label goes on with costs
-nothing, so long labels have no disadvantage; and where labels begin with different tokens, the prompt's last logits
-are enough: one forward pass.
+This is decoding constrained to the valid labels, with every branch followed. A token that only one label continues with
+costs nothing, so long labels are at no disadvantage. If all labels begin with different tokens, one forward pass over
+the prompt is enough.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from t2.model.svf_model import ExpertChoice, SVFModel
 
 @dataclass(frozen=True)
 class LabelTokens:
-    """Labels as far as they differ.
+    """Tokens of the labels, cut where they become unique.
 
-    tokens: of each label, up to the one from which on no other label goes the same way.
-    permitted: for each of these tokens, all that lead on to a label there.
+    tokens: per label, up to the first token that no other label shares.
+    permitted: per token, all tokens that lead to some label at that position.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -36,7 +36,7 @@ class LabelTokens:
 
 
 def label_tokens(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> LabelTokens:
-    """The labels' tokens, each label ended by the end token, so that none is the beginning of another.
+    """The labels' tokens, each ended by the EOS id, so that none is a prefix of another.
 
     Raises:
         ValueError: two labels have the same tokens.
@@ -67,13 +67,13 @@ def label_scores(
 ) -> Tensor:
     """log p(label | prompt) [len(prompts), labels] float32 on the CPU; the probabilities of a row sum to 1.
 
-    What all prompts of a batch begin with is read once, and each prompt once for all labels.
+    The shared prefix of a batch is computed once, and each prompt once for all labels.
 
     Args:
         prompts: token ids [length] each.
-        pad_token: fills rows.
-        expert: that the model runs with.
-        token_budget: most tokens of a batch, padding included; one prompt always fits.
+        pad_token: padding id.
+        expert: expert that the model runs with.
+        token_budget: maximum tokens of a batch, padding included; one prompt always fits.
     """
     runner, device = SVFRunner(svf), svf.sigma.device
     answers = tuple(torch.tensor(ids) for ids in labels.tokens)

@@ -1,6 +1,6 @@
-"""Search for the weights alpha of a mix: the cross-entropy method, CMA-ES, or at random.
+"""Search methods for the weights alpha of a mix: cross-entropy method, CMA-ES, random.
 
-All ask for a population of candidates at a time, and are told how good each is.
+Each has an ask-and-tell interface: `ask` gives a population of candidates, `tell` takes their fitness.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Numbers = numpy.ndarray[Any, Any]
 
 @dataclass(frozen=True, order=True)
 class Fitness:
-    """How good a candidate is, the greater the better, in this order."""
+    """Fitness of a candidate, ordered by score, then log-likelihood; higher is better."""
 
     score: float
-    """Mean score over the few-shot problems."""
+    """Mean score over the few-shot examples."""
     log_likelihood: float
-    """Breaks ties: the mean over its own right answers of their tokens' mean log-likelihood; -inf without any."""
+    """Tie-breaker: tokens' mean log-likelihood, averaged over the candidate's right completions; -inf without any."""
     scores: tuple[float, ...] = field(default=(), compare=False)
-    """Of each few-shot problem."""
+    """Score on each few-shot example."""
 
     def above(self, other: Fitness) -> float:
-        """Standard errors by which the score is above that of another candidate on the same problems.
+        """Standard errors by which the score exceeds another candidate's on the same examples.
 
-        sum(d) / sqrt(sum(d^2)) over the differences d of each problem's scores, 0 where there is none. Of right and
-        wrong answers: (b - c) / sqrt(b + c) with the b problems that only this one answers and the c that only the
-        other does, the square root of McNemar's statistic. ValueError without scores, or of different problems.
+        sum(d) / sqrt(sum(d^2)) over the examples' score differences d, 0 if there are none. For scores of 0 and 1 it is
+        the square root of McNemar's statistic: (b - c) / sqrt(b + c) for b examples that only this candidate gets
+        right and c that only the other does. ValueError without scores, or for different examples.
         """
         if not self.scores:
             raise ValueError("scores: expected those of each few-shot problem, which a margin needs, got none")
@@ -77,7 +77,7 @@ class Search(ABC):
         """[count, D] float64, bounds aside."""
 
     def tell(self, candidates: Tensor, fitness: Sequence[Fitness]) -> None:  # noqa: B027  # random search learns nothing
-        """How good the candidates of the last `ask` were."""
+        """Report the fitness of the candidates of the last `ask`."""
 
 
 class RandomSearch(Search):
@@ -112,8 +112,7 @@ class CrossEntropy(Search):
 
 
 class CMA(Search):
-    """CMA-ES of the package cma. It is told ranks, since a fitness is two numbers; and candidates as they are after the
-    bounds, which it takes for what they are, not its own."""
+    """CMA-ES of the package cma; it gets candidates as clamped to the bounds, and ranks, as fitness has two parts."""
 
     def __init__(self, first: Tensor, options: FewShotOptions, centre: float) -> None:
         super().__init__(first, options)
@@ -142,7 +141,7 @@ class CMA(Search):
 
 
 def make_search(first: Tensor, options: FewShotOptions, centre: float) -> Search:
-    """The options' method. `centre`: the weight that all start around."""
+    """Search by the method of the options. `centre`: the weight that it starts around."""
     if options.search == "random":
         return RandomSearch(first, options)
     return (CrossEntropy if options.search == "cem" else CMA)(first, options, centre)
@@ -150,8 +149,7 @@ def make_search(first: Tensor, options: FewShotOptions, centre: float) -> Search
 
 @dataclass(frozen=True)
 class Generation:
-    """best: the fitness of the best candidate so far. mean: the population's mean score. evaluated: candidates that
-    were not known from before."""
+    """One generation: the best fitness so far, the population's mean score, and the number of new candidates."""
 
     best: Fitness
     mean: float
@@ -161,7 +159,7 @@ class Generation:
 
 @dataclass
 class SearchProgress:
-    """The best candidate [D] of a search, as `normalise` made it, and its way there."""
+    """State of a search: the best candidate [D] so far, normalised, and the generations that led to it."""
 
     alpha: Tensor
     fitness: Fitness
@@ -170,9 +168,9 @@ class SearchProgress:
 
 
 Evaluate = Callable[[Tensor], Sequence[Fitness]]
-"""How good candidates [N, D] are."""
+"""Fitness of candidates [N, D]."""
 Memory = dict[bytes, Fitness]
-"""What is known of candidates, by the bytes of their float32 numbers."""
+"""Fitness of candidates evaluated so far, keyed by their float32 bytes."""
 
 
 def run_search(
@@ -183,14 +181,14 @@ def run_search(
     memory: Memory | None = None,
     announce: Callable[[SearchProgress], object] = lambda found: None,
 ) -> SearchProgress:
-    """Generations until the score is 1, has not risen for `patience` of them, or there have been enough.
+    """Run generations until the score is 1, stops rising for `patience` of them, or `generations` is reached.
 
-    A candidate is evaluated once, however often it is asked for. Of equally good ones the first counts.
+    Each candidate is evaluated once. Ties go to the first.
 
     Args:
-        evaluate: gets candidates as `normalise` makes them, all new ones of a generation at once.
+        evaluate: called once per generation with its new candidates, normalised.
         normalise: [N, D] -> [N, D], such as the division by a sum.
-        memory: what is known already; new results go there. A search that was interrupted goes on with it.
+        memory: results so far, which the search reads and adds to; an interrupted search continues from them.
         announce: called after each generation.
     """
     options, memory = search.options, {} if memory is None else memory

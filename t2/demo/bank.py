@@ -1,4 +1,4 @@
-"""The first half of the demo: a batch of requests from several domains, each answered by the expert it needs."""
+"""First half of the demo: one batch of requests from several domains, each completed by the expert of its domain."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEW_TOKENS = 16
 
 
 def bank_tasks(folder: Path) -> dict[str, Task]:
-    """What the experts of a bank were trained on: `tasks.json`, {domain: {"name": ..., and options of that task}}."""
+    """Tasks that a bank's experts were trained on, from `tasks.json`: {domain: {"name": ..., options of that task}}."""
     path = folder / "tasks.json"
     tasks = read_json(path, "tasks")
     with file_errors(path):
@@ -44,7 +44,7 @@ def show_bank(
     each: int = 9,
     rounds: int = 3,
 ) -> dict[str, Any]:
-    """Answers `each` test problems of every domain and some `others` in one two-pass batch, beside the base.
+    """Complete `each` test examples of every domain and some `others` in one two-pass batch, and with the base.
 
     Returns:
         Accuracies, how often pass one was right, and seconds of both passes and of the base alone (medians).

@@ -1,4 +1,4 @@
-"""The other ways to serve many experts, for comparisons: plain torch factored, W' rebuilt per expert, PEFT's LoRA."""
+"""Baselines that serve many experts: factored in plain torch, W' rebuilt per expert, PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TorchFactoredLinear(nn.Module):
 
 
 def use_torch_factored(model: nn.Module, factors: Mapping[str, Factors], layout: Layout, z: Tensor) -> None:
-    """Replaces the layers named in `factors`; row b of every batch runs with z[b] (z: [B, R])."""
+    """Replace the layers named in `factors`; row b of every batch runs with z[b] (z: [B, R])."""
     for name, factor in factors.items():
         layer = TorchFactoredLinear(factor, cast(Linear, model.get_submodule(name)).bias)
         layer.scales = factor.s * z[:, layout.window(name)]
@@ -38,13 +38,13 @@ def use_torch_factored(model: nn.Module, factors: Mapping[str, Factors], layout:
 
 @torch.no_grad()
 def rebuild(model: nn.Module, factors: Mapping[str, Factors], layout: Layout, z: Tensor) -> None:
-    """Overwrites every target weight with W' = U diag(s z) Vh, one product each, where the published code does two."""
+    """Overwrite every target weight with W' = U diag(s z) Vh: one matmul each, where the published code does two."""
     for name, (u, s, vh) in factors.items():
         torch.matmul(u * (s * z[layout.window(name)]), vh, out=weight_matrix(cast(Linear, model.get_submodule(name))))
 
 
 def with_lora(model: nn.Module, target_modules: Sequence[str], adapters: int, rank: int = 16) -> tuple[Any, list[str]]:
-    """PEFT's model with so many LoRA adapters on the named modules, and their names for `adapter_names`."""
+    """PEFT model with `adapters` LoRA adapters on the named modules, and their names for `adapter_names`."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, target_modules=list(target_modules), init_lora_weights=False, task_type="CAUSAL_LM")

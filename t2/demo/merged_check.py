@@ -1,4 +1,4 @@
-"""A mixed batch against the truth: each request's expert merged into a plain model."""
+"""Check of a mixed batch against the reference: each request's expert merged into a plain model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass
 class RowCheck:
-    """One request against its expert merged into a plain model."""
+    """Comparison of one request with its expert merged into a plain model."""
 
     expert: str
     equal: bool  # all tokens
@@ -27,13 +27,13 @@ class RowCheck:
 
 @torch.no_grad()
 def check_row(plain: Any, batch: Mapping[str, Tensor], generated: Any, row: int, expert: str) -> RowCheck:
-    """Compares one row of a mixed batch with `plain`, a causal LM that has the row's expert built in.
+    """Compare one row of a mixed batch with `plain`, a causal LM that has the row's expert built in.
 
     If the plain model, fed the row's own tokens, would have chosen each of them, it generates the same ones.
 
     Args:
         batch: `input_ids` and `attention_mask`, left-padded.
-        generated: what `generate(**fixed_length(n), return_dict_in_generate=True, output_logits=True)` gave.
+        generated: output of `generate(**fixed_length(n), return_dict_in_generate=True, output_logits=True)`.
     """
     width = batch["input_ids"].shape[1]
     prompt = batch["input_ids"][row, width - int(batch["attention_mask"][row].sum()) :]
@@ -44,7 +44,7 @@ def check_row(plain: Any, batch: Mapping[str, Tensor], generated: Any, row: int,
 
 
 def compare_row(merged_logits: Tensor, logits: Tensor, tokens: Tensor, expert: str) -> RowCheck:
-    """merged_logits, logits: [tokens, vocabulary] at the positions that chose `tokens` [tokens] greedily."""
+    """Compare logits [tokens, vocabulary] at the positions that chose `tokens` [tokens] greedily."""
     differs = (merged_logits.argmax(-1) != tokens).nonzero().flatten().tolist()
     until = differs[0] + 1 if differs else len(tokens)
     difference = float((merged_logits[:until] - logits[:until]).abs().max())

@@ -1,5 +1,5 @@
-"""A batch that gets the experts it needs (`t2.demo.bank`); then one with a different expert for every request: served,
-checked against merged models, timed beside the peers."""
+"""The demo: a batch dispatched to experts (`t2.demo.bank`), then a batch with a different expert per request, checked
+against merged models and timed beside the baselines."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ def run_demo(
     results: Path | None = None,
     console: Console | None = None,
 ) -> bool:
-    """Runs the demo and returns whether every row of the mixed batch equals its merged model.
+    """Run the demo; True if every row of the mixed batch equals its merged model.
 
     Args:
-        model_name: what `t2.load` takes.
-        dtype: storage of the factors.
+        model_name: base model, as `t2.load` takes it.
+        dtype: dtype in which the factors are stored.
         requests: rows of the batch, each with an expert of its own, 1 to 32.
         new_tokens: tokens generated per request where speed is measured.
         checked_tokens: tokens compared with the merged models.
@@ -188,9 +188,9 @@ def _time_paths(
     batch: Mapping[str, Tensor],
     new_tokens: int,
 ) -> list[PathResult]:
-    """Ours first in the result."""
+    """Time all serving paths; the first result is ours."""
     names, layout = svf.bank.names, svf.layout
-    with out.status("preparing the peers") as status:
+    with out.status("preparing the baselines") as status:
         factored = copy.deepcopy(dense)
         peers.use_torch_factored(factored, factors, layout, svf.bank.matrix)
         suffixes = sorted({name.rpartition(".")[2] for name in layout.names})
@@ -217,7 +217,7 @@ def _check_rows(
     batch: Mapping[str, Tensor],
     generated: Any,
 ) -> tuple[list[RowCheck], PathResult]:
-    """Every row against W' rebuilt for its expert; the first four of these switches also generate, timed."""
+    """Compare every row with W' rebuilt for its expert; time generation after the first four rebuilds."""
     checks, seconds = [], 0.0
     timed, tokens = min(4, len(svf.bank)), 16
     with out.status("checking each row against its merged model"):
@@ -256,7 +256,7 @@ def _show_checks(out: Console, checks: list[RowCheck], tokens: int) -> bool:
 
 
 def _show_speed(out: Console, measured: list[PathResult]) -> None:
-    """The first result is ours."""
+    """Print the speed of all paths beside ours, the first result."""
     ours = measured[0]
     table = Table(
         title=f"{ours.new_tokens} new tokens for {ours.requests} requests; decode: once the prompts are read",

@@ -1,4 +1,4 @@
-"""Timing of ways to serve a batch, side by side in one run."""
+"""Timing of several ways to serve a batch, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 @dataclass
 class PathResult:
-    """One way of serving, timed over whole `generate` calls (or several, for requests served one at a time)."""
+    """Timings of one way of serving: whole `generate` calls, or several calls for requests served one at a time."""
 
     name: str
     experts: int  # in a batch
@@ -38,7 +38,7 @@ class PathResult:
 
 @dataclass
 class ServingPath:
-    """A way of serving: `generate(rows, **inputs and options)` answers the first so many requests of the batch."""
+    """A way of serving: `generate(n, **inputs and options)` completes the first n requests of the batch."""
 
     name: str
     experts: int
@@ -47,7 +47,7 @@ class ServingPath:
 
 
 class StepClock(StoppingCriteria):
-    """Notes when each new token of a `generate` call is there; stops nothing."""
+    """Records the time of each new token of a `generate` call, as a criterion that never stops."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -62,7 +62,7 @@ class StepClock(StoppingCriteria):
 
 
 def fixed_length(tokens: int) -> dict[str, Any]:
-    """Options that make `generate` produce exactly so many tokens, greedily: no token ends an answer."""
+    """Options for `generate` to decode exactly this many tokens greedily: no token counts as EOS."""
     return {"max_new_tokens": tokens, "eos_token_id": None, "do_sample": False}
 
 
@@ -72,9 +72,9 @@ def time_paths(
     new_tokens: int,
     announce: Callable[[str], Any] = lambda name: None,
 ) -> list[PathResult]:
-    """Times every path on the whole batch, taking turns (A B C A B C), since shared machines drift.
+    """Time every path on the whole batch in turns (A B C A B C), since shared machines drift.
 
-    Each is first run once on a single request, untimed.
+    Each path first runs once on a single request, untimed.
 
     Args:
         batch: tokenised prompts, one row a request.

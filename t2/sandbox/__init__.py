@@ -1,4 +1,4 @@
-"""Runs programs that nobody has read, without network, files of the user or other processes, within limits."""
+"""Sandbox for untrusted programs: no network, no user files, no other processes, and resource limits."""
 
 from t2.sandbox.runner import (
     Limits,

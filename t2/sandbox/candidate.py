@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any
 
-from t2.sandbox.wire import EXCEPTIONS, Refused, decode, encode, receive, send
+from t2.sandbox.wire import EXCEPTIONS, EncodeError, decode, encode, receive, send
 
 
 def main(requests: int, replies: int, source: bytes) -> int:
@@ -53,7 +53,7 @@ def main(requests: int, replies: int, source: bytes) -> int:
                     reply = encode(("return", find(program, name)(*args, **kwargs)), keep)
                 case "next", number:
                     reply = encode(("return", next(iterators[number])), keep)
-        except Refused as error:
+        except EncodeError as error:
             reply = encode(("refuse", str(error)))
         except BaseException as error:
             reply = raised(error)

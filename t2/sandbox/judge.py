@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from t2.sandbox.wire import EXCEPTIONS, NONCE_BYTES, BadMessage, Refused, decode, encode, receive, send
+from t2.sandbox.wire import EXCEPTIONS, NONCE_BYTES, DecodeError, EncodeError, decode, encode, receive, send
 
 
 class NoAnswer(BaseException):
@@ -20,7 +20,7 @@ class NoAnswer(BaseException):
 
 
 class Program:
-    """The program, as the tests reach it.
+    """Proxy of the program for the tests.
 
     Args:
         replies, requests: descriptors.
@@ -30,7 +30,7 @@ class Program:
         self.replies = replies
         self.requests = requests
         self.failed = False
-        """Whether a call had no answer, even if the tests caught the error."""
+        """True once a call had no answer, even if the tests caught the error."""
 
     def function(self, name: str) -> Callable[..., Any]:
         def proxy(*args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,7 @@ class Program:
         return proxy
 
     def iterator(self, number: int) -> Iterator[Any]:
-        """Asks for one item at a time, as the tests do."""
+        """Iterator that fetches one item from the program at a time."""
         while True:
             try:
                 item = self.ask("next", number)
@@ -52,17 +52,17 @@ class Program:
         """Sends a request and returns the value of the reply, or raises its exception."""
         try:
             content = encode(request)
-        except Refused as error:
+        except EncodeError as error:
             self.failed = True
             raise NoAnswer(f"the tests pass {error}") from None
         nonce = os.urandom(NONCE_BYTES)
         try:
             if self.failed:
-                raise BadMessage("none after the last one")
+                raise DecodeError("none after the last one")
             send(self.requests, nonce, content)
             returned, reply = receive(self.replies)
             if returned != nonce:
-                raise BadMessage("not of this request")
+                raise DecodeError("not of this request")
             match decode(reply, self.iterator):
                 case ("return", value):
                     return value
@@ -72,10 +72,10 @@ class Program:
                         kind, args = RuntimeError, (f"the program raised {name}",)  # would end a loop of the tests
                     raised = exception(kind, args)
                 case ("refuse", str() as reason):
-                    raise BadMessage(reason)
+                    raise DecodeError(reason)
                 case _:
-                    raise BadMessage("not a reply")
-        except (EOFError, OSError, BadMessage) as problem:
+                    raise DecodeError("not a reply")
+        except (EOFError, OSError, DecodeError) as problem:
             self.failed = True
             raise NoAnswer(f"{type(problem).__name__}: {problem}") from None
         raise raised

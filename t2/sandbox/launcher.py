@@ -39,9 +39,9 @@ PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 CAPABILITY_VERSION_3 = 0x20080522
 NOBODY = 65534
 FILES = 64
-"""Most open files of a process."""
+"""Maximum number of open files of a process."""
 INODES = 4096
-"""Most files in the program's folder."""
+"""Maximum number of files in the program's folder."""
 
 MOUNT_SETATTR = 442
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
@@ -77,7 +77,7 @@ EPERM, ENOSYS = 1, 38
 
 
 def call(name: str, *arguments: Any) -> None:
-    """A function of the C library; OSError with its name where it fails."""
+    """Call a function of the C library; OSError with its name if it fails."""
     if getattr(LIBC, name)(*arguments) == -1:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
@@ -92,14 +92,14 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
 
 
 def make_read_only(path: str, flags: int = 0) -> None:
-    """Also what is mounted below it, with AT_RECURSIVE."""
+    """Remount a path read-only; with AT_RECURSIVE also all mounts below it."""
     attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
     structure = struct.pack("=QQQQ", attributes, 0, 0, 0)
     call("syscall", MOUNT_SETATTR, AT_FDCWD, path.encode(), flags, structure, ctypes.c_size_t(len(structure)))
 
 
 def enter_namespaces(config: dict[str, Any]) -> None:
-    """Goes on in a child, the first process of new namespaces; this process waits for it and ends as it does."""
+    """Continue in a child, the first process of new namespaces; this process waits for it and then exits."""
     uid, gid = os.geteuid(), os.getegid()
     own_users = config["uid"] is None
     call("unshare", NAMESPACES | (CLONE_NEWUSER if own_users else 0))
@@ -241,7 +241,7 @@ def set_limits(config: dict[str, Any]) -> None:
 
 
 def run_script(config: dict[str, Any], source: bytes) -> None:
-    """Becomes the program."""
+    """Replace this process by the program."""
     path = os.path.join(os.getcwd(), "program.py")
     with open(path, "wb") as file:
         file.write(source)
@@ -251,7 +251,7 @@ def run_script(config: dict[str, Any], source: bytes) -> None:
 
 
 def run_module(config: dict[str, Any], payload: bytes) -> int:
-    """Goes on as the last of the given modules; returns the exit code."""
+    """Run `main` of the last of the given modules; returns the exit code."""
     for descriptor in (config["status_fd"], config["info_fd"]):
         with contextlib.suppress(OSError):  # closed already, or bubblewrap's
             os.close(descriptor)

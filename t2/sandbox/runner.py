@@ -60,7 +60,7 @@ class SandboxUnavailable(SandboxError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     timeout: seconds by the clock. Each process may use as many processor seconds, rounded up, and one more.
     memory_bytes: address space of each process.
@@ -87,7 +87,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended.
+    """Outcome of a program.
 
     status: "exited" by itself, "signal" that killed it, "timeout" or "output" for the limit at which all its processes
         were killed.
@@ -104,7 +104,7 @@ class ProgramResult:
 
     @property
     def ok(self) -> bool:
-        """Whether it exited with code 0. It says so itself: `run_tests` is for programs that may lie."""
+        """True if it exited with code 0. A program can fake this: use `run_tests` for untrusted ones."""
         return self.status == "exited" and self.returncode == 0
 
 
@@ -185,7 +185,7 @@ def backend() -> str:
 
 
 def why_not(name: str) -> str | None:
-    """Why one of BACKENDS does not isolate programs here; None if it does. Found by trying, once per process."""
+    """Reason why one of BACKENDS does not isolate programs here, by a trial once per process; None if it does."""
     with _probing:
         if name not in _probed:
             _probed[name] = _probe(name)
@@ -287,7 +287,7 @@ def _installed(prefix: str) -> list[str]:
 
 
 def _free_user_id() -> int | None:
-    """For root, whom limits don't bind: a user id that nobody has. None for everyone else."""
+    """An unused user id for programs of root, whom limits do not bind; None for other users."""
     users = Path("/proc/self/uid_map")
     if os.geteuid() != 0 or (users.exists() and users.read_text().split() != ["0", "0", "4294967295"]):
         return None
@@ -417,7 +417,7 @@ class _Run:
             self.first_process = os.pidfd_open(json.loads(text)["child-pid"])
 
     def reason(self) -> str:
-        """Why the launcher gave up before the program ran."""
+        """Reason why the launcher gave up before the program ran."""
         assert self.process.stderr
         self.kill()
         errors = self.process.stderr.read().decode(errors="replace").strip()
@@ -461,7 +461,7 @@ class _Run:
         )
 
     def communicate(self, program: bytes) -> Literal["timeout", "output"] | None:
-        """Sends the program and reads until every process is gone; which limit it came to, if any."""
+        """Send the program and read until every process is gone; return the limit it hit, if any."""
         assert self.process.stdin
         stdin = self.process.stdin.fileno()
         unsent = memoryview(len(program).to_bytes(8, "big") + program)
@@ -540,7 +540,7 @@ print("isolated" if not found else "a program " + ", ".join(found), end="", flus
 
 
 def _probe(name: str) -> str | None:
-    """Why a backend does not isolate here; None if it does."""
+    """Reason why a backend does not isolate here; None if it does."""
     if sys.platform != "linux" or platform.machine() not in launcher.AUDIT_ARCH:
         return f"written for Linux on {' and '.join(launcher.AUDIT_ARCH)}, not {sys.platform} on {platform.machine()}"
     limits = Limits(timeout=20, processes=2)

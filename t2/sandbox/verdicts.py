@@ -1,4 +1,4 @@
-"""Tests of programs that may lie: each program runs in one sandbox and its tests in another."""
+"""Tests of untrusted programs: each program runs in one sandbox and its tests in another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECK = re.compile(r"^def\s+check\s*\(", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Test:
-    """A program that nobody has read, and the trusted tests that it has to pass.
+    """An untrusted program, and the trusted tests that it has to pass.
 
     program: defines the functions that the tests call.
     tests: Python that raises an exception where the program is wrong. A name that it uses without defining it is a

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 MESSAGE_BYTES = 16 << 20
-"""Longest message."""
+"""Maximum size of a message."""
 DEPTH = 100
-"""Deepest nesting of a value, which bounds cycles too."""
+"""Maximum nesting of a value, which bounds cycles too."""
 NONCE_BYTES = 16
 
 _EMPTY: dict[Any, Any] = {}
@@ -37,23 +37,23 @@ EXCEPTIONS = {
 """The builtin exceptions. A group holds other exceptions, which do not travel."""
 
 
-class Refused(Exception):
-    """A value that does not travel."""
+class EncodeError(Exception):
+    """Raised for a value that cannot be encoded."""
 
 
-class BadMessage(Exception):
-    """Bytes that are no message."""
+class DecodeError(Exception):
+    """Raised for bytes that are no message."""
 
 
 def encode(value: Any, keep: Callable[[Any], int] | None = None) -> bytes:
-    """The bytes of a value.
+    """Encode a value as bytes.
 
     Args:
         value: of the types above, nested at most DEPTH deep.
         keep: stores an iterator and returns its number; None refuses iterators.
 
     Raises:
-        Refused: a value of another type, too deep, or more than MESSAGE_BYTES.
+        EncodeError: a value of another type, too deep, or more than MESSAGE_BYTES.
     """
     out = bytearray()
 
@@ -63,7 +63,7 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> bytes:
     def text(tag: bytes, content: bytes) -> None:
         out.extend(tag)
         if len(content) > MESSAGE_BYTES:
-            raise Refused(f"a value of more than {MESSAGE_BYTES:,} bytes")
+            raise EncodeError(f"a value of more than {MESSAGE_BYTES:,} bytes")
         size(len(content))
         out.extend(content)
 
@@ -81,9 +81,9 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> bytes:
 
     def write(value: Any, depth: int) -> None:
         if depth > DEPTH:
-            raise Refused(f"a value nested more than {DEPTH} deep")
+            raise EncodeError(f"a value nested more than {DEPTH} deep")
         if len(out) > MESSAGE_BYTES:
-            raise Refused(f"a value of more than {MESSAGE_BYTES:,} bytes")
+            raise EncodeError(f"a value of more than {MESSAGE_BYTES:,} bytes")
         depth += 1
         if value is None:
             out.extend(b"N")
@@ -141,36 +141,36 @@ def encode(value: Any, keep: Callable[[Any], int] | None = None) -> bytes:
             out.extend(b"g")
             write(keep(value), depth)
         else:
-            raise Refused(f"a value of type {type(value).__name__}")
+            raise EncodeError(f"a value of type {type(value).__name__}")
 
     write(value, 0)
     if len(out) > MESSAGE_BYTES:
-        raise Refused(f"a value of more than {MESSAGE_BYTES:,} bytes")
+        raise EncodeError(f"a value of more than {MESSAGE_BYTES:,} bytes")
     return bytes(out)
 
 
 def is_a(value: Any, module: str, name: str) -> bool:
-    """Whether a value is of a class whose module may not have been imported."""
+    """True for an instance of a class, without importing the class's module."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(value, kind)
 
 
 def decode(data: bytes, ask: Callable[[int], Any] | None = None) -> Any:
-    """The value of `encode`.
+    """Decode the bytes that `encode` gives.
 
     Args:
         data: from anyone.
         ask: makes an iterator of its number; None accepts no iterators.
 
     Raises:
-        BadMessage: not what `encode` makes, or nested too deep.
+        DecodeError: not what `encode` makes, or nested too deep.
     """
     place = 0
 
     def take(length: int) -> bytes:
         nonlocal place
         if length > len(data) - place:
-            raise BadMessage("it ends too early")
+            raise DecodeError("it ends too early")
         place += length
         return data[place - length : place]
 
@@ -182,18 +182,18 @@ def decode(data: bytes, ask: Callable[[int], Any] | None = None) -> Any:
 
     def exactly(kind: type, value: Any) -> Any:
         if type(value) is not kind:
-            raise BadMessage(f"{type(value).__name__} in place of {kind.__name__}")
+            raise DecodeError(f"{type(value).__name__} in place of {kind.__name__}")
         return value
 
     def pairs(depth: int) -> list[tuple[Any, Any]]:
         parts = many(depth)
         if len(parts) % 2:
-            raise BadMessage("a key without a value")
+            raise DecodeError("a key without a value")
         return list(zip(parts[::2], parts[1::2], strict=True))
 
     def read(depth: int) -> Any:
         if depth > DEPTH:
-            raise BadMessage("nested too deep")
+            raise DecodeError("nested too deep")
         depth += 1
         tag = take(1)
         match tag:
@@ -254,37 +254,37 @@ def decode(data: bytes, ask: Callable[[int], Any] | None = None) -> Any:
                 return Fraction(*(exactly(int, part) for part in many(depth)))
             case b"g" if ask is not None:
                 return ask(exactly(int, read(depth)))
-        raise BadMessage(f"tag {tag!r}")
+        raise DecodeError(f"tag {tag!r}")
 
     try:
         value = read(0)
-    except BadMessage:
+    except DecodeError:
         raise
     except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError, MemoryError) as error:
-        raise BadMessage(f"{type(error).__name__}: {error}") from None
+        raise DecodeError(f"{type(error).__name__}: {error}") from None
     if place != len(data):
-        raise BadMessage("it goes on after its end")
+        raise DecodeError("it goes on after its end")
     return value
 
 
 def send(descriptor: int, nonce: bytes, content: bytes) -> None:
-    """One message."""
+    """Write one message."""
     unsent = memoryview(nonce + len(content).to_bytes(4, "big") + content)
     while unsent:
         unsent = unsent[os.write(descriptor, unsent) :]
 
 
 def receive(descriptor: int) -> tuple[bytes, bytes]:
-    """The nonce and the content of the next message.
+    """Read the next message: its nonce and content.
 
     Raises:
         EOFError: the other side has closed its end.
-        BadMessage: it is longer than MESSAGE_BYTES.
+        DecodeError: it is longer than MESSAGE_BYTES.
     """
     nonce = _exactly(descriptor, NONCE_BYTES)
     length = int.from_bytes(_exactly(descriptor, 4), "big")
     if length > MESSAGE_BYTES:
-        raise BadMessage(f"{length:,} bytes")
+        raise DecodeError(f"{length:,} bytes")
     return nonce, _exactly(descriptor, length)
 
 

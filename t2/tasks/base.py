@@ -1,4 +1,4 @@
-"""What a task is: problems in three splits, a metric, and the reward that training maximises."""
+"""Interface of tasks: examples in three splits, a metric, and the reward that training maximises."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt, and what is needed to judge an answer to it.
+    """One example: a prompt, and the data that scores its completions.
 
     messages: the conversation, as {"role": ..., "content": ...}; with images, contents are lists as chat templates take
         them: [{"type": "image"}, {"type": "text", "text": ...}].
-    reference: whatever the task's own metric needs.
-    solution: a right answer in the words a model should use, for the next-token objective; None if there is none.
-    images: one for each {"type": "image"}, in their order: PIL images, paths, or `t2.tasks.images.StoredImage`s.
+    reference: any data that the task's metric needs.
+    solution: a right completion, for the next-token objective; None if there is none.
+    images: one per {"type": "image"}, in order: PIL images, paths, or `t2.tasks.images.StoredImage`s.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -33,33 +33,33 @@ class Problem:
 
 
 def user_message(text: str, images: int = 0) -> dict[str, Any]:
-    """The user's words, behind so many images."""
+    """User message with a text, after this many images."""
     parts = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": text}]
     return {"role": "user", "content": parts if images else text}
 
 
 class Task(ABC):
-    """A set of problems with a metric. Splits are the same in every process and at every call."""
+    """Examples with a metric. Splits are the same in every process and at every call."""
 
     name: str
     max_new_tokens: int
-    """Room for an answer, in tokens."""
+    """Maximum length of a completion, in tokens."""
 
     @abstractmethod
     def problems(self, split: Split) -> Sequence[Problem]:
-        """The problems of a split; a ValueError says which splits there are if it is not one of them."""
+        """Examples of a split; ValueError, with the known splits, for any other."""
 
     @abstractmethod
     def scores(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
-        """The metric of each answer, in [0, 1]: 1 is right."""
+        """Metric of each completion, in [0, 1]: 1 is right."""
 
     def rewards(self, problems: Sequence[Problem], answers: Sequence[str]) -> list[float]:
-        """What training maximises: 1 for a right answer, -1 for any other (arXiv 2501.06252, section 3.1)."""
+        """Rewards to maximise: 1 for a right completion, -1 for any other (arXiv 2501.06252, section 3.1)."""
         scores = finite_numbers("reward, made from scores", self, self.scores(problems, answers), answers)
         return [1.0 if score == 1.0 else -1.0 for score in scores]
 
     def expert_metadata(self) -> dict[str, str]:
-        """Metadata for the files of experts that are trained on this task, beside its name and the options."""
+        """Further metadata for experts trained on this task, beside its name and options."""
         return {}
 
 
@@ -78,9 +78,9 @@ def scores_of(task: Task, problems: Sequence[Problem], answers: Sequence[str]) -
 
 
 def finite_numbers(what: str, task: Task, values: Any, answers: Sequence[str]) -> list[float]:
-    """A list of numbers that are finite as float32, as many as there are answers.
+    """Check that values are finite float32 numbers, one per completion, and return them as a list.
 
-    Numbers may be bools, or NumPy's or torch's, one by one or as a vector; texts are none.
+    Bools and NumPy's or torch's numbers and vectors are accepted; texts are not.
     """
     listed = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(listed, str | bytes | Mapping) or not isinstance(listed, Iterable):
@@ -104,7 +104,7 @@ def _finite_number(what: str, task: Task, value: Any, answer: str) -> float:
 
 
 def prompt_text(problem: Problem, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str:
-    """The prompt as the model reads it: through the chat template, or the contents one below the other without one."""
+    """Prompt as the model reads it: through the chat template or, without one, the contents in separate paragraphs."""
     from transformers import ProcessorMixin
 
     messages = [dict(message) for message in problem.messages]

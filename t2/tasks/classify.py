@@ -12,19 +12,19 @@ from t2.tasks.dataset_task import check_size, check_split
 
 BASE = "base"
 OTHERS = "others"
-"""The label of prompts that no domain is for: the base answers them."""
+"""Label of prompts outside all domains, which the base completes."""
 RESERVED = (BASE, OTHERS)
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 Prompt = Problem | str | Sequence[Mapping[str, str]]
-"""What a user asked: a problem, its text, or a conversation of {"role": ..., "content": ...}."""
+"""A request: a problem, its text, or a conversation of {"role": ..., "content": ...}."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What an expert is for.
+    """Domain of an expert.
 
-    name: of the expert, and its label in the adaptation prompt. description: one line on what its questions are.
+    name: the expert's name, and its label in the adaptation prompt. description: one line on the domain's questions.
     """
 
     name: str
@@ -43,7 +43,7 @@ Domains = Sequence[Domain] | Mapping[str, str]
 
 
 def as_domains(domains: Domains) -> tuple[Domain, ...]:
-    """At least one domain, each with a name of its own; ValueError otherwise."""
+    """Domains as a tuple; ValueError unless there is at least one and their names differ."""
     if isinstance(domains, Mapping):
         domains = [Domain(name, description) for name, description in domains.items()]
     if isinstance(domains, str) or not all(isinstance(domain, Domain) for domain in domains):
@@ -60,7 +60,7 @@ def labels_of(domains: Sequence[Domain]) -> tuple[str, ...]:
 
 
 def question(prompt: Prompt) -> str:
-    """What the user said: the text itself, or the user's messages one below the other."""
+    """Words of the user: the text itself, or the user messages as paragraphs."""
     if isinstance(prompt, str):
         return prompt
     messages = prompt.messages if isinstance(prompt, Problem) else prompt
@@ -90,7 +90,7 @@ def adaptation_problem(prompt: Prompt, domains: Sequence[Domain], label: str | N
 
 
 def said_label(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer begins with, else the only one that it names, else None; upper case does not matter."""
+    """Label that a completion begins with, else the only one that it names, else None; case-insensitive."""
     longest_first = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
     words = re.compile(rf"(?<!\w)({longest_first})(?!\w)", re.IGNORECASE)
     by_name = {label.casefold(): label for label in labels}
@@ -102,16 +102,15 @@ def said_label(answer: str, labels: Sequence[str]) -> str | None:
 
 
 class Classification(Task):
-    """Prompts of other tasks inside the adaptation prompt; right is the name of their domain.
+    """Task that classifies the prompts of other tasks by domain, inside the adaptation prompt.
 
-    Every task gives each split as many of its own prompts as the smallest one has, so that no label is likelier, and
-    they take turns.
+    Labels are balanced and interleaved: every task gives each split as many prompts as the smallest task has.
 
     Args:
         tasks: by label: the names of `domains`, each once, and "others" if the base should keep something.
         domains: of the adaptation prompt.
-        train_size, validation_size, test_size: most prompts that a task gives each split; None for all it has.
-        max_new_tokens: room for a label.
+        train_size, validation_size, test_size: maximum prompts per task in each split; None for no limit.
+        max_new_tokens: maximum length of a label, in tokens.
     """
 
     name = "classify"
@@ -162,5 +161,5 @@ class Classification(Task):
         return [float(said_label(answer, self.labels) == problem.reference) for problem, answer in pairs]
 
     def expert_metadata(self) -> dict[str, str]:
-        """The domains that a classification expert knows, as a JSON list: a bank may hold no others."""
+        """Domains of the classification expert as a JSON list, which a bank's domains are checked against."""
         return {"domains": json.dumps([domain.name for domain in self.domains])}

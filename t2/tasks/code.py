@@ -21,7 +21,7 @@ def extract_code(answer: str) -> str:
 
 
 def definition(code: str, function: str) -> int | None:
-    """Where a module's function is defined in its text; None if it isn't."""
+    """Offset of a function's definition in a module's text; None if the module does not define it."""
     found = re.search(rf"^(?:async\s+)?def\s+{re.escape(function)}\s*\(", code, re.MULTILINE)
     return found.start() if found else None
 

@@ -18,7 +18,7 @@ from t2.weights.files import FileFormatError, check_regular, file_errors, parse_
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 Data = str | Path | Mapping[str, str | Path] | None
-"""Where a task's rows are: a folder, a file, files by split, or None for the Hub."""
+"""Source of a task's rows: a folder, a file, files by split, or None for the Hub."""
 
 T = TypeVar("T")
 
@@ -249,10 +249,10 @@ def prompt_key(problem: Problem) -> str:
 
 
 def hold_out(problems: Sequence[Problem], size: int, option: str) -> tuple[list[Problem], list[Problem]]:
-    """Takes `size` problems away: (the rest, those), each in the order given.
+    """Split off `size` examples: (the rest, those), each in the order given.
 
-    Which ones, only the prompts' hashes say: the same on every machine and in whatever order the file is. No prompt is
-    in both parts: where one repeats, the copies leave the rest too.
+    The prompts' hashes choose them, so the split is the same on every machine and for any order of the file. No prompt
+    is in both parts: copies of a prompt that is split off leave the rest too.
 
     Raises:
         ValueError: `size` leaves no problem for the rest; the message names the option that asked for it.

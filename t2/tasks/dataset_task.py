@@ -1,4 +1,4 @@
-"""What the tasks made from published data sets have in common."""
+"""Base class of tasks made from published data sets."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from t2.tasks.dataset_task import check_size, check_split
 
 @dataclass(frozen=True)
 class Completion:
-    """What the benchmark's `check_program` is made of."""
+    """Fields of a row that make up the benchmark's `check_program`."""
 
     task_id: str
     prompt: str

@@ -30,7 +30,7 @@ DRAWN_ANEW = frozenset(("codeio",))
 
 
 def lenient(answer: str, reference: str) -> str:
-    """What an answer says in the end, by the form of the reference.
+    """Final answer in a completion, by the form of the reference.
 
     A number: the last number in the answer, its thousands without commas. One word: the first word after "The answer
     is" or "Answer:", or of the whole answer. Anything else: the text after such words, without quotes, asterisks and

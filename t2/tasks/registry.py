@@ -58,7 +58,7 @@ FAMILIES: dict[str, tuple[str, Callable[..., Task]]] = {
 
 
 def names() -> list[str]:
-    """What `get` takes; the parts in capitals stand for a name or path."""
+    """Names that `get` takes; parts in capitals stand for a name or path."""
     return [*NAMED, *(f"{family}:{part}" for family, (part, _) in FAMILIES.items())]
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval (E. B. Wilson, 1927) of a mean score; 95% confidence for z = 1.96.
 
-    A mean of graded scores is a share of no whole number of examples, which `scipy.stats` has no interval for. Of whole
-    numbers this is `scipy.stats.binomtest(k, count).proportion_ci(method="wilson")`.
+    Scores may be graded, such as VQA's, which `scipy.stats` has no interval for. For scores of 0 and 1 it
+    equals `scipy.stats.binomtest(right, count).proportion_ci(method="wilson")`.
     """
     if count < 1:
         return 0.0, 1.0

@@ -11,7 +11,7 @@ from t2.tasks.vqa import INSTRUCTION, VQATask, accuracy, normalise
 
 
 def tokenise(answer: str) -> str:
-    """What TextVQA's evaluation (`EvalAIAnswerProcessor` of MMF) does before it normalises as VQA's does."""
+    """Preprocessing of TextVQA's evaluation (`EvalAIAnswerProcessor` of MMF) before VQA's normalisation."""
     return answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
 
 

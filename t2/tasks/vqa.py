@@ -15,7 +15,7 @@ from t2.tasks.dataset_task import DatasetTask, check_split
 from t2.tasks.images import StoredImage
 
 INSTRUCTION = "Answer the question using a single word or phrase."
-"""What LLaVA asks for short answers with (Liu et al. 2023, arXiv 2310.03744)."""
+"""LLaVA's instruction for short answers (Liu et al. 2023, arXiv 2310.03744)."""
 
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
@@ -140,7 +140,7 @@ class VQATask(DatasetTask):
         """The rows of the official files, each with its image; None if `data` means others."""
 
     def image_key(self, row: Row) -> str:
-        """What tells a row's image from others."""
+        """Key that distinguishes a row's image from others."""
         return str(row.fields.get("image_id", row.fields.get("question_id", row.where)))
 
     def question(self, row: Row) -> str:
@@ -164,7 +164,7 @@ class VQATask(DatasetTask):
 
     @property
     def image_folder(self) -> Path:
-        """Where images of rows are that name a file."""
+        """Folder of the image files that rows name."""
         if self.images is None and not isinstance(self.data, str | Path):
             raise ValueError("images: expected the folder of the image files that the data names, got none")
         return Path(self.images or str(self.data)).expanduser()

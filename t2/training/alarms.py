@@ -1,4 +1,4 @@
-"""Notices a policy that collapses: one that has stopped exploring, or that has left the base behind."""
+"""Alarms for a collapsing policy: entropy that falls too low, or KL to the base that grows too high."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from t2.training.checkpoint import State
 class AlarmMonitor:
     """Alarms on entropy and KL, at most one every `patience` steps.
 
-    entropy: the least share of its first value. kl: the most nats a token above its first value.
+    entropy: minimum share of its first value. kl: maximum nats per token above its first value.
     """
 
     entropy: float
@@ -19,7 +19,7 @@ class AlarmMonitor:
     patience: int = 5
 
     def alarm(self, state: State, entropy: float | None, kl: float | None) -> str | None:
-        """What is wrong after a step, or None. Notes the first entropy and KL and the alarm in the state."""
+        """Cause of an alarm after a step, or None; records the first entropy and KL and the alarm in the state."""
         if entropy is not None and state.first_entropy is None:
             state.first_entropy = entropy
         if kl is not None and state.first_kl is None:

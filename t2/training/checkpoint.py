@@ -1,4 +1,4 @@
-"""Everything a run needs to go on as if it had never stopped, in one file that appears whole or not at all."""
+"""Checkpoint of a run: all state that an exact resume needs, in one file that is written atomically."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from t2.weights.files import FileFormatError, parse_json, read_safetensors, writ
 
 FORMAT = {"format": "t2-checkpoint", "format_version": "2"}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's, each of its parameter's shape; beside them a count `step`."""
+"""Adam's moments, in the shape of their parameter; beside them is a count `step`."""
 
 
 @dataclass
 class State:
-    """What changes during a run beside parameters and the optimiser's moments.
+    """State of a run beside parameters and the optimiser's moments.
 
     The order of prompts and all random numbers are functions of the seed and `step`.
     """
@@ -38,7 +38,7 @@ class State:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a run trains around: its name, for people, its dtype, and a fingerprint of all its weights."""
+    """Base model of a run: its name (informative), dtype, and a fingerprint of all its weights."""
 
     name: str
     dtype: str
@@ -60,7 +60,7 @@ class Checkpoint:
     options: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint, whole or not at all."""
+        """Write the checkpoint atomically."""
         tensors = {f"parameters.{i}": tensor.detach() for i, tensor in enumerate(self.parameters)}
         tensors |= {f"best.{i}": tensor.detach() for i, tensor in enumerate(self.best)}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.items()}
@@ -146,7 +146,7 @@ class Checkpoint:
 
 
 def _fields_of(kind: type, given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The object itself, if its keys are the dataclass' fields."""
+    """Check that an object has exactly the fields of a dataclass, and return it."""
     wanted = {each.name for each in fields(kind)}
     if wrong := set(given) ^ wanted:
         raise FileFormatError(f"{path}: {kind.__name__.lower()}: missing or unknown {', '.join(sorted(wrong)[:5])}")

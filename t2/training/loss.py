@@ -20,14 +20,14 @@ from t2.training.options import Baseline
 def advantages(
     rewards: Tensor, baseline: Baseline = "none", *, normalise: bool = False, clip: float | None = None
 ) -> Tensor:
-    """What each answer's log-likelihood is multiplied with.
+    """Advantages: the factors of each completion's log-likelihood.
 
     Args:
         rewards: [prompts, samples].
-        baseline: "none"; "group" takes the mean of a prompt's answers off each of them; "leave-one-out" the mean of
-            the others, which leaves the gradient's expectation as it is.
-        normalise: divides by the standard deviation over the whole batch, unless it is 0.
-        clip: bound on the absolute value, applied last.
+        baseline: "none"; "group" subtracts the mean reward of the prompt's completions (GRPO); "leave-one-out" the mean
+            of the others (RLOO), which keeps the gradient unbiased.
+        normalise: divide by the standard deviation over the whole batch, unless it is 0.
+        clip: maximum absolute value, applied last.
 
     Returns:
         [prompts, samples] float32.
@@ -127,15 +127,15 @@ def policy_loss(
     counts: Tensor | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, TokenStatistics]:
-    """sum over tokens of -weight log pi(token) + kl_weight count KL(pi || pi_base), and what happened on the way.
+    """sum over tokens of -weight log pi(token) + kl_weight count KL(pi || pi_base), and statistics of the tokens.
 
     Args:
-        logits: of the policy [tokens, vocabulary], already divided by the temperature.
-        tokens: int64 [tokens], what was drawn.
-        weights: [tokens], each token's advantage with everything it is to be averaged over.
-        base_logits: of the base model, as `logits`, without gradient; None leaves the KL out (and counts it as 0).
-        kl_weight: as `weights`, of the penalty.
-        counts: [tokens], how many drawn tokens each one stands for; default 1.
+        logits: policy logits [tokens, vocabulary], already divided by the temperature.
+        tokens: sampled tokens, int64 [tokens].
+        weights: [tokens], each token's advantage divided by the number of terms in its average.
+        base_logits: base model's logits, like `logits`, without gradient; None leaves the KL out (and counts it as 0).
+        kl_weight: weight of the KL penalty, divided in the same way.
+        counts: [tokens], number of sampled tokens that each one stands for; default 1.
         chunk: rows whose float32 temporaries are held at once.
 
     Returns:

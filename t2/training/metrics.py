@@ -16,9 +16,9 @@ class Metrics:
     """The rows of a run, one a step, kept in `metrics.jsonl`; step 0 holds the scores that it starts from."""
 
     def __init__(self, path: Path | None, last_step: int | None = None) -> None:
-        """Starts empty, or with the rows up to `last_step` of an earlier run: a later one is of a step that is lost.
+        """Start empty, or with an earlier run's rows up to `last_step`, its last saved step.
 
-        Without a path the rows are in memory alone.
+        Without a path the rows are only in memory.
         """
         self.path = path
         self.rows: list[Row] = []
@@ -36,7 +36,7 @@ class Metrics:
             file.write(json.dumps(row) + "\n")
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """The steps that have the metric, and its values."""
+        """Steps that have the metric, and its values."""
         rows = [row for row in self.rows if row.get(name) is not None]
         return [row["step"] for row in rows], [row[name] for row in rows]
 

@@ -21,7 +21,7 @@ RENAMED = {"dtype": "factor_dtype", "skip_even_prompts": "skip_zero_advantage"}
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How one expert is trained. Options marked "published" have the value of the runs of arXiv 2501.06252.
+    """Options of one training run. Those marked "published" have the value of the runs of arXiv 2501.06252.
 
     Rewards: a cold start helps where the model never gives a right completion, which reward alone cannot find. Prompts
     of zero advantage have only the KL term, and their update costs several times what their completions do; without

@@ -1,4 +1,4 @@
-"""The two published ways from learnt numbers p [R] to z [R]."""
+"""The two published parametrisations: from trainable parameters p [R] to z [R]."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_an_interrupted_search_goes_on(folder, bank, task, tmp_path, capsys, mon
     options = ("--population", "10", "--generations", "2", "--output", tmp_path / "mix.safetensors")
     (tmp_path / "judge.py").write_text("def said(answer, row):\n    return 1.0 if len(row['prompt']) > 9 else -1.0\n")
     assert run("adapt", folder, "--bank", bank, *task, *options) == 130
-    assert "goes on from" in capsys.readouterr().out and (tmp_path / "mix.search.json").is_file()
+    assert "continues from" in capsys.readouterr().out and (tmp_path / "mix.search.json").is_file()
     assert run("adapt", folder, "--bank", bank, *task, *options) == 0
     assert calls[0] <= 10 and len(calls) == 3 and calls[2] == calls[1]
     assert not (tmp_path / "mix.search.json").exists()
