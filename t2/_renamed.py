@@ -18,7 +18,15 @@ MODULES = {
     "t2.attention": ("t2.model.attention", "t2.model.kv_cache"),
     "t2.comparison": ("t2.generation.evaluate",),
     "t2.decoding": ("t2.generation.decode",),
+    "t2.demo_bank": ("t2.demo.bank",),
     "t2.evaluate": ("t2.eval",),
+    "t2.evaluate.cells": ("t2.eval.result_cache",),
+    "t2.evaluate.lora": ("t2.eval.lora_adapter",),
+    "t2.evaluate.measuring": ("t2.eval.runner",),
+    "t2.evaluate.plan": ("t2.eval.spec",),
+    "t2.evaluate.plots": ("t2.eval.plots",),
+    "t2.evaluate.sections": ("t2.eval.sections",),
+    "t2.evaluate.tables": ("t2.eval.report",),
     "t2.evaluation": (
         "t2.generation.evaluate",
         "t2.tasks.statistics",
@@ -29,6 +37,8 @@ MODULES = {
     "t2.layers": ("t2.model.layers",),
     "t2.layout": ("t2.experts.layout",),
     "t2.loading": ("t2.weights.loading",),
+    "t2.merged_check": ("t2.demo.merged_check",),
+    "t2.peers": ("t2.demo.baselines",),
     "t2.planning": ("t2.model.serving_plan",),
     "t2.registry": ("t2.experts.registry",),
     "t2.routing": ("t2.model.routing", "t2.experts.slots"),
@@ -41,6 +51,7 @@ MODULES = {
     "t2.tasks.official": ("t2.tasks.dataset_task",),
     "t2.throughput": ("t2.demo.throughput", "t2.weights.machine"),
     "t2.training.curves": ("t2.training.metrics",),
+    "t2.training.guard": ("t2.training.alarms",),
     "t2.training.reinforce": ("t2.training.loss",),
     "t2.transfer": ("t2.experts.transfer", "t2.eval.transfer"),
     "t2.verify": ("t2.model.verify", "t2.model.probe"),
@@ -91,7 +102,7 @@ class _Finder:
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return ModuleSpec(name, _Finder) if name in MODULES else None  # type: ignore[arg-type]
+        return ModuleSpec(name, _Finder, is_package=True) if name in MODULES else None  # type: ignore[arg-type]
 
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import t2
-from t2.model.verify import VerificationError
+from t2.model.verify import VerificationError, distance
 from t2.weights.targets import select_targets, unsuitable_layers
 from tests.families.checks import off, prompts
 from tests.families.tiny import spread, tiny_model
@@ -306,3 +306,14 @@ def test_the_first_mixed_call_of_an_unverified_model_is_checked():
 def test_verification_can_be_left_off():
     svf = wrap(tiny_model("llama"), verify=False)
     assert mixed_off_merged(svf) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("off", "exact", "found"), [(1, True, True), (1, False, False), (2, False, True), (0, True, False)]
+)
+def test_one_token_off_counts_unless_routers_may_have_chosen_otherwise(off, exact, found):
+    want = torch.ones(2, 3, 8)  # six tokens
+    got = want + 1e-4
+    got.view(6, 8)[:off] *= 1.5
+    assert (distance(got, want, 1e-3, exact=exact) is not None) == found
+    assert distance(got[:1], want, 1e-3, exact=exact) == float("inf")

@@ -1,0 +1,521 @@
+"""Plants bugs, one at a time, in a copy of the packages and checks that a test fails for each.
+
+    python -m tests.planted_bugs                     # all of them, a few minutes; those of csrc build the extension
+    python -m tests.planted_bugs --only csrc planner # those whose package or name contains one of these texts
+
+Each bug replaces one text, which has to be in its file exactly once, and is run with the few tests that should notice.
+Prints a table; exit code 1 if a text is not found or no test fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("t2", "t2kernels")
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A mistake to plant.
+
+    name: the mistake, in a few words.
+    file: where, from the root of the repository.
+    before, after: the text there, and what takes its place.
+    tests: arguments of pytest, without "tests/" before paths.
+    """
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the extension has to be built for it."""
+        return self.file.startswith("csrc/")
+
+
+BUGS = (
+    # t2kernels
+    Bug(
+        "int8 storage cuts fractions off instead of rounding",
+        "t2kernels/packing.py",
+        "(steps.round() if dtype == torch.int8 else steps)",
+        "steps",
+        "t2kernels/test_kernels.py -k pack_rounds",
+    ),
+    Bug(
+        "the scale of vh is left out of int8 components",
+        "t2kernels/weights.py",
+        "u_scale * vh_scale])",
+        "u_scale])",
+        "t2kernels/test_kernels.py -k pack_rounds",
+    ),
+    Bug(
+        "the reference's gradient of scales lacks int8 scales",
+        "t2kernels/reference.py",
+        "th = t * h if component_scale is None else t * h * component_scale",
+        "th = t * h",
+        "t2kernels/test_torch_integration.py -k reference_operators",
+    ),
+    Bug(
+        "the reference scores attention without its scale",
+        "t2kernels/reference.py",
+        "key.to(wide).transpose(-1, -2) * scale",
+        "key.to(wide).transpose(-1, -2)",
+        "t2kernels/test_attention_op.py -k float64",
+    ),
+    Bug(
+        "the gradient of the bias is the mean over rows",
+        "t2kernels/ops.py",
+        "return rows.sum(0, dtype=torch.float32)",
+        "return rows.mean(0, dtype=torch.float32)",
+        "t2kernels/test_kernels.py -k backward_against",
+    ),
+    Bug(
+        "an operator's saved factors are taken from the wrong half",
+        "t2kernels/ops.py",
+        "vh = ctx.saved_tensors[4 + ctx.parts :]",
+        "vh = ctx.saved_tensors[4 : 4 + ctx.parts]",
+        "t2kernels/test_torch_integration.py -k opcheck",
+    ),
+    Bug(
+        "costs between measured rows are weighed by the wrong width",
+        "t2kernels/planner.py",
+        "/ (ROWS[i] - ROWS[i - 1])",
+        "/ ROWS[i]",
+        "t2kernels/test_planner.py",
+    ),
+    Bug(
+        "the error of delta-k is compared with a bound that is not squared",
+        "t2kernels/planner.py",
+        "(worst > max_weight_error**2)",
+        "(worst > max_weight_error)",
+        "t2kernels/test_planner.py",
+    ),
+    # t2.model
+    Bug(
+        "the gradient of an expert in training lacks sigma",
+        "t2/model/routing.py",
+        "return gradient.squeeze(0) * ctx.sigma, None",
+        "return gradient.squeeze(0), None",
+        "t2/training/test_policies.py -k gradients_equal",
+    ),
+    Bug(
+        "rows that are no multiple of the requests are not refused",
+        "t2/model/routing.py",
+        "if rows % self.requests if self.requests else rows:",
+        "if rows < self.requests:",
+        "t2/model/test_routing.py",
+    ),
+    Bug(
+        "a backward pass reads slots that the next batch has overwritten",
+        "t2/model/layers.py",
+        "slots = route.kept_slots",
+        "slots = route.slots",
+        "t2/model/test_routing.py",
+    ),
+    Bug(
+        "new tokens overwrite the last one of the cache",
+        "t2/model/kv_cache.py",
+        "buffer[..., old:length, :] = new",
+        "buffer[..., max(old - 1, 0) : length - 1, :] = new",
+        "t2/model/test_kv_cache.py",
+    ),
+    Bug(
+        "delta-k adds the base's components a second time",
+        "t2/model/serving_plan.py",
+        "scales = table[:, self.columns] - self.sigma",
+        "scales = table[:, self.columns]",
+        "t2/model/test_serving_plan.py -k delta",
+    ),
+    Bug(
+        "one token off does not count in a model without routers",
+        "t2/model/verify.py",
+        "share > (0.0 if exact else 0.25)",
+        "share > 0.25",
+        "t2/model/test_verify.py -k token_off",
+    ),
+    Bug(
+        "decode attention runs where key heads do not divide the heads",
+        "t2/model/attention.py",
+        "and heads % key.shape[1] == 0",
+        "and key.shape[1] <= heads",
+        "t2/model/test_attention.py",
+    ),
+    Bug(
+        "experts are ignored by generate",
+        "t2/model/svf_model.py",
+        "held.enter_context(self.route(experts, plan))",
+        "held.enter_context(self.router.held())",
+        "t2/model/test_svf_model.py -k generat",
+    ),
+    # t2.experts
+    Bug(
+        "the slot of the base is free",
+        "t2/experts/slots.py",
+        "self._references = [1] + [0] * (slots - 1)",
+        "self._references = [0] * slots",
+        "t2/model/test_svf_model.py -k 'merged_models or slot'",
+    ),
+    Bug(
+        "a replaced expert keeps its slot for ever",
+        "t2/experts/registry.py",
+        "                self._table.release(before)",
+        "                pass",
+        "t2/model/test_svf_model.py",
+    ),
+    Bug(
+        "a matrix's window ends by the rank of the first one",
+        "t2/experts/layout.py",
+        "self.offsets[index] + self.ranks[index])",
+        "self.offsets[index] + self.ranks[0])",
+        "t2/experts t2/model/test_svf_model.py",
+    ),
+    Bug(
+        "layers of another depth are matched by their first line, not their middle",
+        "t2/experts/transfer.py",
+        "(2 * layer + 1) * deep[stack] // (2 * target_deep[place.stack])",
+        "layer * deep[stack] // target_deep[place.stack]",
+        "t2/experts/test_transfer.py",
+    ),
+    # t2.weights
+    Bug(
+        "factors of another matrix pass the checksum",
+        "t2/weights/factor_cache.py",
+        "xxhash.xxh3_128(key.encode())",
+        "xxhash.xxh3_128(b'')",
+        "t2/weights/test_factor_cache.py",
+    ),
+    Bug(
+        "a pipe in place of a file is opened",
+        "t2/weights/files.py",
+        'raise FileFormatError(f"{what} {path} is no regular file, but a pipe, socket or device")',
+        "return",
+        "t2/weights/test_files.py -k 'regular or pipe or device or safetensors'",
+    ),
+    Bug(
+        "prompts are padded on the right",
+        "t2/weights/loading.py",
+        'words.padding_side = "left"',
+        'words.padding_side = "right"',
+        "t2/weights/test_loading.py",
+    ),
+    Bug(
+        "a suffix matches within a name",
+        "t2/weights/targets.py",
+        'name.endswith(f".{suffix}")',
+        "name.endswith(suffix)",
+        "t2/model/test_svf_model.py t2/model/test_verify.py",
+    ),
+    Bug(
+        "streamed matrices of GPT-2 are not transposed",
+        "t2/weights/streaming.py",
+        "layer.weight.dtype, not isinstance(layer, nn.Linear))",
+        "layer.weight.dtype, False)",
+        "t2/weights/test_streaming.py",
+    ),
+    # t2.generation
+    Bug(
+        "rows that are left draw the numbers of those that have gone",
+        "t2/generation/decode.py",
+        "self.uniforms[rows, place]",
+        "self.uniforms[: len(rows), place]",
+        "t2/training/test_rollouts.py",
+    ),
+    Bug(
+        "rows that are left run with the experts of those that have gone",
+        "t2/generation/decode.py",
+        "rows[:] = [rows[place] for place in kept.tolist()]",
+        "rows[:] = rows[: len(kept)]",
+        "t2/experts/test_transfer.py t2/adaptation/test_few_shot.py",
+    ),
+    Bug(
+        "a batch holds one row more than its budget",
+        "t2/generation/batching.py",
+        "(end + 1 - start) * lengths[order[end]]",
+        "(end - start) * lengths[order[end]]",
+        "t2/generation t2/tasks/test_base.py t2/training/test_rollouts.py t2/adaptation/test_labels.py",
+    ),
+    Bug(
+        "a prefix may be the whole of a prompt",
+        "t2/generation/batching.py",
+        "length = min(len(prompt) for prompt in prompts) - 1",
+        "length = min(len(prompt) for prompt in prompts)",
+        "t2/training/test_rollouts.py",
+    ),
+    Bug(
+        "tokens are drawn behind the wrong block",
+        "t2/generation/sampling.py",
+        "rest = below - (cumulated - mass).gather(1, block)",
+        "rest = below - cumulated.gather(1, block)",
+        "t2/training/test_rollouts.py",
+    ),
+    Bug(
+        "micro-batches forget the prompt's tokens",
+        "t2/generation/scoring.py",
+        "(token_budget - prompt) // group.longest",
+        "token_budget // group.longest",
+        "t2/training/test_rollouts.py",
+    ),
+    # t2.adaptation
+    Bug(
+        "the prior is added instead of taken off",
+        "t2/adaptation/dispatch.py",
+        "scores - self._prior(scores)",
+        "scores + self._prior(scores)",
+        "t2/adaptation/test_dispatch.py",
+    ),
+    Bug(
+        "likelihoods of wrong answers break ties too",
+        "t2/adaptation/few_shot.py",
+        " if score == 1.0]",
+        "]",
+        "t2/adaptation/test_few_shot.py",
+    ),
+    Bug(
+        "the worst candidates are the elites",
+        "t2/adaptation/search.py",
+        "pool.sort(key=lambda entry: entry[0], reverse=True)",
+        "pool.sort(key=lambda entry: entry[0])",
+        "t2/adaptation/test_search.py",
+    ),
+    # t2.training
+    Bug(
+        "leave-one-out scales the wrong way",
+        "t2/training/loss.py",
+        "values * (samples / (samples - 1))",
+        "values * ((samples - 1) / samples)",
+        "t2/training/test_loss.py",
+    ),
+    Bug(
+        "the KL's gradient ignores repeated answers",
+        "t2/training/loss.py",
+        "ratio.sub_(kl).mul_(count)",
+        "ratio.sub_(kl)",
+        "t2/training/test_loss.py",
+    ),
+    Bug(
+        "the first warm-up step has a rate of 0",
+        "t2/training/trainer.py",
+        "rate *= (step + 1) / options.warmup_steps",
+        "rate *= step / options.warmup_steps",
+        "t2/training/test_trainer.py -k 'rate or warm'",
+    ),
+    Bug(
+        "a checkpoint of another base goes on",
+        "t2/training/checkpoint.py",
+        "(self.base.dtype, self.base.fingerprint) != (base.dtype, base.fingerprint)",
+        "self.base.dtype != base.dtype",
+        "t2/training/test_checkpoint.py",
+    ),
+    Bug(
+        "a run goes on with another seed",
+        "t2/training/options.py",
+        '"save_every", "stream"}',
+        '"save_every", "stream", "seed"}',
+        "t2/training/test_checkpoint.py t2/training/test_trainer.py -k 'resum or other or differ or option'",
+    ),
+    # t2.eval
+    Bug(
+        "few-shot problems are among those that count",
+        "t2/eval/runner.py",
+        'if self.few_shot_from == "test" else 0',
+        'if self.few_shot_from == "train" else 0',
+        "t2/eval/test_runner.py -k few_shot",
+    ),
+    Bug(
+        "better and worse change places",
+        "t2/eval/sections.py",
+        "better_worse(base, scores)",
+        "better_worse(scores, base)",
+        "t2/eval/test_runner.py",
+    ),
+    # t2.tasks
+    Bug(
+        "a one-sided p-value",
+        "t2/tasks/statistics.py",
+        "min(1.0, 2 * tail / 2**count)",
+        "min(1.0, tail / 2**count)",
+        "t2/tasks/test_statistics.py",
+    ),
+    Bug(
+        "a label that begins with a shorter one is never found",
+        "t2/tasks/classify.py",
+        "sorted(labels, key=len, reverse=True)",
+        "sorted(labels, key=len)",
+        "t2/tasks/test_classify.py",
+    ),
+    Bug(
+        "a reward of exactly 1 is no success",
+        "t2/tasks/jsonl.py",
+        "float(reward >= 1)",
+        "float(reward > 1)",
+        "t2/tasks/test_jsonl.py",
+    ),
+    # t2.sandbox
+    Bug(
+        "a subclass passes for its builtin type",
+        "t2/sandbox/wire.py",
+        "if type(value) is not kind:",
+        "if not isinstance(value, kind):",
+        "t2/sandbox/test_verdicts.py",
+    ),
+    Bug(
+        "tests take the program's names from the prelude",
+        "t2/sandbox/verdicts.py",
+        "used = _names_used(tests) - set(functions)",
+        "used = _names_used(tests)",
+        "t2/sandbox/test_verdicts.py",
+    ),
+    # t2.cli
+    Bug(
+        "several target modules are cut to the first",
+        "t2/cli/app.py",
+        "return targets[0] if len(targets) == 1 else list(targets)",
+        "return targets[0]",
+        "t2/cli",
+    ),
+    # csrc
+    Bug(
+        "the portable set forgets the bias",
+        "csrc/cpu/portable.cpp",
+        "v[i] = v[i] * scale[i] + bias[i];",
+        "v[i] = v[i] * scale[i];",
+        "t2kernels/test_kernels.py -k 'dense_weight and portable'",
+    ),
+    Bug(
+        "the second part of int8 factors lands on the first",
+        "csrc/binding.cpp",
+        "    first += f.down[i].n;\n",
+        "",
+        "t2kernels/test_kernels.py -k 'factored_weight and int8'",
+    ),
+)
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--only", nargs="+", default=[""], help="bugs whose file or name contains one of these")
+    only = arguments.parse_args().only
+    bugs = [bug for bug in BUGS if any(text in f"{bug.file} {bug.name}" for text in only)]
+    if missing := [bug for bug in bugs if (ROOT / bug.file).read_text().count(bug.before) != 1]:
+        print(*(f"{bug.file}: expected once: {bug.before!r}" for bug in missing), sep="\n")
+        return 1
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", HF_HUB_OFFLINE="1", TRITON_INTERPRET="1")
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = _copy(Path(folder), with_sources=any(bug.compiled for bug in bugs))
+        for number, bug in enumerate(bugs, 1):
+            start = time.perf_counter()
+            with _planted(bug, copy):
+                found = _failing(bug, copy)
+            missed += found is None
+            seconds = time.perf_counter() - start
+            print(f"{number:2}  {bug.file:32}{bug.name:70}{found or 'NOT CAUGHT'}  ({seconds:.0f} s)", flush=True)
+    print(f"{len(bugs) - missed} of {len(bugs)} caught")
+    return int(missed > 0)
+
+
+def _copy(folder: Path, *, with_sources: bool) -> Path:
+    """The packages, and what their extension is built from."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    if with_sources:
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _planted(bug: Bug, copy: Path) -> Iterator[None]:
+    path = copy / bug.file
+    sound = path.read_text()
+    path.write_text(sound.replace(bug.before, bug.after))
+    extensions = {file: file.read_bytes() for file in (copy / "t2kernels").glob("_C*.so")} if bug.compiled else {}
+    try:
+        if bug.compiled:
+            _build(copy)
+        yield
+    finally:
+        path.write_text(sound)
+        for file, content in extensions.items():
+            file.unlink()  # a process may have it mapped
+            file.write_bytes(content)
+
+
+def _build(copy: Path) -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the extension was not built:\n{done.stderr[-2000:]}")
+
+
+def _failing(bug: Bug, copy: Path) -> str | None:
+    """The first test that fails, in a process that has torch and transformers but none of the packages."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "pytest"])
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(bug.tests, str(copy), theirs))
+    process.start()
+    theirs.close()
+    try:
+        code, failed = mine.recv()
+    except EOFError:
+        return "the process died"
+    finally:
+        process.join()
+    if code not in (0, 1):
+        raise RuntimeError(f"{bug.name}: pytest {bug.tests} ended with exit code {code}")
+    return failed
+
+
+class _First:
+    """A pytest plugin that notes the first failure."""
+
+    failed: str | None = None
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        if getattr(report, "failed", False) and self.failed is None:
+            self.failed = str(getattr(report, "nodeid", "")).removeprefix("tests/")
+
+
+def _run(tests: str, copy: str, to: Connection) -> None:
+    import pytest
+
+    os.chdir(ROOT)
+    sys.path[:] = [copy, *(path for path in sys.path if path != copy)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([copy, str(ROOT)])
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    words = [
+        word if Path(f"tests/{word.partition('::')[0]}").exists() is False else f"tests/{word}"
+        for word in shlex.split(tests)
+    ]
+    first = _First()
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words], plugins=[first])
+    import t2kernels
+
+    assert t2kernels.__file__.startswith(copy)
+    to.send((int(code), first.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
