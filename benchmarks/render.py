@@ -27,17 +27,18 @@ Block = tuple[Callable[..., Table], *tuple[str, ...]]
 
 H200 = "gpu-h200.json"
 PAGES: dict[str, dict[str, Block]] = {
-    "README.md": {
-        "demo": (throughput.demo_table, "demo.json"),
-        "linear": (kernels.linear_table, "cpu-linear.json"),
-        "serving": (throughput.throughput_table, "cpu-serving.json"),
-        "fidelity": (fidelity.fidelity_table, "fidelity.json"),
-        "memory": (memory.memory_table, "memory.json"),
-    },
+    "README.md": {"headline": (throughput.headline, "cpu-serving.json")},
     "docs/adaptation.md": {
         "fewshot-speed": (few_shot_speed.speed_table, "fewshot-speed.json"),
         "margin": (few_shot_margin.margin_table, "margin.json"),
         "eval": (eval_tables.eval_text, "eval.json"),
+    },
+    "docs/benchmarks.md": {
+        "serving": (throughput.throughput_table, "cpu-serving.json"),
+        "demo": (throughput.demo_table, "demo.json"),
+        "linear": (kernels.linear_table, "cpu-linear.json"),
+        "fidelity": (fidelity.fidelity_table, "fidelity.json"),
+        "memory": (memory.memory_table, "memory.json"),
     },
     "docs/big-models.md": {
         "big-plans": (big_model.plans_table, *big_model.PLANNED.values()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -43,6 +44,8 @@ def main() -> None:
         max_completion_length=task.max_new_tokens,
         save_strategy="no",
         report_to=[],
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
     )
     trainer = GRPOTrainer(
         model=svf, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer

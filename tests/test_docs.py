@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,12 @@ def test_files_exist(page):
     text = re.sub(r"<!--.*?-->|https?://\S+", "", page.read_text())
     for path in set(re.findall(rf"(?<![\w./$~-])((?:{FOLDERS})/[\w./*-]*[\w*])(?![\w<{{-])", text)):
         assert list(ROOT.glob(path)), path
+
+
+@pages
+def test_modules_that_are_run_exist(page):
+    for name in set(re.findall(r"python -m ([a-z0-9_.]+[a-z0-9_])", page.read_text())):
+        assert find_spec(name), name
 
 
 @pages

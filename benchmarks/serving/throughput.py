@@ -60,6 +60,24 @@ def throughput_table(results: Any) -> Table:
     )
 
 
+def headline(results: Any) -> Table:
+    """The README's claim: float32 against the dense model without experts and PEFT's mixed batch."""
+    seconds = {path["name"]: path["seconds"] for path in results["requests"]["32"]}
+    ours = seconds["ours float32"]
+
+    def speedup(name: str) -> str:
+        return f"{statistics.median(d / p for d, p in zip(seconds[name], ours, strict=True)):.1f}"
+
+    machine = results["machine"]
+    return Table(
+        "**A batch of 32 requests with 32 different experts runs "
+        f"{speedup('dense float32, no experts')} times as fast as the dense model without any, and "
+        f"{speedup('PEFT LoRA r=16, mixed')} times as fast as PEFT's mixed LoRA batch** (SmolLM2-135M-Instruct on "
+        f"{machine['threads']} cores of {machine['processor']}, transformers, all in float32; "
+        "`python -m benchmarks.serving.throughput`)."
+    )
+
+
 def demo_table(results: Any) -> Table:
     """Every way to serve in `t2 demo`, and its two-pass adaptation."""
     paths = {path["name"]: path for path in results["paths"]}

@@ -122,31 +122,23 @@ class _Batch:
 
     def decoded(self, batch: CachedBatch) -> Tensor:
         """Tokens [rows, new_tokens]; those behind a row's first EOS id mean nothing."""
-        device, rows, entered = self.options.device, list(self.rows), False
+        device, rows = self.options.device, list(self.rows)
         with ExitStack() as held:
 
-            def follow(token: Tensor, kept: Tensor | None) -> Tensor:
-                """Logits after one more token of the rows, or of those that are kept. Enters their route, which no layer
-                would read where nothing follows."""
-                nonlocal entered
-                if kept is not None:
-                    rows[:] = [rows[place] for place in kept.tolist()]
-                    held.close()
-                    batch.select(kept)
-                if kept is not None or not entered:
-                    held.enter_context(self.route(rows))
-                    entered = True
-                return batch.append(token)
+            def select(kept: Tensor) -> None:
+                rows[:] = [rows[place] for place in kept.tolist()]
+                held.close()
+                held.enter_context(self.route(rows))
+                batch.select(kept)
 
             shared = self._read_prefix(batch)
             ids, mask = pad([prompt[shared:] for prompt in self.prompts], self.options.pad_token, left=True)
-            with self.route(self.candidates):
-                images = collate(self.images, ids.shape[1], device=device)
-                logits = batch.read(ids.to(device), mask.to(device), images)
+            held.enter_context(self.route(self.candidates))  # it serves the samples of each prompt too
+            logits = batch.read(ids.to(device), mask.to(device), collate(self.images, ids.shape[1], device=device))
             if self.samples > 1:
                 batch.repeat(self.samples)
                 logits = logits.repeat_interleave(self.samples, 0)
-            return self._loop(logits, follow)
+            return self._loop(logits, batch, select)
 
     def _read_prefix(self, batch: CachedBatch) -> int:
         """Reads the tokens that all prompts begin with, once for each candidate; returns how many those are."""
@@ -162,7 +154,7 @@ class _Batch:
             batch.select(torch.tensor([place[candidate] for candidate in self.candidates], device=self.options.device))
         return shared
 
-    def _loop(self, logits: Tensor, follow: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    def _loop(self, logits: Tensor, batch: CachedBatch, select: Callable[[Tensor], None]) -> Tensor:
         count, device, eos_ids = len(logits), logits.device, self.options.eos_ids
         found = torch.full((count, self.options.new_tokens), eos_ids[0], device=device)
         rows = torch.arange(count, device=device)
@@ -175,11 +167,11 @@ class _Batch:
             left = int(going.sum())
             if not left or place == self.options.new_tokens - 1:
                 break
-            kept = None
             if left <= (1 - LEAVING) * len(rows):
                 kept = going.nonzero()[:, 0]
                 rows, going, token = rows[kept], going[kept], token[kept]
-            logits = follow(token, kept)
+                select(kept)
+            logits = batch.append(token)
         return found
 
     def _choose(self, logits: Tensor, rows: Tensor, place: int) -> Tensor:
