@@ -207,7 +207,7 @@ BUGS = (
         "t2/weights/files.py",
         'raise FileFormatError(f"{what} {path} is no regular file, but a pipe, socket or device")',
         "return",
-        "t2/weights/test_files.py -k 'regular or pipe or device or safetensors'",
+        "t2/weights/test_files.py t2/weights/test_loading.py fuzz",
     ),
     Bug(
         "prompts are padded on the right",
@@ -348,10 +348,10 @@ BUGS = (
     ),
     # t2.tasks
     Bug(
-        "a one-sided p-value",
+        "Wilson's interval divides by the count once too few",
         "t2/tasks/statistics.py",
-        "min(1.0, 2 * tail / 2**count)",
-        "min(1.0, tail / 2**count)",
+        "(4 * count * count)",
+        "(4 * count)",
         "t2/tasks/test_statistics.py",
     ),
     Bug(
@@ -386,7 +386,7 @@ BUGS = (
     # t2.cli
     Bug(
         "several target modules are cut to the first",
-        "t2/cli/app.py",
+        "t2/cli/options.py",
         "return targets[0] if len(targets) == 1 else list(targets)",
         "return targets[0]",
         "t2/cli",
@@ -482,8 +482,8 @@ def _failing(bug: Bug, copy: Path) -> str | None:
     finally:
         process.join()
     if code not in (0, 1):
-        raise RuntimeError(f"{bug.name}: pytest {bug.tests} ended with exit code {code}")
-    return failed
+        print(f"pytest {bug.tests} ended with exit code {code}")
+    return failed if code == 1 else None
 
 
 class _First:

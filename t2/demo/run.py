@@ -126,7 +126,7 @@ def run_demo(
     out.print(
         f"{len(layout.names)} matrices decomposed, or read from {cache.directory}, "
         f"in {time.perf_counter() - start:.1f} s; "
-        f"largest relative error {worst:.1e}; an expert is {layout.R:,} numbers"
+        f"largest relative error {worst:.1e}; an expert has {layout.R:,} parameters"
     )
 
     adapted = None

@@ -133,13 +133,11 @@ class _Batch:
 
             shared = self._read_prefix(batch)
             ids, mask = pad([prompt[shared:] for prompt in self.prompts], self.options.pad_token, left=True)
-            with self.route(self.candidates):
-                images = collate(self.images, ids.shape[1], device=device)
-                logits = batch.read(ids.to(device), mask.to(device), images)
+            held.enter_context(self.route(self.candidates))  # it serves the samples of each prompt too
+            logits = batch.read(ids.to(device), mask.to(device), collate(self.images, ids.shape[1], device=device))
             if self.samples > 1:
                 batch.repeat(self.samples)
                 logits = logits.repeat_interleave(self.samples, 0)
-            held.enter_context(self.route(rows))
             return self._loop(logits, batch, select)
 
     def _read_prefix(self, batch: CachedBatch) -> int:

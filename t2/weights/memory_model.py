@@ -172,9 +172,13 @@ class Work:
     """Sizes of a training step."""
 
     prompt_tokens: int = 256
+    """Length of a prompt, in tokens."""
     new_tokens: int = 256
+    """Length of a completion, in tokens."""
     prompts_per_step: int = 16
+    """Prompts per step."""
     samples_per_prompt: int = 4
+    """Completions per prompt."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

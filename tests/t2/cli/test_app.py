@@ -211,7 +211,12 @@ def test_estimate_needs_the_config_alone(folder, cache, tmp_path, capsys, monkey
     path.write_text(json.dumps(LLAMA_8B))
     assert run("estimate", path, "--model-dtype", "bfloat16", "--new-tokens", 100, "--json", found) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("224 matrices; an expert is 720,896 numbers", "1.394 times", "14336 x 4096", "answers of 100 each"):
+    for text in (
+        "224 matrices; an expert is 720,896 param",
+        "1.394 times",
+        "14336 x 4096",
+        "4 completions of 100",
+    ):
         assert text in printed
     facts = json.loads(found.read_text())
     assert facts["parameters_per_expert"] == 720_896 and facts["work"]["new_tokens"] == 100
@@ -221,7 +226,7 @@ def test_estimate_needs_the_config_alone(folder, cache, tmp_path, capsys, monkey
     assert "4 matrices" in capsys.readouterr().out
     path.write_text(json.dumps({"model_type": "gpt2"}))
     assert run("estimate", path) == 0
-    assert "activations of gpt2 models are not known here" in " ".join(capsys.readouterr().out.split())
+    assert "activations of gpt2 models cannot be estimated" in " ".join(capsys.readouterr().out.split())
     assert not cache.exists()
     for args, text in (
         ((tmp_path / "absent.json",), "absent.json does not exist"),

@@ -133,6 +133,27 @@ def test_detach_and_merge_at_one_give_the_base_bit_for_bit(tiny_model, cache_dir
         svf.generate(input_ids=ids, experts=["e", None])
 
 
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "memory"])
+def test_merge_and_unload_is_the_model_itself_with_the_expert(tiny_model, cache_dir, cache):
+    model = tiny_model()
+    svf = wrap(model, cache_dir, cache=cache)
+    (name,) = add_random_experts(svf, 1)
+    want = svf.merged_copy(name).state_dict()
+    merged = svf.merge_and_unload(name)
+    assert merged is model
+    assert_same_state(merged, want)
+    with pytest.raises(RuntimeError, match="unloaded"):
+        svf.merged_copy(name)
+
+
+def test_old_method_names_warn(tiny_model, cache_dir):
+    svf = wrap(tiny_model(), cache_dir)
+    with pytest.warns(DeprecationWarning, match="merged_copy"):
+        svf.merge(None)
+    with pytest.warns(DeprecationWarning, match="unload"):
+        assert svf.detach() is svf.model
+
+
 def test_dense_weights_leave_memory(tiny_model, cache_dir):
     model = tiny_model()
     linear = model.model.layers[0].mlp.up_proj
@@ -144,7 +165,7 @@ def test_dense_weights_leave_memory(tiny_model, cache_dir):
 def test_merged_model_saves_and_loads(tiny_model, cache_dir, tmp_path):
     svf = wrap(tiny_model(), cache_dir)
     (name,) = add_random_experts(svf, 1)
-    with pytest.raises(TypeError, match=r"save_pretrained: .*merge\(expert\)"):
+    with pytest.raises(TypeError, match=r"save_pretrained: .*merged_copy\(expert\)"):
         svf.save_pretrained(tmp_path / "wrapped")
     merged = svf.merged_copy(name)
     merged.save_pretrained(tmp_path / "merged")

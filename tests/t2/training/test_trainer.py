@@ -251,7 +251,7 @@ def test_training_can_begin_with_an_expert(make_options, tmp_path):
     first = curve(options.output)[0]
     assert first["validation"] == taught.state.best_score > first["base"] == taught.state.base_score
     assert curve(options.output)[1]["kl"] > 0.01
-    with pytest.raises(ValueError, match="start: expected none unless z is learnt, and free, got"):
+    with pytest.raises(ValueError, match="start: expected none unless z itself is trained, got"):
         make_options(start=taught.expert, method="lora")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(make_options(start=tmp_path / "nowhere.safetensors", output=tmp_path / "none"))
@@ -287,7 +287,7 @@ def sharded(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("changes", [{}, {"dtype": "int8", "model_dtype": "bfloat16"}])
+@pytest.mark.parametrize("changes", [{}, {"factor_dtype": "int8", "model_dtype": "bfloat16"}])
 def test_a_streamed_model_trains_as_one_loaded_whole(make_options, tmp_path, sharded, monkeypatch, changes):
     monkeypatch.setattr("t2.tasks.get", lambda name, **options: SayTheWord())
     assert len(list(sharded.glob("model-*.safetensors"))) > 1
@@ -307,6 +307,13 @@ def test_runs_saved_before_an_option_was_there_had_its_default(make_options):
     del saved["model_dtype"], saved["stream"]
     assert make_options().differences(saved) == []
     assert make_options(model_dtype="bfloat16").differences(saved) == ["model_dtype"]
+
+
+def test_runs_saved_with_the_option_names_of_version_0_1_resume(make_options):
+    old = {"factor_dtype": "dtype", "skip_zero_advantage": "skip_even_prompts"}
+    saved = {old.get(name, name): value for name, value in make_options().to_dict().items()}
+    assert {"dtype", "skip_even_prompts"} <= set(saved) and make_options().differences(saved) == []
+    assert make_options(skip_zero_advantage=False).differences(saved) == ["skip_zero_advantage"]
 
 
 def test_only_svf_streams(make_options):
