@@ -114,7 +114,7 @@ BUGS = (
         "t2/model/routing.py",
         "return gradient.squeeze(0) * ctx.sigma, None",
         "return gradient.squeeze(0), None",
-        "t2/training/test_policies.py",
+        "t2/model/test_routing.py",
     ),
     Bug(
         "rows that are no multiple of the requests are not refused",

@@ -40,3 +40,21 @@ def test_a_backward_pass_has_the_experts_of_its_own_batch(tiny_model, cache_dir)
             svf.model(input_ids=prompts(2), use_cache=False)
         found += torch.autograd.grad(logits[..., 5].sum(), x)
     assert torch.equal(*found)
+
+
+def test_the_gradient_of_an_expert_in_training_is_that_of_its_vector(tiny_model, cache_dir):
+    svf = wrap(tiny_model(), cache_dir)
+    (name,) = add_random_experts(svf, 1)
+    ids = prompts(2)
+
+    def loss():
+        return svf.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    parameter = svf.start_training(name)
+    (trained,) = torch.autograd.grad(loss(), parameter)
+    svf.finish_training()
+    z = svf.bank[name].z.clone().requires_grad_()
+    with svf.route(z):
+        (routed,) = torch.autograd.grad(loss(), z)
+    torch.testing.assert_close(trained, routed, atol=1e-5, rtol=1e-4)
+    assert float(routed.norm()) > 0
