@@ -114,7 +114,7 @@ BUGS = (
         "t2/model/routing.py",
         "return gradient.squeeze(0) * ctx.sigma, None",
         "return gradient.squeeze(0), None",
-        "t2/training/test_policies.py -k gradients_equal",
+        "t2/training/test_policies.py",
     ),
     Bug(
         "rows that are no multiple of the requests are not refused",
@@ -207,7 +207,7 @@ BUGS = (
         "t2/weights/files.py",
         'raise FileFormatError(f"{what} {path} is no regular file, but a pipe, socket or device")',
         "return",
-        "t2/weights/test_files.py -k 'regular or pipe or device or safetensors'",
+        "t2/weights/test_files.py t2/weights/test_loading.py fuzz",
     ),
     Bug(
         "prompts are padded on the right",
@@ -348,10 +348,10 @@ BUGS = (
     ),
     # t2.tasks
     Bug(
-        "a one-sided p-value",
+        "Wilson's interval divides by the count once too few",
         "t2/tasks/statistics.py",
-        "min(1.0, 2 * tail / 2**count)",
-        "min(1.0, tail / 2**count)",
+        "(4 * count * count)",
+        "(4 * count)",
         "t2/tasks/test_statistics.py",
     ),
     Bug(
@@ -386,7 +386,7 @@ BUGS = (
     # t2.cli
     Bug(
         "several target modules are cut to the first",
-        "t2/cli/app.py",
+        "t2/cli/options.py",
         "return targets[0] if len(targets) == 1 else list(targets)",
         "return targets[0]",
         "t2/cli",
@@ -478,12 +478,12 @@ def _failing(bug: Bug, copy: Path) -> str | None:
     try:
         code, failed = mine.recv()
     except EOFError:
-        return "the process died"
+        raise RuntimeError(f"{bug.name}: the tests' process died") from None
     finally:
         process.join()
     if code not in (0, 1):
-        raise RuntimeError(f"{bug.name}: pytest {bug.tests} ended with exit code {code}")
-    return failed
+        print(f"pytest {bug.tests} ended with exit code {code}")
+    return failed if code == 1 else None
 
 
 class _First:
@@ -505,12 +505,10 @@ def _run(tests: str, copy: str, to: Connection) -> None:
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    words = [
-        word if Path(f"tests/{word.partition('::')[0]}").exists() is False else f"tests/{word}"
-        for word in shlex.split(tests)
-    ]
+    words = [f"tests/{word}" if Path("tests", word).exists() else word for word in shlex.split(tests)]
     first = _First()
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *words], plugins=[first])
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", f"pythonpath={copy}"]
+    code = pytest.main([*options, *words], plugins=[first])
     import t2kernels
 
     assert t2kernels.__file__.startswith(copy)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import io
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ import tyro
 
 import t2
 from t2.cli.app import COMMANDS
+from t2.eval.spec import parse_spec
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -175,3 +177,9 @@ def test_make_targets_exist(page):
     text = page.read_text()
     asked = {*re.findall(r"`make ([a-z-]+)", text), *re.findall(r"(?m)^make ([a-z-]+)", "".join(code_lines(text)))}
     assert asked <= targets
+
+
+def test_the_spec_of_the_guide_has_the_defaults():
+    (content,) = re.findall(r"```json\n(\{\n.*?)```", (ROOT / "docs" / "adaptation.md").read_text(), re.DOTALL)
+    spec = json.loads(content)
+    assert parse_spec(spec) == parse_spec({"seen": spec["seen"]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,7 @@ def two_pass(
     encoded = [encode(as_problem(prompt), tokenizer) for prompt in prompts]
     ids, mask = (tensor.to(svf.sigma.device) for tensor in pad(encoded, int(tokenizer.pad_token_id), left=True))
     start = time.perf_counter()
-    adaptation = chosen.adapt(prompts)
+    adaptation = cast(Adaptation, chosen.adapt(prompts))
     middle = time.perf_counter()
     experts = adaptation.choices(svf)
     sequences = svf.generate(input_ids=ids, attention_mask=mask, experts=experts, **generate_kwargs)

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from t2.experts.registry import ExpertChoice
 
-if TYPE_CHECKING:  # strategies are made of this package's models
-    from t2.adaptation.base import Adaptation, Strategy
-    from t2.model.svf_model import SVFModel
-    from t2.tasks.classify import Prompt
+
+class Chosen(Protocol):
+    """The outcome of a first pass (`t2.adaptation.Adaptation`)."""
+
+    def choices(self, svf: Any) -> list[ExpertChoice]:
+        """The expert of each request, as `SVFModel.generate(experts=...)` takes it."""
+
+
+class Strategy(Protocol):
+    """A strategy as `generate` needs it (`t2.adaptation.Strategy`)."""
+
+    name: str
+
+    def adapt(self, prompts: Sequence[Any]) -> Chosen:
+        """Chooses an expert for each prompt: a text, an example of a task, or a conversation."""
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
+        """The user's words in each row of a batch."""
 
 
 class FirstPass:
@@ -18,7 +34,7 @@ class FirstPass:
 
     def __init__(self) -> None:
         self.strategies: dict[str, Strategy] = {}
-        self.last: Adaptation | None = None
+        self.last: Any = None
 
     def strategy(self, strategy: Strategy | str) -> Strategy:
         """The strategy itself, or the registered one of this name.
@@ -37,9 +53,9 @@ class FirstPass:
 
     def run(
         self,
-        svf: SVFModel,
+        svf: Any,
         adapt: Strategy | str,
-        prompts: Sequence[Prompt] | None,
+        prompts: Sequence[Any] | None,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> list[ExpertChoice]:
@@ -51,4 +67,5 @@ class FirstPass:
                 raise ValueError("prompts: expected the requests' texts where generate gets no input_ids, got none")
             prompts = strategy.read(ids, kwargs.get("attention_mask"))
         self.last = strategy.adapt(prompts)
-        return self.last.choices(svf)
+        choices: list[ExpertChoice] = self.last.choices(svf)
+        return choices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from t2.experts.registry import ExpertChoice, as_choices
 from t2.model.config import FactorSource, SVFConfig
 from t2.model.decomposed import DecomposedLayers, WeightReaders
 from t2.model.expert_training import ExpertTrainingMixin
-from t2.model.first_pass import FirstPass
+from t2.model.first_pass import FirstPass, Strategy
 from t2.model.generate import returns_more_than_tokens, with_growing_cache
 from t2.model.layers import RoutedLinear
 from t2.model.requests import check_count, routed
@@ -32,10 +32,6 @@ from t2.weights.targets import (
     unsuitable_layers,
 )
 from t2kernels.planner import CostModel
-
-if TYPE_CHECKING:  # strategies are made of this module's models
-    from t2.adaptation.base import Adaptation, Strategy
-    from t2.tasks.classify import Prompt
 
 LARGE_SHARE = 0.9
 """Share of the weights that `target_modules` means below which a model warns about what stays dense."""
@@ -94,7 +90,7 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
         self._first_pass = FirstPass()
         self.__class__ = with_signature(type(self), type(model))
         blocks = block_weights(model, meant)
-        self._wrapping = VerifiedWrapping(self, targets, self.left_out)
+        self._wrapping = VerifiedWrapping(decomposed, targets, self.left_out)
         self._wrapping.wrap(targets, example_inputs)
         self.coverage = Coverage.of(blocks, decomposed.layers)
         """The share of the blocks' weights that became factors."""
@@ -195,7 +191,7 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
         experts: ExpertChoice | Sequence[ExpertChoice] = None,
         plan: ServingPlan | None = None,
         adapt: Strategy | str | None = None,
-        prompts: Sequence[Prompt] | None = None,
+        prompts: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The model's `generate`, each request with its own expert; `experts` as in `route`, one entry per prompt.
@@ -241,7 +237,7 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
         return self._first_pass.strategy(strategy)
 
     @property
-    def last_adaptation(self) -> Adaptation | None:
+    def last_adaptation(self) -> Any:
         """The choices, seconds and reasons of the last `generate(adapt=...)`."""
         return self._first_pass.last
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from t2.model.decomposed import DecomposedLayers
 from t2.model.layers import RoutedLinear
 from t2.model.probe import DIFFERENT, Calls, Probe, recording, relative_error, run_model
-
-if TYPE_CHECKING:
-    from t2.model.svf_model import SVFModel
+from t2.model.requests import routed
 
 ROUNDING = {
     torch.float32: 1e-5,
@@ -47,25 +46,25 @@ class Trouble:
     cause: str
 
 
-def check(svf: SVFModel, probe: Probe, rounding: float, *, base: bool = True) -> Trouble | None:
+def check(decomposed: DecomposedLayers, probe: Probe, rounding: float, *, base: bool = True) -> Trouble | None:
     """Runs the wrapped model; None if it does what it should.
 
     base: whether the plain model's outputs are there to compare with.
     """
-    layers = {name: m for name, m in svf.model.named_modules() if isinstance(m, RoutedLinear)}
+    model, layers = decomposed.model, decomposed.routed
     exact = rounding <= 10 * ROUNDING[torch.float32]
     tight = 1e-3 if exact else 2e-2
     generator = torch.Generator().manual_seed(3)
-    experts = [1 + STD * torch.randn(svf.layout.R, generator=generator) for _ in range(2)]
+    experts = [1 + STD * torch.randn(decomposed.layout.R, generator=generator) for _ in range(2)]
     choices = [(*experts, None)[row % 3] for row in range(probe.rows)]
 
     def run(choice: Any) -> Tensor:
-        with svf.route(choice):
-            return run_model(svf.model, probe.inputs, probe.rows)
+        with routed(decomposed, choice):
+            return run_model(model, probe.inputs, probe.rows)
 
     def generated(choice: Any, rows: Sequence[int] | None = None) -> Tensor | None:
-        with svf.route(choice):
-            return probe.generated(svf.model, rows)
+        with routed(decomposed, choice):
+            return probe.generated(model, rows)
 
     def calls(choice: Any) -> Calls:
         with recording(layers) as made:

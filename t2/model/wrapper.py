@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,8 +15,7 @@ from t2.experts.slots import SlotTable
 from t2.model.decomposed import DecomposedLayers
 from t2.model.routing import Router, TrainedRoute
 
-if TYPE_CHECKING:
-    from t2.model.svf_model import SVFModel
+Wrapper = TypeVar("Wrapper", bound="WrapperModule")
 
 
 class WrapperModule(nn.Module):
@@ -140,11 +139,11 @@ class WrapperModule(nn.Module):
         )
 
 
-def with_signature(kind: type[SVFModel], model: type[nn.Module]) -> type[SVFModel]:
+def with_signature(kind: type[Wrapper], model: type[nn.Module]) -> type[Wrapper]:
     """A subclass whose `forward` shows the arguments of the wrapped model's, as trainers read them there."""
 
     @functools.wraps(kind.forward)
-    def of_model(self: SVFModel, *args: Any, experts: Any = None, **kwargs: Any) -> Any:
+    def of_model(self: Wrapper, *args: Any, experts: Any = None, **kwargs: Any) -> Any:
         return kind.forward(self, *args, experts=experts, **kwargs)
 
     parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.name != "experts"]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from t2.model.decomposed import DecomposedLayers
 from t2.model.probe import Probe
 from t2.model.verify import ROUNDING, VerificationError, check
 from t2.weights.targets import Linear, Unsuitable
-
-if TYPE_CHECKING:
-    from t2.model.svf_model import SVFModel
 
 
 class VerifiedWrapping:
@@ -22,15 +20,15 @@ class VerifiedWrapping:
     `left_out` is shared with the model: layers that stay dense, and why.
     """
 
-    def __init__(self, svf: SVFModel, targets: Mapping[str, Linear], left_out: Unsuitable) -> None:
-        config = svf.svf_config
+    def __init__(self, decomposed: DecomposedLayers, targets: Mapping[str, Linear], left_out: Unsuitable) -> None:
+        config = decomposed.config
         dtypes = {layer.weight.dtype for layer in targets.values()}
         self.rounding = max(ROUNDING[config.dtype or dtype] + ROUNDING[dtype] for dtype in dtypes)
         if config.bf16_products:
             self.rounding += ROUNDING[torch.bfloat16]
         self.verified = not config.verify
         self.left_out = left_out
-        self._svf = svf
+        self._decomposed = decomposed
 
     def wrap(self, targets: Mapping[str, Linear], example_inputs: Mapping[str, Any] | None) -> None:
         """Decomposes the targets that pass the probe; the model is as it was if there are none.
@@ -38,8 +36,8 @@ class VerifiedWrapping:
         Raises:
             VerificationError: the wrapped model would answer otherwise.
         """
-        svf, model, config, probe = self._svf, self._svf.model, self._svf.svf_config, None
-        decomposed = svf.decomposed
+        decomposed, probe = self._decomposed, None
+        model, config = decomposed.model, decomposed.config
         streamed = decomposed.readers is not None
         if config.verify and not streamed:
             probe = Probe.of(model, example_inputs)
@@ -60,7 +58,7 @@ class VerifiedWrapping:
                     raise VerificationError(f"model: expected requests in the rows of every layer. {rows}")
             if probe is None:
                 return
-            trouble = check(svf, probe, self.rounding, base=not streamed and decomposed.factors is None)
+            trouble = check(decomposed, probe, self.rounding, base=not streamed and decomposed.factors is None)
             if trouble is None:
                 self.verified = True
                 return
@@ -78,20 +76,19 @@ class VerifiedWrapping:
         self.left_out.update(reasons)
         left = {name: layer for name, layer in targets.items() if name not in reasons}
         if not left:
-            raise VerificationError(
-                f"{type(self._svf.model).__name__} can't be wrapped: no layer is left to decompose. {self.left_out}"
-            )
+            kind = type(self._decomposed.model).__name__
+            raise VerificationError(f"{kind} can't be wrapped: no layer is left to decompose. {self.left_out}")
         return left
 
     def verify_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Verifies with the inputs of a call, for a model that no inputs could be made for."""
-        svf = self._svf
-        probe = Probe.of_call(svf.model, args, kwargs)
+        model, decomposed = self._decomposed.model, self._decomposed
+        probe = Probe.of_call(model, args, kwargs)
         if probe is None:
             return
         self.verified = True  # calls of the probe are calls too
-        faults = str(probe.look_rows(svf.model, svf.decomposed.routed))
-        if not faults and (trouble := check(svf, probe, self.rounding, base=False)) is not None:
+        faults = str(probe.look_rows(model, decomposed.routed))
+        if not faults and (trouble := check(decomposed, probe, self.rounding, base=False)) is not None:
             faults = trouble.cause
         if faults:
             self.verified = False

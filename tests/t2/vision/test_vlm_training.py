@@ -46,7 +46,7 @@ def one_by_one(policy: Policy, groups: tuple[PromptGroup, ...]) -> Tensor:
     """Every answer behind its own prompt and image; positions are the model's own."""
     rows = []
     for group in groups:
-        for answer in group.answers:
+        for answer in group.completions:
             inputs = dict(group.images)
             if "mm_token_type_ids" in inputs:
                 zeros = torch.zeros(1, len(answer), dtype=torch.int64)

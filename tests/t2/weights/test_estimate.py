@@ -242,7 +242,7 @@ def updated(tmp_path, options, config, dtype, prompts, answers, prompt_tokens, n
         )
         for _ in range(prompts)
     ]
-    groups[0] = PromptGroup(groups[0].prompt[3:], groups[0].answers, groups[0].weights)  # padding
+    groups[0] = PromptGroup(groups[0].prompt[3:], groups[0].completions, groups[0].weights)  # padding
     with LiveBytes() as live:
         trainer._update(groups)
     return live.peak
