@@ -83,7 +83,7 @@ class _Renamed(ModuleType):
     def __getattr__(self, name: str) -> Any:
         homes = MODULES[self.__name__]
         if not name.startswith("__"):
-            for home, now in itertools.product(homes, dict.fromkeys((name, NAMES.get(name, name)))):
+            for home, now in itertools.product(homes, dict.fromkeys((NAMES.get(name, name), name))):
                 found = getattr(importlib.import_module(home), now, None)
                 if found is not None:
                     warnings.warn(

@@ -6,16 +6,17 @@ from t2._lazy import lazy_names
 
 if TYPE_CHECKING:
     from t2.training.options import TrainOptions
-    from t2.training.trainer import Result, Trainer, train
+    from t2.training.trainer import Trainer, TrainResult, train
 
-__all__ = ["Result", "TrainOptions", "Trainer", "train"]
+__all__ = ["TrainOptions", "TrainResult", "Trainer", "train"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Result": "t2.training.trainer",
+        "TrainResult": "t2.training.trainer",
         "TrainOptions": "t2.training.options",
         "Trainer": "t2.training.trainer",
         "train": "t2.training.trainer",
     },
+    {"Result": "TrainResult"},
 )

@@ -45,7 +45,7 @@ from t2kernels.files import write_text
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainResult:
     """The outcome of a run. `expert` is the best checkpoint by validation score: a file, or a folder for LoRA."""
 
     finished: bool
@@ -114,7 +114,7 @@ class Trainer:
         device = self.policy.parameters[0].device
         self.generator = RolloutGenerator(self.policy, device, int(tokenizer.pad_token_id), tuple(eos_ids))
         self.optimizer = torch.optim.Adam(self.policy.parameters, lr=options.learning_rate)
-        self.guard = AlarmMonitor(options.entropy_alarm, options.kl_alarm)
+        self.alarms = AlarmMonitor(options.entropy_alarm, options.kl_alarm)
         self.state = State()
         self.best = [parameter.detach().clone() for parameter in self.policy.parameters]
         self.metrics = self._start()
@@ -186,7 +186,7 @@ class Trainer:
 
     # The loop
 
-    def run(self) -> Result:
+    def run(self) -> TrainResult:
         """Trains to the last step, or until SIGINT, after which the checkpoint holds everything."""
         with self._interruptible(), self._progress() as announce:
             if self.state.base_score is None:
@@ -210,7 +210,7 @@ class Trainer:
         base, best = self._test() if finished else (None, None)
         self.accelerator.end_training()
         expert = self._expert if self.options.method == "lora" else self._expert.with_suffix(".safetensors")
-        return Result(finished, expert, self.state, base, best)
+        return TrainResult(finished, expert, self.state, base, best)
 
     def step(self) -> Row:
         """One update: answers, rewards, gradient; a validation where one is due. Returns the step's metrics."""
@@ -440,7 +440,7 @@ class Trainer:
     def _alarmed(self, row: Row) -> bool:
         """Whether an alarm ends the run; where it is to lower the rate, training goes on from the best parameters."""
         rewarded = "reward" in row  # solutions are to be far from the base, and certain
-        cause = self.guard.alarm(self.state, row.get("entropy"), row.get("kl")) if rewarded else None
+        cause = self.alarms.alarm(self.state, row.get("entropy"), row.get("kl")) if rewarded else None
         if cause is None:
             return False
         action = {
@@ -523,7 +523,7 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
-def train(model_name: str, options: TrainOptions, *, console: Console | None = None) -> Result:
+def train(model_name: str, options: TrainOptions, *, console: Console | None = None) -> TrainResult:
     """Loads model and task by name and trains (`t2 train`). Raises as `t2.load`, `t2.tasks.get` and `Trainer` do."""
     from t2.model.load import load_factored
     from t2.tasks import get, options_of

@@ -46,6 +46,15 @@ def test_all_public_names_resolve():
         t2.nothing  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("package", "old", "new"), [("training", "Result", "TrainResult"), ("sandbox", "Result", "ProgramResult")]
+)
+def test_old_class_names_resolve_with_a_warning(package, old, new):
+    module = importlib.import_module(f"t2.{package}")
+    with pytest.warns(DeprecationWarning, match=f"t2.{package}.{old} is now t2.{package}.{new}"):
+        assert getattr(module, old) is getattr(module, new)
+
+
 @pytest.mark.parametrize("old", _renamed.MODULES)
 def test_old_paths_resolve_with_a_warning(old):
     module = importlib.import_module(old)

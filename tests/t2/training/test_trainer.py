@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import t2
-from t2.training import Result, Trainer, TrainOptions
+from t2.training import Trainer, TrainOptions, TrainResult
 from t2.training.trainer import train
 from t2.weights.files import FileFormatError, read_safetensors
 from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
@@ -22,7 +22,7 @@ from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
 TIMES = ("seconds", "rollout_seconds")
 
 
-def run(options: TrainOptions, **kwargs: Any) -> Result:
+def run(options: TrainOptions, **kwargs: Any) -> TrainResult:
     return Trainer(toy_model(), toy_tokenizer(), kwargs.pop("task", SayTheWord()), options, **kwargs).run()
 
 
