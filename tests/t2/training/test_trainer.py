@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,18 @@ def test_two_processes_train_as_one_does(make_options, tmp_path):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     found, expected = (parameters(o.output)["parameters.0"] for o in (two, alone))
     assert (found - expected).abs().max() < 0.02 * (expected - 1).abs().max()
+
+
+def test_the_rate_warms_up_and_decays(make_options):
+    for changes, expected in (
+        ({"warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0]),
+        ({"decay": True, "steps": 4}, [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+    ):
+        options = make_options(**{"steps": 5, "learning_rate": 2e-3, "validate_every": 5} | changes)
+        run(options)
+        rates = [row["learning_rate"] / 2e-3 for row in curve(options.output)[1:]]
+        assert rates == pytest.approx(expected)
+        shutil.rmtree(options.output)
 
 
 def test_an_alarm_lowers_the_rate_and_goes_back(make_options, capsys):
