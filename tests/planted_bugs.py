@@ -207,7 +207,7 @@ BUGS = (
         "t2/weights/files.py",
         'raise FileFormatError(f"{what} {path} is no regular file, but a pipe, socket or device")',
         "return",
-        "t2/weights/test_files.py t2/weights/test_loading.py fuzz",
+        "t2/experts/test_expert.py -k pipe",
     ),
     Bug(
         "prompts are padded on the right",
@@ -221,7 +221,7 @@ BUGS = (
         "t2/weights/targets.py",
         'name.endswith(f".{suffix}")',
         "name.endswith(suffix)",
-        "t2/model/test_svf_model.py t2/model/test_verify.py",
+        "t2/weights/test_targets.py",
     ),
     Bug(
         "streamed matrices of GPT-2 are not transposed",
@@ -250,7 +250,7 @@ BUGS = (
         "t2/generation/batching.py",
         "(end + 1 - start) * lengths[order[end]]",
         "(end - start) * lengths[order[end]]",
-        "t2/generation t2/tasks/test_base.py t2/training/test_rollouts.py t2/adaptation/test_labels.py",
+        "t2/generation/test_batching.py",
     ),
     Bug(
         "a prefix may be the whole of a prompt",
@@ -329,7 +329,7 @@ BUGS = (
         "t2/training/options.py",
         '"save_every", "stream"}',
         '"save_every", "stream", "seed"}',
-        "t2/training/test_checkpoint.py t2/training/test_trainer.py -k 'resum or other or differ or option'",
+        "t2/training/test_trainer.py -k 'resum or other or option'",
     ),
     # t2.eval
     Bug(
@@ -344,7 +344,7 @@ BUGS = (
         "t2/eval/sections.py",
         "better_worse(base, scores)",
         "better_worse(scores, base)",
-        "t2/eval/test_runner.py",
+        "t2/eval/test_sections.py",
     ),
     # t2.tasks
     Bug(
@@ -370,17 +370,10 @@ BUGS = (
     ),
     # t2.sandbox
     Bug(
-        "a subclass passes for its builtin type",
+        "True travels as False",
         "t2/sandbox/wire.py",
-        "if type(value) is not kind:",
-        "if not isinstance(value, kind):",
-        "t2/sandbox/test_verdicts.py",
-    ),
-    Bug(
-        "tests take the program's names from the prelude",
-        "t2/sandbox/verdicts.py",
-        "used = _names_used(tests) - set(functions)",
-        "used = _names_used(tests)",
+        'out.extend(b"T")',
+        'out.extend(b"F")',
         "t2/sandbox/test_verdicts.py",
     ),
     # t2.cli
