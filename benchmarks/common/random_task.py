@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from t2.tasks import Problem, Split, Task
-from t2.weights.memory_model import Work
+from t2.weights.step_sizes import StepSizes
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
@@ -28,7 +28,7 @@ class Parity(Task):
 
     name = "parity"
 
-    def __init__(self, work: Work, words: int) -> None:
+    def __init__(self, work: StepSizes, words: int) -> None:
         self._work, self._words = work, words
         self.max_new_tokens = work.new_tokens
 

@@ -21,13 +21,13 @@ from benchmarks.gpu.end_to_end import Store, dense_model, factored_model, llama_
 from t2 import SVFConfig
 from t2.training import Trainer, TrainOptions
 from t2.weights.estimate import estimate_model
-from t2.weights.memory_model import Work
+from t2.weights.step_sizes import StepSizes
 
-WORK = Work(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
-SMOKE_WORK = Work(prompt_tokens=8, new_tokens=4, prompts_per_step=2, samples_per_prompt=2)
+WORK = StepSizes(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
+SMOKE_WORK = StepSizes(prompt_tokens=8, new_tokens=4, prompts_per_step=2, samples_per_prompt=2)
 
 
-def options(work: Work, output: Path) -> TrainOptions:
+def options(work: StepSizes, output: Path) -> TrainOptions:
     return TrainOptions(
         task="parity",
         output=output,
@@ -42,7 +42,7 @@ def options(work: Work, output: Path) -> TrainOptions:
     )
 
 
-def planned(config: LlamaConfig, work: Work, folder: Path) -> dict[str, float]:
+def planned(config: LlamaConfig, work: StepSizes, folder: Path) -> dict[str, float]:
     """Bytes of the model and of both phases of a step."""
     path = folder / "config.json"
     path.write_text(json.dumps(config.to_dict()))
@@ -56,7 +56,7 @@ def planned(config: LlamaConfig, work: Work, folder: Path) -> dict[str, float]:
     }
 
 
-def steps(config: LlamaConfig, work: Work, device: torch.device, folder: Path) -> dict[str, Any]:
+def steps(config: LlamaConfig, work: StepSizes, device: torch.device, folder: Path) -> dict[str, Any]:
     """Two steps of the trainer; seconds and peaks of the second."""
     start = time.perf_counter()
     svf = factored_model(dense_model(config, device, "sdpa"), SVFConfig(dtype=torch.int8, cache=False, progress=False))

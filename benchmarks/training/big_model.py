@@ -39,13 +39,14 @@ from t2.training.policies import svf_config
 from t2.weights.estimate import ModelEstimate, estimate_model
 from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.machine import machine
-from t2.weights.memory_model import Rates, Work
+from t2.weights.memory_model import Rates
 from t2.weights.shards import INDEX
+from t2.weights.step_sizes import StepSizes
 from t2.weights.streaming import skeleton, target_weights
 from t2kernels.files import write_text
 
 LAYERS = 32
-WORK = Work(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
+WORK = StepSizes(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
 
 
 def config(layers: int, vocabulary: int) -> LlamaConfig:

@@ -10,12 +10,12 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from t2.cli.options import OPTIONAL, ModelDtype, Targets
 from t2.cli.options import target_modules as as_targets
-from t2.weights.memory_model import Work
+from t2.weights.step_sizes import StepSizes
 
 
 def run(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
-    training_step: OmitArgPrefixes[Work] = Work(),  # noqa: B008  # frozen
+    training_step: OmitArgPrefixes[StepSizes] = StepSizes(),  # noqa: B008  # frozen
     target_modules: Targets = ("all-linear",),
     model_dtype: ModelDtype = "float32",
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from t2.weights.estimate import RESERVED, ModelEstimate
-from t2.weights.memory_model import Work
+from t2.weights.step_sizes import StepSizes
 
 
 def size(count: float) -> str:
@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.1f} s"
 
 
-def show(estimate: ModelEstimate, work: Work, console: Console) -> None:
+def show(estimate: ModelEstimate, work: StepSizes, console: Console) -> None:
     """Print matrices, decomposition, storage, serving, and training with the sizes of `work`."""
     facts = estimate.to_dict(work)
     console.print(_matrices(facts))
@@ -80,7 +80,7 @@ def _serving(facts: dict[str, Any]) -> Table:
     return table
 
 
-def _training(estimate: ModelEstimate, work: Work) -> Table:
+def _training(estimate: ModelEstimate, work: StepSizes) -> Table:
     smallest, whole = work.micro_batches()[0], (1, work.samples_per_prompt)
     title = (
         f"Training: {work.prompts_per_step} prompts of {work.prompt_tokens} tokens, "
@@ -95,7 +95,7 @@ def _training(estimate: ModelEstimate, work: Work) -> Table:
     return table
 
 
-def _budgets(facts: dict[str, Any], work: Work) -> Table:
+def _budgets(facts: dict[str, Any], work: StepSizes) -> Table:
     gpus = [f"{gpu['gb']} GB" for gpu in facts["storage"]["int8"]["gpus"]]
     table = _table("Training on one GPU: largest token budget", "factor dtype", *gpus)
     for name, entry in facts["storage"].items():

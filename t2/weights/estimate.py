@@ -20,12 +20,12 @@ from t2.weights.memory_model import (
     ACTIVATIONS_OF,
     Architecture,
     Rates,
-    Work,
     decompose_bytes,
     dense_bytes,
     disk_bytes,
     factor_bytes,
 )
+from t2.weights.step_sizes import StepSizes
 from t2.weights.streaming import checkpoint_folder, skeleton
 from t2.weights.targets import Linear, linear_layers, other_linears, select_targets, weight_matrix
 
@@ -144,7 +144,7 @@ class ModelEstimate:
             raise ValueError(f"model: expected one of {', '.join(ACTIVATIONS_OF)} for activations, got {a.model_type}")
         return a.layer_activations(self.expert / a.layers, rows, new, keys, self.dtype)
 
-    def update(self, work: Work, prompts: int, answers: int, *, checkpointing: bool = False) -> float:
+    def update(self, work: StepSizes, prompts: int, answers: int, *, checkpointing: bool = False) -> float:
         """Most that a micro-batch of the update holds (`Trainer._update`).
 
         When the loss is taken, that is what the forward pass kept and the logits; later, of the backward pass, what a
@@ -168,7 +168,7 @@ class ModelEstimate:
         temporaries = (5 if e == 4 else 6) * 4 * min(tokens, LOSS_ROWS)
         return row * max(4 * tokens * e, 3 * tokens * e + temporaries)
 
-    def rollout(self, work: Work) -> float:
+    def rollout(self, work: StepSizes) -> float:
         """Most that drawing a step's answers holds: the cache, one token's logits, the reading of the prompts."""
         a = self.architecture
         cache = work.rows * (work.prompt_tokens + work.new_tokens) * self.cache
@@ -177,13 +177,13 @@ class ModelEstimate:
         return cache + max(drawing, reading)
 
     def training(
-        self, storage: torch.dtype, work: Work, prompts: int, answers: int, *, checkpointing: bool = False
+        self, storage: torch.dtype, work: StepSizes, prompts: int, answers: int, *, checkpointing: bool = False
     ) -> float:
         """Peak of a training step."""
         step = max(self.rollout(work), self.update(work, prompts, answers, checkpointing=checkpointing))
         return self.serving(storage) + self.learnt + step
 
-    def largest_budget(self, room: float, storage: torch.dtype, work: Work, *, checkpointing: bool) -> int | None:
+    def largest_budget(self, room: float, storage: torch.dtype, work: StepSizes, *, checkpointing: bool) -> int | None:
         """The largest `--token-budget` that changes anything and fits; None if not even one answer does."""
         fitting = [
             work.tokens(*batch, checkpointing=checkpointing)
@@ -192,9 +192,9 @@ class ModelEstimate:
         ]
         return max(fitting, default=None)
 
-    def to_dict(self, work: Work | None = None) -> dict[str, Any]:
+    def to_dict(self, work: StepSizes | None = None) -> dict[str, Any]:
         """Everything the tables show, as JSON holds it; sizes in bytes."""
-        work = work or Work()
+        work = work or StepSizes()
         trains = self.architecture.model_type in ACTIVATIONS_OF
         return {
             "model": self.name,
@@ -224,7 +224,7 @@ class ModelEstimate:
             },
         }
 
-    def _on_gpu(self, gpu: int, storage: torch.dtype, work: Work, trains: bool) -> dict[str, Any]:
+    def _on_gpu(self, gpu: int, storage: torch.dtype, work: StepSizes, trains: bool) -> dict[str, Any]:
         room = usable(gpu)
         left = room - self.serving(storage)
         found: dict[str, Any] = {

@@ -1,10 +1,10 @@
-"""Bytes and operations of one matrix, one layer, one token: what the plan of a model is added up from."""
+"""Bytes and operations of one matrix, one layer and one token: the terms of a model's estimate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -165,36 +165,3 @@ class Architecture:
     def transient(self, tokens: int, dtype: torch.dtype) -> float:
         """Bytes that a layer's forward or backward pass holds for a moment: gradients of its widest part."""
         return tokens * dtype.itemsize * (3 * self.intermediate + 2 * self.hidden)
-
-
-@dataclass(frozen=True)
-class Work:
-    """Sizes of a training step."""
-
-    prompt_tokens: int = 256
-    """Length of a prompt, in tokens."""
-    new_tokens: int = 256
-    """Length of a completion, in tokens."""
-    prompts_per_step: int = 16
-    """Prompts per step."""
-    samples_per_prompt: int = 4
-    """Completions per prompt."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-
-    @property
-    def rows(self) -> int:
-        """Answers that are drawn at once."""
-        return self.prompts_per_step * self.samples_per_prompt
-
-    def micro_batches(self) -> list[tuple[int, int]]:
-        """(prompts, answers) of every micro-batch that some token budget leads to, the smallest first."""
-        parts = [(1, answers) for answers in range(1, self.samples_per_prompt)]
-        return parts + [(prompts, prompts * self.samples_per_prompt) for prompts in range(1, self.prompts_per_step + 1)]
-
-    def tokens(self, prompts: int, answers: int, *, checkpointing: bool = False) -> int:
-        """Tokens as `--token-budget` counts them: with checkpointing every completion has a prompt of its own."""
-        return (answers if checkpointing else prompts) * self.prompt_tokens + answers * self.new_tokens

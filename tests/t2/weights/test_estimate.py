@@ -16,7 +16,8 @@ from t2.generation.scoring import PromptGroup
 from t2.training import Trainer
 from t2.weights.estimate import STORAGE, estimate_model, gpus_needed
 from t2.weights.factor_cache import FactorCache, weight_key
-from t2.weights.memory_model import Rates, Work, decompose_bytes, dense_bytes, disk_bytes, factor_bytes
+from t2.weights.memory_model import Rates, decompose_bytes, dense_bytes, disk_bytes, factor_bytes
+from t2.weights.step_sizes import StepSizes
 from t2kernels import DenseWeight, FactoredWeight, decompose
 from tests.t2.toy import SayTheWord, toy_tokenizer
 from tests.t2.weights.live_bytes import LiveBytes, saved_bytes
@@ -104,7 +105,7 @@ def test_shapes_of_llama_3_8b(plan_of):
 
 
 def test_llama_3_8b_trains_on_24_gb(plan_of):
-    plan, work = plan_of(LLAMA_8B), Work()
+    plan, work = plan_of(LLAMA_8B), StepSizes()
     gpus = {gpu["gb"]: gpu for gpu in plan.to_dict(work)["storage"]["int8"]["gpus"]}
     assert gpus[24]["token_budget_checkpointing"] >= gpus[24]["token_budget"] >= work.tokens(1, 1)
     assert 10e9 < plan.factors(torch.int8) < 11e9 and plan.serving(torch.int8) < 14e9
@@ -254,7 +255,7 @@ def updated(tmp_path, options, config, dtype, prompts, answers, prompt_tokens, n
 def test_an_update_holds_what_is_planned(plan_of, tmp_path, make_options, dtype, vocabulary, checkpointing):
     config = LlamaConfig(**SMALL | {"vocab_size": vocabulary})
     prompts, answers, prompt_tokens, new_tokens = 2, 8, 30, 25
-    work = Work(prompt_tokens, new_tokens, prompts, answers // prompts)
+    work = StepSizes(prompt_tokens, new_tokens, prompts, answers // prompts)
     plan = plan_of(config.to_dict(), dtype=getattr(torch, dtype))
     planned = plan.update(work, prompts, answers, checkpointing=checkpointing)
     options = make_options(factor_dtype="int8", model_dtype=dtype, gradient_checkpointing=checkpointing)
@@ -279,7 +280,7 @@ def test_rates_predict_a_decomposition():
 
 def test_bad_arguments(plan_of, tmp_path):
     with pytest.raises(ValueError, match="new_tokens: expected an integer >= 1, got 0"):
-        Work(new_tokens=0)
+        StepSizes(new_tokens=0)
     with pytest.raises(FileNotFoundError, match=r"config .*absent.json does not exist"):
         estimate_model(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="target_modules: expected"):
