@@ -50,7 +50,10 @@ class Base:
 
 @dataclass
 class Checkpoint:
-    """A run after `state.step` updates: parameters, the best ones so far, the optimiser, the base and the options."""
+    """A run after `state.step` updates: parameters, the best ones so far, the optimiser, the base and the options.
+
+    support: positions [K] int64 in z that the parameters are of; None where they are all of it.
+    """
 
     state: State
     parameters: list[Tensor]
@@ -58,12 +61,15 @@ class Checkpoint:
     base: Base
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    support: Tensor | None = None
 
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
         tensors = {f"parameters.{i}": tensor.detach() for i, tensor in enumerate(self.parameters)}
         tensors |= {f"best.{i}": tensor.detach() for i, tensor in enumerate(self.best)}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.items()}
+        if self.support is not None:
+            tensors["support"] = self.support
         told = {"state": asdict(self.state), "base": asdict(self.base), "options": self.options}
         write_safetensors(path, tensors, FORMAT | {name: json.dumps(value) for name, value in told.items()})
 
@@ -94,11 +100,14 @@ class Checkpoint:
                 raise FileFormatError(
                     f"{path}: base.{each.name}: expected a text, got {getattr(base, each.name)!r:.80}"
                 )
+        support = tensors.pop("support", None)
         parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "best": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             if part not in parts:
-                raise FileFormatError(f"{path}: tensor {name!r}: expected parameters, best and optimizer alone")
+                raise FileFormatError(
+                    f"{path}: tensor {name!r}: expected parameters, best, optimizer and support alone"
+                )
             parts[part][rest] = tensor
         rows = {}
         for part in ("parameters", "best"):
@@ -107,7 +116,7 @@ class Checkpoint:
                     f"{path}: {part}: expected them numbered from 0 on, got {sorted(parts[part])[:5]}"
                 )
             rows[part] = [parts[part][str(i)] for i in range(len(parts[part]))]
-        return cls(state, rows["parameters"], rows["best"], base, parts["optimizer"], told["options"])
+        return cls(state, rows["parameters"], rows["best"], base, parts["optimizer"], told["options"], support)
 
     def check(self, path: Path, base: Base, parameters: Sequence[Tensor]) -> None:
         """Raise a FileFormatError with the file and the field unless this is of a run on this base, with parameters

@@ -17,6 +17,8 @@ Stream = Literal["auto", "yes", "no"]
 Alarm = Literal["warn", "lower", "stop"]
 RENAMED = {"dtype": "factor_dtype", "skip_even_prompts": "skip_zero_advantage"}
 """Options of version 0.1 by their names in the files of its runs, and their names now."""
+SINCE = {"model_dtype": "float32", "support": None, "support_from": "gradient", "support_examples": 96}
+"""Options that files of older runs may lack, with their value in those."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ class TrainOptions:
     """Train z itself, or z = c sigmoid(p) with c such that sum(sigma z) = sum(sigma) (published)."""
     lora_rank: int = 16
     """Rank of the LoRA adapters (lora only)."""
+    support: int | None = None
+    """Components per matrix that z may change; by default all. Fewer want a higher learning rate."""
+    support_from: str = "gradient"
+    """Choice of the support: largest next-token gradient at z = 1 (gradient), or an expert file's largest changes."""
+    support_examples: int = 96
+    """Training examples with solutions whose gradient chooses the support."""
 
     steps: int = 40
     """Number of optimiser steps."""
@@ -145,6 +153,9 @@ class TrainOptions:
         self._check("stream", self.stream != "yes" or self.method == "svf", "auto or no unless the method is svf")
         can_start = self.method != "lora" and self.parametrisation == "free"
         self._check("start", self.start is None or can_start, "none unless z itself is trained")
+        self._check("support", self.support is None or can_start, "none unless z itself is trained")
+        self._check("support", self.support is None or self.support >= 1, "an integer >= 1")
+        self._check("support_examples", self.support_examples >= 1, "an integer >= 1")
         from t2.tasks import options_of
 
         options_of(self.task_options)
@@ -166,5 +177,5 @@ class TrainOptions:
         An option that the saved run does not have yet counts with its default.
         """
         free = {"steps", "test_size", "trackers", "token_budget", "save_every", "stream"}
-        saved = {"model_dtype": "float32"} | {RENAMED.get(name, name): value for name, value in saved.items()}
+        saved = SINCE | {RENAMED.get(name, name): value for name, value in saved.items()}
         return [name for name, value in self.to_dict().items() if name not in free and value != saved.get(name)]

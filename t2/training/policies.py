@@ -93,17 +93,49 @@ class Policy(ABC):
 
 
 class ExpertPolicy(Policy):
-    """A policy whose parameters are one vector [R], from which z comes.
+    """A policy whose parameters are one vector, from which z comes: [R], or [K] on a support.
 
     sigma: singular values [R], on the model's device.
     """
 
     def __init__(self, options: TrainOptions, layout: Layout, sigma: Tensor) -> None:
         self.kind, self.layout, self.sigma = options.parametrisation, layout, sigma
+        self.support: Tensor | None = None
+        """Positions [K] in z that are trained, once `restrict` has set them."""
         self.parameters = [starting_point(options, layout).to(sigma.device).requires_grad_()]
 
+    def restrict(self, support: Tensor) -> None:
+        """Trains z at these positions [K] alone, with z = 1 at all others.
+
+        Raises:
+            ValueError: the expert that training starts from differs from the base at others.
+        """
+        (start,) = self.parameters
+        if (
+            support.dtype != torch.int64
+            or support.dim() != 1
+            or not len(support)
+            or bool((support.diff() < 1).any())
+            or not 0 <= int(support[0]) <= int(support[-1]) < self.layout.R
+        ):
+            raise ValueError(
+                f"support: expected increasing positions int64 [K] below {self.layout.R}, got {support.dtype} "
+                f"{list(support.shape)}"
+            )
+        self.support = support.to(start.device)
+        outside = start.detach().clone()
+        outside[self.support] = 1.0
+        if moved := int((outside != 1).sum()):
+            raise ValueError(
+                f"start: expected an expert with z = 1 off the support, got {moved} components that differ"
+            )
+        self.parameters = [start.detach()[self.support].clone().requires_grad_()]
+
     def z(self) -> Tensor:
-        return z_from(self.kind, self.parameters[0], self.sigma, self.layout)
+        (parameters,) = self.parameters
+        if self.support is not None:
+            parameters = torch.ones_like(self.sigma).index_copy(0, self.support, parameters)
+        return z_from(self.kind, parameters, self.sigma, self.layout)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> Path:
         path = path.with_suffix(".safetensors")

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from t2.experts.support import top_components
 from t2.generation.batching import shared_prefix
 from t2.generation.evaluate import Evaluation, evaluate
 from t2.generation.images import ImageInputs
@@ -38,8 +39,10 @@ from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_
 from t2.training.loss import TokenStatistics, advantages, policy_loss
 from t2.training.metrics import Metrics, Row, plot
 from t2.training.options import TrainOptions
-from t2.training.policies import make_policy, svf_config
+from t2.training.policies import ExpertPolicy, make_policy, svf_config
 from t2.training.rollouts import RolloutGenerator
+from t2.training.support import gradient_scores, support_like
+from t2.weights.files import FileFormatError, file_errors
 from t2.weights.loading import Tokenizer, tokenizer_of
 from t2kernels.files import write_text
 
@@ -108,16 +111,19 @@ class Trainer:
         eos_ids = eos_ids_of(model, tokenizer)
         if not eos_ids or tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with an end token and a padding token, as `t2.load` gives it")
+        checkpoint = self._saved()
         self.policy = make_policy(model, options)
         if options.gradient_checkpointing:
             self.policy.enable_checkpointing()
         device = self.policy.parameters[0].device
         self.generator = RolloutGenerator(self.policy, device, int(tokenizer.pad_token_id), tuple(eos_ids))
+        if options.support is not None:
+            self._restrict(options.support, checkpoint)
         self.optimizer = torch.optim.Adam(self.policy.parameters, lr=options.learning_rate)
         self.alarms = AlarmMonitor(options.entropy_alarm, options.kl_alarm)
         self.state = State()
         self.best = [parameter.detach().clone() for parameter in self.policy.parameters]
-        self.metrics = self._start()
+        self.metrics = self._start(checkpoint)
         self._stopping = False
 
     # The folder
@@ -135,10 +141,10 @@ class Trainer:
         if self.options.resume and not exists:
             raise FileNotFoundError(f"output: expected a run to resume in {self.options.output}, found no checkpoint")
 
-    def _start(self) -> Metrics:
-        path = self.options.output / "metrics.jsonl" if self.accelerator.is_main_process else None
+    def _saved(self) -> Checkpoint | None:
+        """The checkpoint to resume from, of a run with the same options."""
         if not self.options.resume:
-            return Metrics(path)
+            return None
         checkpoint = Checkpoint.load(self._checkpoint)
         if other := self.options.differences(checkpoint.options):
             said = ", ".join(f"{name} {checkpoint.options.get(name)!r:.200}" for name in other)
@@ -146,6 +152,35 @@ class Trainer:
                 f"resume: expected the options that the run was started with ({said}), got others than those of "
                 f"{self._checkpoint}"
             )
+        return checkpoint
+
+    def _restrict(self, count: int, checkpoint: Checkpoint | None) -> None:
+        """Gives the policy its support: the checkpoint's, or one that is chosen now."""
+        policy = self.policy
+        assert isinstance(policy, ExpertPolicy)
+        if checkpoint is not None:
+            if checkpoint.support is None:
+                raise FileFormatError(f"{self._checkpoint}: support: expected the positions of a support, got none")
+            with file_errors(self._checkpoint):
+                policy.restrict(checkpoint.support)
+        elif self.options.support_from != "gradient":
+            policy.restrict(support_like(policy, Path(self.options.support_from), count))
+        else:
+            groups = self._solutions(range(min(self.options.support_examples, len(self.problems))))
+            if not groups:
+                raise ValueError(
+                    f"support_from: expected training examples with solutions for a gradient, got none of "
+                    f"{self.task.name}; an expert file can choose the support"
+                )
+            scores = gradient_scores(
+                policy, groups, pad_token=self.generator.pad_token, token_budget=self.options.token_budget
+            )
+            policy.restrict(top_components(scores, policy.layout, count))
+
+    def _start(self, checkpoint: Checkpoint | None) -> Metrics:
+        path = self.options.output / "metrics.jsonl" if self.accelerator.is_main_process else None
+        if checkpoint is None:
+            return Metrics(path)
         checkpoint.check(self._checkpoint, self.policy.identity, self.policy.parameters)
         self.policy.load_parameters(checkpoint.parameters)
         load_optimizer(self.optimizer, checkpoint.optimizer)
@@ -168,7 +203,10 @@ class Trainer:
         parameters = [parameter.detach() for parameter in self.policy.parameters]
         moments, options = optimizer_tensors(self.optimizer), self.options.to_dict()
         options["steps"] = max(self.options.steps, self.state.step)  # no step is beyond it, which a checkpoint's is not
-        Checkpoint(self.state, parameters, self.best, self.policy.identity, moments, options).save(self._checkpoint)
+        support = self.policy.support if isinstance(self.policy, ExpertPolicy) else None
+        Checkpoint(self.state, parameters, self.best, self.policy.identity, moments, options, support).save(
+            self._checkpoint
+        )
 
     def _save_experts(self) -> None:
         """The last parameters and the best ones, as files of their own."""
@@ -292,7 +330,12 @@ class Trainer:
 
     def _solved(self) -> tuple[list[PromptGroup], Row]:
         """The task's solutions, each token with the same weight; this process' share of them."""
-        indices = self._indices()
+        groups = self._solutions(self._indices())
+        tokens = sum(len(completion) for group in groups for completion in group.completions)
+        return list(self._mine(groups)), {"length": tokens / max(len(groups), 1)}
+
+    def _solutions(self, indices: Sequence[int]) -> list[PromptGroup]:
+        """The solutions of these training examples, each token with the same weight; those without one are left out."""
         encoded: list[tuple[Tensor, ImageInputs, Tensor]] = []
         for index in indices:
             problem = self.problems[index]
@@ -301,8 +344,7 @@ class Trainer:
                 answer = torch.tensor([*ids, self.tokenizer.eos_token_id])
                 encoded.append((*encode_prompt(problem, self.processor), answer))
         tokens = sum(len(answer) for _, _, answer in encoded)
-        groups = [PromptGroup(prompt, (answer,), (1.0 / tokens,), (1,), images) for prompt, images, answer in encoded]
-        return list(self._mine(groups)), {"length": tokens / max(len(encoded), 1)}
+        return [PromptGroup(prompt, (answer,), (1.0 / tokens,), (1,), images) for prompt, images, answer in encoded]
 
     def _update(self, groups: Sequence[PromptGroup]) -> Row:
         """One step of Adam along the gradient of `policy_loss` over all groups of all processes."""
