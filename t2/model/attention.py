@@ -25,7 +25,7 @@ MARK = "_t2_decodes"
 """Attribute of the modules whose attention was taken over."""
 
 _ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
-_OTHERS = ("softcap", *(inspect.signature(sdpa_attention_forward).parameters.keys() - _ARGUMENTS))
+_OTHERS = ("softcap", *sorted(inspect.signature(sdpa_attention_forward).parameters.keys() - _ARGUMENTS))
 """Options of "sdpa" that change its result, of which the kernel has none."""
 
 

@@ -467,7 +467,7 @@ def test_a_text_is_split_at_its_last_check():
 
 VALUES = [
     *(None, True, 0, -1, 255, -256, 10**400, 0.1, -0.0, math.inf, 1 - 2j, "", "aé\ud800", b"\x00", bytearray(b"x")),
-    *([], [[1], (2,)], (), {1, "a"}, frozenset({(1,)}), {}, {(1,): [None]}, range(1, 9, 3)),
+    *([], [[1], (2,)], (), {1, 2}, {"a"}, frozenset({(1,)}), {}, {(1,): [None]}, range(1, 9, 3)),
     *(collections.Counter("aab"), collections.OrderedDict(b=1, a=2), collections.deque([1, 2], 5)),
     *(Decimal("1e-7"), Fraction(-1, 3)),
 ]
