@@ -299,7 +299,8 @@ def check_backward(shape, dtype, factors, batches, requests=None, experts=5):
         th = t.double() * h if factors.component is None else t.double() * h * factors.component.double()
         expected_dscales = torch.zeros(p.scales.shape, dtype=torch.float64).index_add_(0, owners, th)
         expected_dx = (h * row_scales(p, factors, slots)) @ vh
-        for need_dx, need_dscales in ((True, True), (True, False), (False, True)):
+        partly = ((True, False), (False, True)) if batch == batches[-1] else ()
+        for need_dx, need_dscales in ((True, True), *partly):
             dx, dscales = launch.factored_linear_backward(
                 g, t, factors.u, factors.vh, factors.component, p.scales, slots, shape[2], need_dx, need_dscales
             )
@@ -319,7 +320,7 @@ def test_dense(storage):
         stored, row_scale = quantize(w, 0, storage) if storage in EIGHT_BITS else (w.to(storage), None)
         full = stored.double() if row_scale is None else stored.double() * row_scale.double()[:, None]
         stored = interleave(stored) if storage == torch.int8 else stored
-        for batch in BATCHES:
+        for batch in BATCHES if n == 1 or storage == torch.bfloat16 else (1, 17):
             p = problem((n, 1, k), batch)
             close(
                 launch.dense_linear(p.x, stored, row_scale, p.bias, n, False), p.x.double() @ full.T + p.bias, p.x.dtype
