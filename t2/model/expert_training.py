@@ -31,16 +31,22 @@ class ExpertTrainingMixin(WrapperModule):
         if self.z is not None:
             raise RuntimeError("an expert is in training already; finish_training() ends that")
         first = self.z_of(start).detach().to(self.sigma.device).clone()
+        self.__dict__["_trainable_before"] = [p for p in self.parameters() if p.requires_grad]
         self.requires_grad_(False)
         self.z = nn.Parameter(first)
         self.router.default = TrainedRoute(self.z, self.sigma, self.layout)
         return self.z
 
     def finish_training(self, metadata: Mapping[str, str] | None = None) -> Expert:
-        """The expert trained since `start_training`; calls without `experts` are the base's again."""
+        """The expert trained since `start_training`; calls without `experts` are the base's again.
+
+        Parameters require grad again that did before.
+        """
         if self.z is None:
             raise RuntimeError("no expert is in training; start_training() begins that")
         trained, self.z, self.router.default = Expert(self.z, self.layout, metadata), None, None
+        for parameter in self.__dict__.pop("_trainable_before"):
+            parameter.requires_grad_()
         return trained
 
     def activation_checkpointing_enable(

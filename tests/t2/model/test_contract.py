@@ -295,3 +295,14 @@ def test_the_bank_is_what_is_served():
     with pytest.raises(ValueError, match="name: expected one not yet"):
         svf.bank.add("e", second)
     assert svf.slot_table.in_use == in_use
+
+
+def test_training_leaves_the_models_own_parameters_as_they_were(tiny_model):
+    model = tiny_model()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    svf = t2.SVFModel(model, t2.SVFConfig(cache=False, progress=False))
+    svf.start_training()
+    assert [name for name, p in svf.named_parameters() if p.requires_grad] == ["z"]
+    svf.finish_training()
+    assert {name: p.requires_grad for name, p in svf.unload().named_parameters()} == before
