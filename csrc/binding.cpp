@@ -72,14 +72,16 @@ t2::Matrix transposed(const t2::Matrix& m) {
 }
 
 // Factors in one part, or in two along the rank: leading components, a multiple of 16 of them, then the rest.
+constexpr int kMaxFactorParts = 2;
 struct Factors {
-  t2::Matrix up[t2::kMaxParts], down[t2::kMaxParts];
+  t2::Matrix up[kMaxFactorParts], down[kMaxFactorParts];
   int parts;
 };
 
 Factors factors(const Tensor* u, const Tensor* vh, size_t parts, int64_t out_features, int64_t rank,
                 int64_t in_features) {
-  STD_TORCH_CHECK(parts == 1 || parts == t2::kMaxParts, "u: expected 1 or 2 parts, got ", parts);
+  STD_TORCH_CHECK(parts <= kMaxFactorParts, "u: expected at most 2 parts, got ", parts);
+  STD_TORCH_CHECK(parts > 0 || rank == 0, "u: expected parts of rank ", rank, ", got none");
   Factors f{{}, {}, static_cast<int>(parts)};
   int64_t left = rank;
   for (int i = 0; i < f.parts; ++i) {
@@ -141,9 +143,12 @@ Rows rows_of(const Tensor& x, int64_t features, const char* name, bool bf16_prod
   return {c, {c.const_data_ptr(), dtype, features, nullptr, 0, nullptr, 1, nullptr, round}, count};
 }
 
-t2::RowInput scaled_rows(const float* t, int64_t rank, const Routing& route, const float* component_scale, bool round) {
-  return {t, t2::DType::f32, rank, route.scales_data, route.scales_stride, route.slots_data, route.rows_per_slot,
-          component_scale, round};
+// The components [first, ...) of t [rows, rank], with their scales.
+t2::RowInput scaled_rows(const float* t, int64_t rank, int64_t first, const Routing& route, const float* component_scale,
+                         bool round) {
+  return {t + first,           t2::DType::f32,   rank,
+          route.scales_data + first, route.scales_stride, route.slots_data, route.rows_per_slot,
+          component_scale ? component_scale + first : nullptr, round};
 }
 
 Tensor like(const Tensor& x, int64_t features) {
@@ -156,9 +161,9 @@ Tensor float_matrix(const Tensor& x, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(x, {rows, columns}, ScalarType::Float);
 }
 
-t2::RowOutput output(const Tensor& y, const float* column_scale, const Tensor* bias) {
+t2::RowOutput output(const Tensor& y, const Tensor* bias) {
   const int64_t features = y.size(y.dim() - 1);
-  t2::RowOutput out{y.mutable_data_ptr(), dtype_of(y, "y"), features, column_scale, nullptr, t2::DType::f32};
+  t2::RowOutput out{y.mutable_data_ptr(), dtype_of(y, "y"), features, nullptr, t2::DType::f32};
   if (bias != nullptr) {
     STD_TORCH_CHECK(bias->numel() == features && bias->is_contiguous(), "bias: expected ", features,
                     " contiguous values");
@@ -170,13 +175,18 @@ t2::RowOutput output(const Tensor& y, const float* column_scale, const Tensor* b
 
 // Columns [first, ...) of the float32 matrix t [rows, rank].
 t2::RowOutput columns(float* t, int64_t rank, int64_t first) {
-  return {t + first, t2::DType::f32, rank, nullptr, nullptr, t2::DType::f32};
+  return {t + first, t2::DType::f32, rank, nullptr, t2::DType::f32};
 }
 
 const Tensor* pointer(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
 
-t2::Product product(const t2::RowInput& in, const t2::Matrix& m, const t2::RowOutput& out) {
-  return {in, {m, {}}, 1, out};
+t2::Product product(const t2::RowInput& in, const t2::Matrix& m, const t2::RowOutput& out,
+                    const float* column_scale = nullptr) {
+  return {{{in, m}}, 1, column_scale, out};
+}
+
+void append(t2::Product& product, const t2::RowInput& in, const t2::Matrix& m) {
+  product.parts[product.part_count++] = {in, m};
 }
 
 float value_at(const void* data, t2::DType dtype, int64_t i) {
@@ -202,10 +212,10 @@ class Batch {
   explicit Batch(int64_t rows) : rows_(rows) {}
   void add(const t2::Product& given) {
     t2::Product p = given;
-    const int64_t columns = p.parts[0].n;
+    const int64_t columns = p.parts[0].m.n;
     int parts = 0;
     for (int i = 0; i < p.part_count; ++i)
-      if (p.parts[i].k > 0) p.parts[parts++] = p.parts[i];
+      if (p.parts[i].m.k > 0) p.parts[parts++] = p.parts[i];
     p.part_count = parts;
     if (rows_ == 0 || columns == 0) return;
     if (parts == 0) return fill(p.out, columns);
@@ -238,17 +248,40 @@ void add_shrink(Batch& batch, const Rows& rows, const Factors& f, float* t, int6
   }
 }
 
-// Expand: y = (t * scale) U^T + bias, the parts of U side by side.
-void add_expand(Batch& batch, const t2::RowInput& in, const Factors& f, const t2::RowOutput& out) {
-  t2::Product p{in, {}, f.parts, out};
-  for (int i = 0; i < f.parts; ++i) p.parts[i] = f.up[i];
+// W beside the factors, where a layer keeps it, with the scales of its rows.
+struct Base {
+  t2::Matrix m;
+  const float* scale;
+};
+
+std::optional<Base> base_of(const Tensor* base, const Tensor* scale, int64_t out_features, int64_t in_features) {
+  if (base == nullptr) return std::nullopt;
+  const OptionalTensor given = scale == nullptr ? OptionalTensor() : OptionalTensor(*scale);
+  return Base{matrix(*base, out_features, in_features, "base"), float_vector(given, out_features, "base_scale")};
+}
+
+// Expand: y = x W^T + (t * scale) U^T + bias, W and the parts of U side by side.
+void add_expand(Batch& batch, const Rows& rows, const std::optional<Base>& base, const Factors& f, const float* t,
+                int64_t rank, const Routing& route, const float* component_scale, const t2::RowOutput& out) {
+  t2::Product p{{}, 0, nullptr, out};
+  if (base) {
+    append(p, rows.input, base->m);
+    p.column_scale = base->scale;
+  }
+  int64_t first = 0;
+  for (int i = 0; i < f.parts; ++i) {
+    append(p, scaled_rows(t, rank, first, route, component_scale, rows.input.round_to_bf16), f.up[i]);
+    first += f.up[i].k;
+  }
+  STD_TORCH_CHECK(p.part_count > 0, "u: expected at least one part where there is no base, got none");
   batch.add(p);
 }
 
 std::tuple<Tensor, Tensor> factored_linear(const Tensor& x, const std::vector<Tensor>& u, const std::vector<Tensor>& vh,
                                            const OptionalTensor& component_scale, const Tensor& scales,
                                            const Tensor& slots, const OptionalTensor& bias, int64_t out_features,
-                                           bool bf16_products) {
+                                           bool bf16_products, const OptionalTensor& base,
+                                           const OptionalTensor& base_scale) {
   const int64_t rank = scales.size(scales.dim() - 1);
   const int64_t in_features = x.size(x.dim() - 1);
   STD_TORCH_CHECK(u.size() == vh.size(), "vh: expected as many parts as u, ", u.size(), ", got ", vh.size());
@@ -256,14 +289,14 @@ std::tuple<Tensor, Tensor> factored_linear(const Tensor& x, const std::vector<Te
   const Routing route = routing(scales, slots, rows.count, rank);
   const Factors f = factors(u.data(), vh.data(), u.size(), out_features, rank, in_features);
   const float* component = float_vector(component_scale, rank, "component_scale");
+  const auto dense = base_of(pointer(base), pointer(base_scale), out_features, in_features);
   const Tensor t = float_matrix(x, rows.count, rank);
   const Tensor y = like(x, out_features);
   float* t_data = static_cast<float*>(t.mutable_data_ptr());
   Batch batch(rows.count);
   add_shrink(batch, rows, f, t_data, rank);
   batch.run();
-  add_expand(batch, scaled_rows(t_data, rank, route, component, rows.input.round_to_bf16), f,
-             output(y, nullptr, pointer(bias)));
+  add_expand(batch, rows, dense, f, t_data, rank, route, component, output(y, pointer(bias)));
   batch.run();
   return {y, t};
 }
@@ -272,7 +305,8 @@ std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const 
                                                     const std::vector<Tensor>& vh,
                                                     const OptionalTensor& component_scale, const Tensor& scales,
                                                     const Tensor& slots, int64_t in_features, bool need_dx,
-                                                    bool need_dscales) {
+                                                    bool need_dscales, const OptionalTensor& base,
+                                                    const OptionalTensor& base_scale) {
   const int64_t rank = scales.size(scales.dim() - 1);
   const int64_t out_features = grad_y.size(grad_y.dim() - 1);
   STD_TORCH_CHECK(u.size() == vh.size(), "vh: expected as many parts as u, ", u.size(), ", got ", vh.size());
@@ -298,8 +332,17 @@ std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const 
   }
   if (!need_dx) return {torch::stable::new_empty(grad_y, {0}), dscales};
   const Tensor dx = like(grad_y, in_features);
-  t2::Product p{scaled_rows(h_data, rank, route, component, false), {}, f.parts, output(dx, nullptr, nullptr)};
-  for (int i = 0; i < f.parts; ++i) p.parts[i] = transposed(f.down[i]);
+  t2::Product p{{}, 0, nullptr, output(dx, nullptr)};
+  if (const auto dense = base_of(pointer(base), pointer(base_scale), out_features, in_features)) {
+    t2::RowInput in = rows.input;
+    in.component_scale = dense->scale;
+    append(p, in, transposed(dense->m));
+  }
+  first = 0;
+  for (int i = 0; i < f.parts; ++i) {
+    append(p, scaled_rows(h_data, rank, first, route, component, false), transposed(f.down[i]));
+    first += f.down[i].n;
+  }
   batch.add(p);
   batch.run();
   return {dx, dscales};
@@ -330,11 +373,13 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
                                           const std::vector<Tensor>& component_scales,
                                           const std::vector<Tensor>& scales, const Tensor& slots,
                                           const std::vector<Tensor>& biases, const std::vector<int64_t>& out_features,
-                                          bool bf16_products) {
+                                          bool bf16_products, const std::vector<Tensor>& bases,
+                                          const std::vector<Tensor>& base_scales) {
   const size_t layers = scales.size();
   STD_TORCH_CHECK(layers > 0 && u.size() == vh.size() && u.size() % layers == 0 && out_features.size() == layers &&
                       (component_scales.empty() || component_scales.size() == layers) &&
-                      (biases.empty() || biases.size() == layers),
+                      (biases.empty() || biases.size() == layers) && (bases.empty() || bases.size() == layers) &&
+                      (base_scales.empty() || base_scales.size() == layers),
                   "scales: expected one entry per layer, as in u, vh and out_features; got ", layers);
   const size_t parts = u.size() / layers;
   const int64_t in_features = x.size(x.dim() - 1);
@@ -350,7 +395,7 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
   ys.reserve(layers);
   for (size_t l = 0; l < layers; ++l) {
     const int64_t rank = scales[l].size(scales[l].dim() - 1);
-    const Factors f = factors(&u[l * parts], &vh[l * parts], parts, out_features[l], rank, in_features);
+    const Factors f = factors(u.data() + l * parts, vh.data() + l * parts, parts, out_features[l], rank, in_features);
     add_shrink(shrink, rows, f, t, rank);
     t += rows.count * rank;
   }
@@ -358,14 +403,16 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
   t = intermediate.data();
   for (size_t l = 0; l < layers; ++l) {
     const int64_t rank = scales[l].size(scales[l].dim() - 1);
-    const Factors f = factors(&u[l * parts], &vh[l * parts], parts, out_features[l], rank, in_features);
+    const Factors f = factors(u.data() + l * parts, vh.data() + l * parts, parts, out_features[l], rank, in_features);
     routes.push_back(routing(scales[l], slots, rows.count, rank));
     const float* component = nullptr;
     if (!component_scales.empty()) component = float_vector(component_scales[l], rank, "component_scales");
     const bool has_bias = !biases.empty() && biases[l].numel() > 0;
+    const auto dense = base_of(bases.empty() ? nullptr : &bases[l], base_scales.empty() ? nullptr : &base_scales[l],
+                               out_features[l], in_features);
     ys.push_back(like(x, out_features[l]));
-    add_expand(expand, scaled_rows(t, rank, routes.back(), component, rows.input.round_to_bf16), f,
-               output(ys.back(), nullptr, has_bias ? &biases[l] : nullptr));
+    add_expand(expand, rows, dense, f, t, rank, routes.back(), component,
+               output(ys.back(), has_bias ? &biases[l] : nullptr));
     t += rows.count * rank;
   }
   expand.run();
@@ -380,7 +427,7 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   const float* scale = float_vector(row_scale, out_features, "row_scale");
   const Tensor y = like(x, out_features);
   Batch batch(rows.count);
-  batch.add(product(rows.input, m, output(y, scale, pointer(bias))));
+  batch.add(product(rows.input, m, output(y, pointer(bias)), scale));
   batch.run();
   return y;
 }
@@ -393,7 +440,7 @@ Tensor dense_linear_backward(const Tensor& grad_y, const Tensor& weight, const O
   rows.input.component_scale = float_vector(row_scale, out_features, "row_scale");
   const Tensor dx = like(grad_y, in_features);
   Batch batch(rows.count);
-  batch.add(product(rows.input, m, output(dx, nullptr, nullptr)));
+  batch.add(product(rows.input, m, output(dx, nullptr)));
   batch.run();
   return dx;
 }

@@ -67,4 +67,4 @@ def svf_linear(
             raise ValueError(f"z: expected shape [E, {rank}] with expert_ids, got {list(z.shape)}")
         scales = s.float() * z.float()
         slots = checks.check_ids("expert_ids", expert_ids, x, z.shape[0])
-    return ops.call(ops.factored_linear, x, [u], [vh], None, scales, slots, bias, out_features, False)[0]
+    return ops.call(ops.factored_linear, x, [u], [vh], None, scales, slots, bias, out_features, False, None, None)[0]

@@ -1,13 +1,18 @@
 """The operators as torch sees them: schemas, meta kernels, gradients, and the reference for devices without kernels.
 
-`factored_linear(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_products) -> (y, t)`
+`factored_linear(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_products, base, base_scale)
+-> (y, t)`
 
     t = x Vh^T                                                   (float32, saved for the backward pass)
     y[b] = (t[b] * scales[slots[b // n]] * component_scale) U^T + bias      with n = rows of x / len(slots)
 
+and with base, the delta form, x[b] (base_scale * base)^T beside the rest: both products in one sum. Where all scales
+are 0 that is `dense_linear`'s, bit for bit.
+
 x [..., in] float32, bfloat16 or float16; u and vh lists of one or two parts along the rank, each a matrix [out, r] and
 [r, in] or its panels (`t2kernels.packing`; the first of two parts has a multiple of 16 components); component_scale [r]
-float32 or None (the product of both factors' int8 scales); scales [slots, r] float32, any row stride; slots [S] int64
+float32 or None (the product of both factors' int8 scales); base [out, in], a matrix or its panels, with base_scale
+[out] float32 where it has 8 bits, or None; scales [slots, r] float32, any row stride; slots [S] int64
 with S dividing the rows of x; bias [out] or None.
 
 What the products round: nothing but the storage, with three exceptions. Where x is bfloat16, or bf16_products is true,
@@ -16,14 +21,15 @@ Before they meet int8 factors they are rounded to 16-bit integers, with a float3
 The output is rounded to the dtype of x. Sums are float32, or exact.
 
 `factored_linear_group` is the same for several layers that share x and slots, in one call and without t or gradients:
-u and vh hold the parts of all layers one after the other; component_scales and biases are empty or have one entry per
-layer (a bias without elements is none).
+u and vh hold the parts of all layers one after the other; component_scales, biases, bases and base_scales are empty or
+have one entry per layer (a bias without elements is none).
 
 Gradients (with g = dL/dy, h = g U):
 
-    dscales[slot] = sum over its rows of t * h * component_scale        dx = (h * scale * component_scale) Vh
+    dscales[slot] = sum over its rows of t * h * component_scale
+    dx = (h * scale * component_scale) Vh + (g * base_scale) base
 
-Neither x nor anything of W's size is kept or built. U, Vh and bias-free factors are frozen: they get no gradient. A
+Neither x nor anything of W's size is kept or built. U, Vh and base are frozen: they get no gradient. A
 gradient of a gradient is refused; forward mode (jvp) and torch.func run on the definitions in plain torch,
 `t2kernels.reference`.
 
@@ -54,15 +60,18 @@ from t2kernels.packing import PANEL
 _library = torch.library.Library("t2kernels", "DEF")
 _library.define(
     "factored_linear(Tensor x, Tensor[] u, Tensor[] vh, Tensor? component_scale, Tensor scales, Tensor slots, "
-    "Tensor? bias, SymInt out_features, bool bf16_products) -> (Tensor, Tensor)"
+    "Tensor? bias, SymInt out_features, bool bf16_products, Tensor? base, Tensor? base_scale) "
+    "-> (Tensor, Tensor)"
 )
 _library.define(
     "factored_linear_group(Tensor x, Tensor[] u, Tensor[] vh, Tensor[] component_scales, Tensor[] scales, "
-    "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products) -> Tensor[]"
+    "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products, Tensor[] bases, "
+    "Tensor[] base_scales) -> Tensor[]"
 )
 _library.define(
     "factored_linear_backward(Tensor grad_y, Tensor t, Tensor[] u, Tensor[] vh, Tensor? component_scale, "
-    "Tensor scales, Tensor slots, SymInt in_features, bool need_dx, bool need_dscales) -> (Tensor, Tensor)"
+    "Tensor scales, Tensor slots, SymInt in_features, bool need_dx, bool need_dscales, Tensor? base, "
+    "Tensor? base_scale) -> (Tensor, Tensor)"
 )
 _library.define(
     "dense_linear(Tensor x, Tensor weight, Tensor? row_scale, Tensor? bias, SymInt out_features, "
@@ -112,18 +121,20 @@ for _name in (
 
 
 @torch.library.register_fake("t2kernels::factored_linear")
-def _(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_products):  # type: ignore[no-untyped-def]
+def _(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_products, base=None, base_scale=None):  # type: ignore[no-untyped-def]
     rows = math.prod(x.shape[:-1])
     return x.new_empty(*x.shape[:-1], out_features), scales.new_empty(rows, scales.shape[1])
 
 
 @torch.library.register_fake("t2kernels::factored_linear_group")
-def _(x, u, vh, component_scales, scales, slots, biases, out_features, bf16_products):  # type: ignore[no-untyped-def]
+def _(x, u, vh, component_scales, scales, slots, biases, out_features, bf16_products, bases=(), base_scales=()):  # type: ignore[no-untyped-def]
     return [x.new_empty(*x.shape[:-1], features) for features in out_features]
 
 
 @torch.library.register_fake("t2kernels::factored_linear_backward")
-def _(grad_y, t, u, vh, component_scale, scales, slots, in_features, need_dx, need_dscales):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad_y, t, u, vh, component_scale, scales, slots, in_features, need_dx, need_dscales, base=None, base_scale=None
+):
     dx = grad_y.new_empty(*grad_y.shape[:-1], in_features) if need_dx else grad_y.new_empty(0)
     return dx, scales.new_empty(scales.shape[0] if need_dscales else 0, scales.shape[1])
 
@@ -178,10 +189,10 @@ def _sum_of_rows(gradient: Tensor) -> Tensor:
 
 
 def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, u, vh, component_scale, scales, slots, bias, _, _ = inputs
+    x, u, vh, component_scale, scales, slots, bias, _, _, base, base_scale = inputs
     ctx.set_materialize_grads(False)
     ctx.parts = len(u)
-    ctx.save_for_backward(output[1], component_scale, scales, slots, *u, *vh)
+    ctx.save_for_backward(output[1], component_scale, scales, slots, base, base_scale, *u, *vh)
     ctx.in_features, ctx.shape, ctx.dtype = x.shape[-1], x.shape, x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -200,23 +211,34 @@ def _through_t(grad_t: Tensor, vh: list[Tensor], in_features: int) -> Tensor:
 def _factored_backward(ctx: Any, grad_y: Tensor | None, grad_t: Tensor | None) -> tuple[Any, ...]:
     dx = dscales = dbias = None
     if grad_y is not None:
-        t, component_scale, scales, slots, *parts = ctx.saved_tensors
+        t, component_scale, scales, slots, base, base_scale, *parts = ctx.saved_tensors
         u, vh = parts[: len(parts) // 2], parts[len(parts) // 2 :]
         need_dx, need_dscales, need_dbias = (ctx.needs_input_grad[i] for i in (0, 4, 6))
         if need_dx or need_dscales:
             with torch.no_grad():
                 dx, dscales = factored_linear_backward(
-                    grad_y, t, u, vh, component_scale, scales, slots, ctx.in_features, need_dx, need_dscales
+                    grad_y,
+                    t,
+                    u,
+                    vh,
+                    component_scale,
+                    scales,
+                    slots,
+                    ctx.in_features,
+                    need_dx,
+                    need_dscales,
+                    base,
+                    base_scale,
                 )
         if need_dbias:
             dbias = _sum_of_rows(grad_y).to(ctx.bias_dtype)
         dx = _once(dx, grad_y, scales) if need_dx and dx is not None else None
         dscales = _once(dscales, grad_y, t) if need_dscales and dscales is not None else None
     if grad_t is not None and ctx.needs_input_grad[0]:
-        vh = ctx.saved_tensors[4 + ctx.parts :]
+        vh = ctx.saved_tensors[6 + ctx.parts :]
         through_t = _once(_through_t(grad_t, vh, ctx.in_features).reshape(ctx.shape).to(ctx.dtype), grad_t)
         dx = through_t if dx is None else dx + through_t
-    return dx, [None] * ctx.parts, [None] * ctx.parts, None, dscales, None, dbias, None, None
+    return dx, [None] * ctx.parts, [None] * ctx.parts, None, dscales, None, dbias, None, None, None, None
 
 
 def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

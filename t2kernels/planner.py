@@ -6,6 +6,8 @@
 | merged   | W' x, W' = W + U diag(s (z - 1)) Vh; one expert only         | build and pack W'       |
 | delta-k  | W x + U_k diag(s_k (z_k - 1)) Vh_k x, k leading components   | pack W, U_k and Vh_k    |
 
+A layer that is kept in the delta form, W beside the components of a support, stays in it or is merged.
+
 The cost model is measured, once per machine: a product of [rows, k] with an [n, k] matrix out of cold memory takes
 n * k times what an entry costs at so many rows, and what each activation costs that goes in or out; a call a constant.
 """
@@ -26,7 +28,7 @@ import torch
 
 from t2kernels.backends import build_info, extension
 from t2kernels.packing import PANEL, STORAGE_DTYPES
-from t2kernels.weights import DenseWeight, FactoredWeight
+from t2kernels.weights import DenseWeight
 
 FORMS = ("factored", "merged", "delta")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
@@ -193,7 +195,11 @@ class Plan:
         ]
         for form in FORMS:
             seconds = self.predicted(form)
-            reason = {"merged": "needs one expert for all requests", "delta": "no bound on the weight error was given"}
+            reason = {
+                "factored": "the model has the delta form",
+                "merged": "needs one expert for all requests",
+                "delta": "no bound on the weight error was given",
+            }
             lines.append(f"  {form:9}{seconds:10.4f}" if seconds < math.inf else f"  {form:9}         - {reason[form]}")
         lines.append(f"Chosen, layer by layer: {self.predicted():.4f} s.")
         for form, names in self.forms().items():
@@ -218,6 +224,7 @@ def plan_layer(
     fetch: float = 0.0,
     components: int | None = None,
     error: float = 0.0,
+    support: int | None = None,
 ) -> LayerPlan:
     """The fastest form of one layer.
 
@@ -229,6 +236,8 @@ def plan_layer(
         fetch: seconds of getting W and its factors from where they are kept, for the forms that are built from them.
         components: k that delta-k needs, or None where it is not allowed.
         error: the weight error that this k leaves.
+        support: components of a layer that is kept in the delta form: nothing has to be packed for it, and all
+            factors are not there.
     """
     out, inputs = size
     rank = min(size)
@@ -245,15 +254,21 @@ def plan_layer(
     def factors(rows: int, k: int) -> float:
         return cost.call + product(rows, k, inputs) + product(rows, out, k) if k else 0.0
 
-    predicted = {"factored": passes(lambda rows: factors(rows, rank))}
+    predicted: dict[str, float] = {}
+    if support is None:
+        predicted["factored"] = passes(lambda rows: factors(rows, rank))
+    else:
+        predicted["delta"] = passes(lambda rows: dense(rows) + factors(rows, support))
     if phase.experts == 1:
         build = out * inputs * (rank * cost.build + cost.pack)
         predicted["merged"] = fetch + build + passes(dense)
-    if components is not None:
+    if components is not None and support is None:
         packing = (out * inputs + components * (out + inputs)) * cost.pack
         predicted["delta"] = fetch + packing + passes(lambda rows: dense(rows) + factors(rows, components))
     form = min(predicted, key=lambda name: predicted[name])
     k, bound = (components or 0, error) if form == "delta" else (0, 0.0)
+    if form == "delta" and support is not None:
+        k, bound = support, 0.0
     return LayerPlan(form, predicted, k, bound)
 
 
@@ -283,19 +298,3 @@ def delta_components(
     k = int((worst > max_weight_error**2).sum())
     k = min(-(-k // multiple) * multiple, len(s))
     return order[:k].sort().values, float(worst[k].sqrt())
-
-
-class DeltaWeight:
-    """W x + U_k diag(d) Vh_k x for a different d in every row: the delta-k form, packed."""
-
-    def __init__(self, dense: DenseWeight, change: FactoredWeight | None) -> None:
-        self.dense, self.change = dense, change
-
-    def linear(
-        self, x: torch.Tensor, scales: torch.Tensor, slots: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """scales: [slots, k] rows s_k (z_k - 1), others as in `FactoredWeight.linear`."""
-        y = self.dense.linear_unchecked(x, bias)
-        if self.change is None:
-            return y
-        return y.add_(self.change.linear_unchecked(x, scales, slots))

@@ -60,6 +60,11 @@ def _float_factors(
     )
 
 
+def _float_base(base: Tensor, base_scale: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    matrix = _float_matrix(base, out_features, in_features)
+    return matrix if base_scale is None else matrix * base_scale.unsqueeze(1)
+
+
 def _row_scales(scales: Tensor, slots: Tensor, rows: int, component_scale: Tensor | None) -> Tensor:
     if slots.numel() and not (int(slots.min()) >= 0 and int(slots.max()) < scales.shape[0]):
         raise RuntimeError(f"slots: expected 0 <= id < {scales.shape[0]}, the rows of scales; got {slots.tolist()}")
@@ -78,6 +83,8 @@ def factored_linear(
     bias: Tensor | None,
     out_features: int,
     bf16_products: bool,
+    base: Tensor | None = None,
+    base_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `torch.ops.t2kernels.factored_linear`; see `t2kernels.ops` for the meaning of the arguments."""
     rows = _rows(x)
@@ -85,6 +92,8 @@ def factored_linear(
     t = rows.float() @ full_vh.T
     scaled = t * _row_scales(scales, slots, rows.shape[0], component_scale)
     y = scaled @ full_u.T
+    if base is not None:
+        y = y + rows.float() @ _float_base(base, base_scale, out_features, x.shape[-1]).T
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features), t
@@ -100,6 +109,8 @@ def factored_linear_group(
     biases: Sequence[Tensor],
     out_features: Sequence[int],
     bf16_products: bool,
+    bases: Sequence[Tensor] = (),
+    base_scales: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Reference of `torch.ops.t2kernels.factored_linear_group`."""
     parts = len(u) // len(scales)
@@ -108,7 +119,11 @@ def factored_linear_group(
         own = slice(i * parts, (i + 1) * parts)
         component = component_scales[i] if component_scales else None
         bias = biases[i] if biases and biases[i].numel() else None
-        ys.append(factored_linear(x, u[own], vh[own], component, scales[i], slots, bias, features, bf16_products)[0])
+        base, base_scale = bases[i] if bases else None, base_scales[i] if base_scales else None
+        y, _ = factored_linear(
+            x, u[own], vh[own], component, scales[i], slots, bias, features, bf16_products, base, base_scale
+        )
+        ys.append(y)
     return ys
 
 
@@ -123,6 +138,8 @@ def factored_linear_backward(
     in_features: int,
     need_dx: bool,
     need_dscales: bool,
+    base: Tensor | None = None,
+    base_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Reference of `torch.ops.t2kernels.factored_linear_backward`."""
     g = _rows(grad_y).float()
@@ -137,6 +154,8 @@ def factored_linear_backward(
         return grad_y.new_empty(0), dscales
     dt = h * _row_scales(scales, slots, g.shape[0], component_scale)
     dx = dt @ full_vh
+    if base is not None:
+        dx = dx + g @ _float_base(base, base_scale, grad_y.shape[-1], in_features)
     return dx.to(grad_y.dtype).reshape(*grad_y.shape[:-1], in_features), dscales
 
 

@@ -1,6 +1,6 @@
-"""Frozen weights laid out for the machine: `FactoredWeight` (U, Vh) and `DenseWeight` (W).
+"""Frozen weights laid out for the machine: `FactoredWeight` (U, Vh), `DenseWeight` (W), `DeltaWeight` (W, U_S, V_S).
 
-Both are modules with buffers only, so they move with `.to(device)`, taking the layout that the device's kernels read,
+All are modules with buffers only, so they move with `.to(device)`, taking the layout that the device's kernels read,
 and are saved with their owner. Casting a model to
 another dtype leaves them as they are: their storage format was chosen when they were packed.
 """
@@ -90,7 +90,13 @@ class _Operands(NamedTuple):
     vh: list[Tensor]
     component_scales: list[Tensor]  # one per layer, or none
     out_features: list[int]
+    bases: list[Tensor]  # one per layer, or none; and their scales
+    base_scales: list[Tensor]
     prepared: dict[Any, Any]  # launches of a GPU that calls of a kind find ready
+
+    def without_factors(self) -> _Operands:
+        """The bases alone."""
+        return _Operands([], [], [], self.out_features, self.bases, self.base_scales, {})
 
 
 class FactoredWeight(_FrozenWeight):
@@ -159,7 +165,13 @@ class FactoredWeight(_FrozenWeight):
     def _buffer_operands(self) -> _Operands:
         u = [getattr(self, f"u{part}") for part in range(self.parts)]
         vh = [getattr(self, f"vh{part}") for part in range(self.parts)]
-        return _Operands(u, vh, [] if self.component_scale is None else [self.component_scale], [self.out_features], {})
+        scales = [] if self.component_scale is None else [self.component_scale]
+        return _Operands(u, vh, scales, [self.out_features], [], [], {})
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for weights that `linear_group` takes together."""
+        return self.in_features, self.dtype, self.parts, self.bf16_products
 
     @property
     def u(self) -> list[Tensor]:
@@ -256,15 +268,7 @@ class FactoredWeight(_FrozenWeight):
 
     def check(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None) -> None:
         """Raises unless these are arguments of `linear`."""
-        x = checks.check_activations(x, self.in_features)
-        checks.check_device("x", x, self.s, "the packed weight")
-        scales = checks.check_tensor("scales", scales, f"[slots, {self.rank}]")
-        checks.check_dtype("scales", scales, (torch.float32,))
-        if scales.dim() != 2 or scales.shape[1] != self.rank:
-            raise ValueError(f"scales: expected shape [slots, {self.rank}] (rank), got {list(scales.shape)}")
-        checks.check_device("scales", scales, x, "x")
-        checks.check_ids("slots", slots, x, scales.shape[0])
-        checks.check_bias(bias, x, self.out_features)
+        _check_linear(self, x, scales, slots, bias)
 
     def linear_unchecked(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
         """`linear` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
@@ -282,14 +286,30 @@ class FactoredWeight(_FrozenWeight):
             bias,
             self.out_features,
             self.bf16_products,
+            None,
+            None,
         )[0]
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, rank={self.rank}, out={self.out_features}, dtype={self.dtype}"
 
 
+def _check_linear(
+    weight: FactoredWeight | DeltaWeight, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None
+) -> None:
+    x = checks.check_activations(x, weight.in_features)
+    checks.check_device("x", x, weight.s, "the packed weight")
+    scales = checks.check_tensor("scales", scales, f"[slots, {weight.rank}]")
+    checks.check_dtype("scales", scales, (torch.float32,))
+    if scales.dim() != 2 or scales.shape[1] != weight.rank:
+        raise ValueError(f"scales: expected shape [slots, {weight.rank}] (rank), got {list(scales.shape)}")
+    checks.check_device("scales", scales, x, "x")
+    checks.check_ids("slots", slots, x, scales.shape[0])
+    checks.check_bias(bias, x, weight.out_features)
+
+
 def linear_group(
-    weights: Sequence[FactoredWeight],
+    weights: Sequence[FactoredWeight | DeltaWeight],
     x: Tensor,
     scales: Sequence[Tensor],
     slots: Tensor,
@@ -301,7 +321,7 @@ def linear_group(
     product. Not differentiable; a ValueError says so where a gradient would be asked for.
 
     Args:
-        weights: layers of one storage format and one in_features.
+        weights: layers of one form, storage format and in_features.
         x: [B, ..., in], float32, bfloat16 or float16.
         scales: for each layer [slots, r] float32.
         slots: int64 [B].
@@ -315,8 +335,7 @@ def linear_group(
         )
     first = weights[0]
     for weight, scale, bias in zip(weights, scales, biases, strict=True):
-        kind = (weight.in_features, weight.dtype, weight.parts, weight.bf16_products)
-        if kind != (first.in_features, first.dtype, first.parts, first.bf16_products):
+        if weight.kind != first.kind:
             raise ValueError(f"weights: expected layers of one kind and input, got {first} and {weight}")
         weight.check(x, scale, slots, bias)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scale, bias)):
@@ -327,22 +346,30 @@ def linear_group(
 class FactoredGroup:
     """Layers of one kind that share their input, as `linear_group` takes them, for callers that call them often."""
 
-    def __init__(self, weights: Sequence[FactoredWeight]) -> None:
+    def __init__(self, weights: Sequence[FactoredWeight | DeltaWeight]) -> None:
         self.weights = list(weights)
         self._made_of: list[_Operands] = []
-        self._joined = _Operands([], [], [], [], {})
+        self._kept = _joined([])
 
     def linear_unchecked(
         self, x: Tensor, scales: Sequence[Tensor], slots: Tensor, biases: Sequence[Tensor | None]
     ) -> list[Tensor]:
         """The same as `linear_group`, arguments unchecked; slots may be any divisor of x's rows."""
+        return _run_group(self._operands(), x, scales, slots, biases, self.weights[0].bf16_products)
+
+    def base_unchecked(self, x: Tensor, slots: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+        """The products with the bases of `DeltaWeight`s alone: the bits that scales of 0 give."""
+        operands = self._operands().without_factors()
+        nothing = [weight.s.new_empty(1, 0) for weight in self.weights]
+        return _run_group(operands, x, nothing, slots.new_zeros(1), biases, self.weights[0].bf16_products)
+
+    def _operands(self) -> _Operands:
         operands = [weight._operands() for weight in self.weights]
         if torch.compiler.is_compiling():
-            return _run_group(_joined(operands), x, scales, slots, biases, self.weights[0].bf16_products)
+            return _joined(operands)
         if not self._made_of or any(map(is_not, operands, self._made_of)):
-            self._joined = _joined(operands)
-            self._made_of = operands
-        return _run_group(self._joined, x, scales, slots, biases, self.weights[0].bf16_products)
+            self._kept, self._made_of = _joined(operands), operands
+        return self._kept
 
 
 def _joined(operands: Sequence[_Operands]) -> _Operands:
@@ -352,6 +379,8 @@ def _joined(operands: Sequence[_Operands]) -> _Operands:
         [part for each in operands for part in each.vh],
         [scale for each in operands for scale in each.component_scales],
         [features for each in operands for features in each.out_features],
+        [base for each in operands for base in each.bases],
+        [scale for each in operands for scale in each.base_scales],
         {},
     )
 
@@ -370,10 +399,21 @@ def _run_group(
     if x.is_cuda and not torch.compiler.is_compiling() and type(x) is Tensor and not is_in_torch_dispatch_mode():
         kernels = triton_kernels()
         if kernels is not None:
-            u, vh, component_scales, out_features, prepared = operands
+            u, vh, component_scales, out_features, bases, base_scales, prepared = operands
             with device_of(x):
                 ys: list[Tensor] = kernels.run_group(
-                    prepared, x, u, vh, component_scales, scales, slots, given, out_features, bf16_products
+                    prepared,
+                    x,
+                    u,
+                    vh,
+                    component_scales,
+                    scales,
+                    slots,
+                    given,
+                    out_features,
+                    bf16_products,
+                    bases,
+                    base_scales,
                 )
             return ys
     return ops.call(
@@ -387,6 +427,8 @@ def _run_group(
         given,
         operands.out_features,
         bf16_products,
+        operands.bases,
+        operands.base_scales,
     )
 
 
@@ -451,3 +493,137 @@ class DenseWeight(_FrozenWeight):
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, dtype={self.dtype}"
+
+
+class DeltaWeight(nn.Module):
+    """W beside a support's components of W = U diag(s) Vh, packed: the delta form. Make one with `DeltaWeight.pack`.
+
+    A row's product is W x + U_S ((V_S x) * scale), where an expert's scale is s_S (z_S - 1) and the base's is 0. All
+    experts share the pair U_S, V_S, and the base is W itself, bit for bit. `s` [k] float32 is s_S.
+
+    `base` is a `DenseWeight`, or any module that computes W x + b: it keeps its own kernels and storage, and the
+    correction is added to its output.
+    """
+
+    def __init__(self, base: DenseWeight | nn.Module, change: FactoredWeight) -> None:
+        super().__init__()
+        self.base, self.change = base, change
+        self.in_features, self.out_features, self.rank = change.in_features, change.out_features, change.rank
+        self.bf16_products = change.bf16_products
+        self._kept_operands: _Operands | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        base: Tensor | nn.Module,
+        u: Tensor,
+        s: Tensor,
+        vh: Tensor,
+        dtype: torch.dtype = torch.float32,
+        *,
+        bf16_products: bool = False,
+    ) -> DeltaWeight:
+        """Packs W and the components of a support.
+
+        Args:
+            base: W [out, in], or a module that computes W x + b.
+            u: [out, k], s: [k], vh: [k, in] of the support's k >= 1 components.
+            dtype: storage of W and of the components, these as bfloat16 where W has 8 bits; of the components alone
+                where a module keeps W.
+            bf16_products: as in `FactoredWeight.pack`.
+        """
+        pair = torch.bfloat16 if dtype in EIGHT_BITS else dtype
+        change = FactoredWeight.pack(u, s, vh, dtype=pair, bf16_products=bf16_products)
+        if isinstance(base, Tensor):
+            checks.check_shape("base", base, (change.out_features, change.in_features), "out of u, in of vh")
+            checks.check_device("base", base, u, "u")
+            base = DenseWeight.pack(base, dtype=dtype, bf16_products=bf16_products)
+        elif not isinstance(base, nn.Module):
+            raise TypeError(f"base: expected a tensor [out, in] or a torch.nn.Module, got {type(base).__name__}")
+        return cls(base, change)
+
+    @property
+    def s(self) -> Tensor:
+        """The singular values [k] of the support."""
+        return self.change.s
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage of W; of the components where a module keeps W."""
+        return self.base.dtype if isinstance(self.base, DenseWeight) else self.change.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of W and the components, scales included."""
+        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for weights that `linear_group` takes together; a module's is its own."""
+        if not isinstance(self.base, DenseWeight):
+            return (self,)
+        return self.in_features, self.dtype, self.change.dtype, self.bf16_products, "delta"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._kept_operands = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._kept_operands = None
+        super()._load_from_state_dict(*args)
+
+    def _operands(self) -> _Operands:
+        if self._kept_operands is not None and not torch.compiler.is_compiling():
+            return self._kept_operands
+        base = self.base
+        assert isinstance(base, DenseWeight)
+        base_scales = [] if base.row_scale is None else [base.row_scale]
+        made = self.change._operands()._replace(bases=[base.weight], base_scales=base_scales, prepared={})
+        if not torch.compiler.is_compiling():
+            self._kept_operands = made
+        return made
+
+    def linear(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y[b] = W x[b] + U_S ((V_S x[b]) * scales[slots[b]]) + bias, one row of scales per leading row of x.
+
+        Arguments and result as in `FactoredWeight.linear`, with scales [slots, k].
+        """
+        self.check(x, scales, slots, bias)
+        return self.linear_unchecked(x, scales, slots, bias)
+
+    def check(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None) -> None:
+        """Raises unless these are arguments of `linear`."""
+        _check_linear(self, x, scales, slots, bias)
+
+    def linear_unchecked(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`linear` for callers that have made their arguments themselves; slots may be any divisor of x's rows."""
+        if not isinstance(self.base, DenseWeight):
+            return self.base_unchecked(x, bias) + self.change.linear_unchecked(x, scales, slots)
+        operands = self._operands()
+        if not torch.is_grad_enabled():
+            return _run_group(operands, x, (scales,), slots, (bias,), self.bf16_products)[0]
+        y: Tensor = ops.call(
+            ops.factored_linear,
+            x,
+            operands.u,
+            operands.vh,
+            self.change.component_scale,
+            scales,
+            slots,
+            bias,
+            self.out_features,
+            self.bf16_products,
+            self.base.weight,
+            self.base.row_scale,
+        )[0]
+        return y
+
+    def base_unchecked(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """W x + bias: the bits that scales of 0 give."""
+        if isinstance(self.base, DenseWeight):
+            return self.base.linear_unchecked(x, bias)
+        y: Tensor = self.base(x)
+        return y if bias is None else y + bias
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, components={self.rank}, out={self.out_features}"

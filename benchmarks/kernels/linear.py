@@ -152,7 +152,7 @@ def test_backward(benchmark: Any, layer: Layer, batch: int) -> None:
     }
 
     def ours(w: FactoredWeight) -> Any:
-        args = (grad_y, t, w.u, w.vh, w.component_scale, scales, slots, layer.in_features, True, True)
+        args = (grad_y, t, w.u, w.vh, w.component_scale, scales, slots, layer.in_features, True, True, None, None)
         return ops.factored_linear_backward(*args)
 
     def library() -> Any:

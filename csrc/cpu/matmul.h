@@ -1,7 +1,10 @@
 // Row-batched products with frozen matrices, on pointers and sizes only (no torch headers).
 //
-//   y[b, n] = column_scale[n] * sum_k x[b, k] * scale[slot(b), k] * component_scale[k] * M[n, k]  +  bias[n]
+//   y[b, n] = sum over parts of column_scale[n] * sum_k x[b, k] * scale[slot(b), k] * component_scale[k] * M[n, k]
+//             +  bias[n]
 //
+// where each part has rows, scales and a matrix of its own: leading components that are stored with more bits beside
+// the others, or W beside the few components that experts change. Parts are summed one after the other.
 // A row's bits depend on that row and on M alone, whatever the batch size, the row's position, the tile that computes
 // it or the thread it lands on, because the sum over k always runs in the same order:
 //   float32 products   one FMA per term, k ascending
@@ -48,17 +51,21 @@ struct RowOutput {
   void* data;   // [rows, n], n contiguous
   DType dtype;  // f32, bf16 or f16
   int64_t stride;
-  const float* column_scale;  // [n] or null
-  const void* bias;           // [n] or null
+  const void* bias;  // [n] or null
   DType bias_dtype;
 };
 
-// M = [parts[0] | parts[1]] along k: leading components may be stored with more bits.
-constexpr int kMaxParts = 2;
-struct Product {
+struct Part {
   RowInput in;
-  Matrix parts[kMaxParts];
+  Matrix m;
+};
+
+// column_scale belongs to the first part, which without others has the bits that it has with parts that add 0.
+constexpr int kMaxParts = 3;
+struct Product {
+  Part parts[kMaxParts];
   int part_count;
+  const float* column_scale;  // [n] or null
   RowOutput out;
 };
 constexpr int kMaxProducts = 8;

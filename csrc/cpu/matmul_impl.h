@@ -247,11 +247,11 @@ struct Tiles {
   int64_t begin(int64_t tile) const { return tile * small + smaller(tile, large_count); }
 };
 
-// The terms [k0, k0 + k) of a block of rows, packed for one arithmetic, padded with zeros to an even number of terms.
+// The k terms of a block of rows, packed for one arithmetic, padded with zeros to an even number of terms.
 struct PackedRows {
   RowInput in;
   Arithmetic arithmetic;
-  int64_t k0, k, rows;
+  int64_t k, rows;
   char* data;    // [tile][even(k)][rows of tile] float32, or [tile][even(k) / 2][rows of tile] pairs
   float* scale;  // i16: [ceil(k / kBlock)][rows]
 
@@ -263,7 +263,7 @@ struct PackedRows {
   bool same(const PackedRows& other) const {
     return in.data == other.in.data && in.scales == nullptr && other.in.scales == nullptr &&
            in.component_scale == nullptr && other.in.component_scale == nullptr && arithmetic == other.arithmetic &&
-           k0 == other.k0 && k == other.k && in.stride == other.in.stride;
+           k == other.k && in.stride == other.in.stride;
   }
   template <class X>
   X* at(int64_t first_row, int64_t tile_rows, int64_t term) const {
@@ -308,11 +308,10 @@ void multiply(float* v, const float* factor, int64_t count) {
 // Row `row`, scaled, as float32: out[even(k)].
 void scaled_row(const PackedRows& p, int64_t row, float* out) {
   with_activation(p.in.dtype, [&]<class T>(T) {
-    widen(static_cast<const T*>(p.in.data) + row * p.in.stride + p.k0, p.k, out);
+    widen(static_cast<const T*>(p.in.data) + row * p.in.stride, p.k, out);
   });
-  if (p.in.scales)
-    multiply(out, p.in.scales + p.in.slots[row / p.in.rows_per_slot] * p.in.scales_stride + p.k0, p.k);
-  if (p.in.component_scale) multiply(out, p.in.component_scale + p.k0, p.k);
+  if (p.in.scales) multiply(out, p.in.scales + p.in.slots[row / p.in.rows_per_slot] * p.in.scales_stride, p.k);
+  if (p.in.component_scale) multiply(out, p.in.component_scale, p.k);
   if (p.k & 1) out[p.k] = 0.0f;
 }
 
@@ -514,19 +513,42 @@ void multiply_part(const Matrix& m, const PackedRows& x, const Tiles& tiles, con
   }
 }
 
-template <class T>
-void store_panel(const RowOutput& out, const float* acc, int64_t rows, int64_t row0, int64_t n, int64_t n0) {
-  const int64_t columns = smaller(kPanel, n - n0);
-  alignas(64) float bias[kPanel] = {};
+// Scales and bias of the 16 columns from n0 on, 1 and 0 where there are none.
+struct Finish {
   alignas(64) float scale[kPanel];
-  for (int64_t j = 0; j < kPanel; ++j) scale[j] = out.column_scale && j < columns ? out.column_scale[n0 + j] : 1.0f;
-  if (out.bias)
-    with_activation(out.bias_dtype, [&]<class B>(B) { widen(static_cast<const B*>(out.bias) + n0, columns, bias); });
+  alignas(64) float bias[kPanel] = {};
+  Finish(const Product& product, int64_t n0) {
+    const RowOutput& out = product.out;
+    const int64_t columns = smaller(kPanel, product.parts[0].m.n - n0);
+    for (int64_t j = 0; j < kPanel; ++j)
+      scale[j] = product.column_scale && j < columns ? product.column_scale[n0 + j] : 1.0f;
+    if (out.bias)
+      with_activation(out.bias_dtype, [&]<class B>(B) { widen(static_cast<const B*>(out.bias) + n0, columns, bias); });
+  }
+  void apply(Lane16& v) const { v.scale_and_add(scale, bias); }
+};
+
+// acc = acc * scale + bias: the end of a first part that others follow.
+void finish_panel(const Product& product, float* acc, int64_t rows, int64_t n0) {
+  const Finish finish(product, n0);
+  for (int64_t r = 0; r < rows; ++r) {
+    Lane16 v;
+    v.load(acc + r * kPanel);
+    finish.apply(v);
+    v.store(acc + r * kPanel);
+  }
+}
+
+template <class T>
+void store_panel(const Product& product, const float* acc, int64_t rows, int64_t row0, int64_t n0, bool finished) {
+  const RowOutput& out = product.out;
+  const int64_t columns = smaller(kPanel, product.parts[0].m.n - n0);
+  const Finish finish(product, n0);
   for (int64_t r = 0; r < rows; ++r) {
     T* y = static_cast<T*>(out.data) + (row0 + r) * out.stride + n0;
     Lane16 v;
     v.load(acc + r * kPanel);
-    v.scale_and_add(scale, bias);
+    if (!finished) finish.apply(v);
     if (columns == kPanel) {
       store(v, y);
     } else {
@@ -544,24 +566,24 @@ void panel_range(const Product& product, const PackedRows* const* x, int64_t row
   const int64_t stride = rows * kPanel;
   float* data = reinterpret_cast<float*>(scratch.get((kGroup * stride + kGroup * kSlice * kPanel) * 4));
   const Tiles tiles(rows);
-  const RowOutput& out = product.out;
   for (int64_t group = begin; group < end; group += kGroup) {
     Accumulators acc{data, stride, group, smaller(group + kGroup, end), true};
+    const bool finished = product.column_scale != nullptr && product.part_count > 1;
     for (int part = 0; part < product.part_count; ++part) {
-      const Matrix& m = product.parts[part];
-      if (m.k == 0) continue;
+      const Matrix& m = product.parts[part].m;
       with_format(m.dtype, [&]<class T>(T) { multiply_part<T>(m, *x[part], tiles, acc, data + kGroup * stride); });
       acc.first = false;
+      if (part == 0 && finished)
+        for (int64_t p = group; p < acc.end; ++p) finish_panel(product, acc.at(p, 0), rows, p * kPanel);
     }
-    if (acc.first) std::memset(data, 0, static_cast<size_t>(kGroup * stride) * sizeof(float));
-    with_activation(out.dtype, [&]<class T>(T) {
+    with_activation(product.out.dtype, [&]<class T>(T) {
       for (int64_t p = group; p < acc.end; ++p)
-        store_panel<T>(out, acc.at(p, 0), rows, row0, product.parts[0].n, p * kPanel);
+        store_panel<T>(product, acc.at(p, 0), rows, row0, p * kPanel, finished);
     });
   }
 }
 
-int64_t panels_of(const Product& product) { return (product.parts[0].n + kPanel - 1) / kPanel; }
+int64_t panels_of(const Product& product) { return (product.parts[0].m.n + kPanel - 1) / kPanel; }
 
 void matmul(const Product* products, int count, int64_t rows, ParallelFor parallel_for) {
   thread_local Scratch scratch;
@@ -571,17 +593,17 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
   int64_t panels = 0, terms = 0;
   for (int i = 0; i < count; ++i) {
     panels += panels_of(products[i]);
-    int64_t k0 = 0;
+    int64_t own = 0;
     for (int part = 0; part < products[i].part_count; ++part) {
-      const Matrix& m = products[i].parts[part];
-      const PackedRows wanted{products[i].in, arithmetic(products[i].in, m), k0, m.k, 0, nullptr, nullptr};
+      const auto& [in, m] = products[i].parts[part];
+      const PackedRows wanted{in, arithmetic(in, m), m.k, 0, nullptr, nullptr};
       int found = 0;
       while (found < packs && !packed[found].same(wanted)) ++found;
       if (found == packs) packed[packs++] = wanted;
       x[i][part] = &packed[found];
-      k0 += m.k;
+      own += m.k;
     }
-    terms = k0 > terms ? k0 : terms;
+    terms = own > terms ? own : terms;
   }
   for (int64_t row0 = 0; row0 < rows; row0 += kRowBlock) {
     const int64_t block = smaller(kRowBlock, rows - row0);

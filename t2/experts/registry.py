@@ -44,6 +44,8 @@ class ExpertRegistry(ExpertBank):
 
     def add(self, name: str, expert: Expert, *, replace: bool = False, strict: bool = True) -> None:
         with self._lock:
+            if isinstance(expert, Expert) and expert.layout.R == self.layout.R:
+                self._table.scales_of(expert.z)  # raises before anything is changed
             super().add(name, expert, replace=replace, strict=strict)
             before = self._slots.get(name)
             self._slots[name] = self._table.allocate(self._rows[name])

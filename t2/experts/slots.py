@@ -1,4 +1,4 @@
-"""The slot table, one row sigma * z for each expert in use, and the buffers that hold the slots of running batches.
+"""The slot table, one row of scales for each expert in use, and the buffers that hold the slots of running batches.
 
 Both lie at addresses that last, so compiled code and captured CUDA graphs run with other experts as they are."""
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from t2.experts.layout import Layout
+from t2.experts.support import counts
 
 
 class Streams:
@@ -105,6 +106,8 @@ class ScaledLayer(Protocol):
 class SlotTable:
     """`table` [slots, R] float32 of rows sigma * z. Slot 0 is the base model (z = 1) and stays.
 
+    In the delta form rows are sigma (z - 1) at the support's positions, [slots, K]: what an expert adds to the base.
+
     Slots are counted references: an expert holds its slot, and so does every route that uses it. A slot that is
     written is always a free one, so replacing or removing an expert never changes a batch that is running.
 
@@ -115,12 +118,17 @@ class SlotTable:
 
     BASE = 0
 
-    def __init__(self, layout: Layout, sigma: Tensor, slots: int = 8) -> None:
+    def __init__(self, layout: Layout, sigma: Tensor, slots: int = 8, support: Tensor | None = None) -> None:
         self.layout = layout
         self.sigma = sigma
+        self.support = None if support is None else support.to(sigma.device)
+        """The positions [K] in z that experts may change, in the delta form."""
+        self.widths = layout.ranks if support is None else counts(support, layout)
+        """The columns of each layer."""
         self.generation = 0
         with torch.inference_mode(False):  # a table made in inference mode could not be trained through later
-            self.table = sigma.unsqueeze(0).repeat(slots, 1)
+            self.table = torch.empty(slots, sum(self.widths), device=sigma.device)
+        self.reset()
         self._references = [1] + [0] * (slots - 1)
         self._layers: list[ScaledLayer] = []
         self._lock = threading.Lock()
@@ -129,6 +137,46 @@ class SlotTable:
     def _set_streams(self) -> None:
         self._written = Streams(self.sigma.device)
         self._released = [Streams(self.sigma.device) for _ in self._references]
+
+    def reset(self) -> None:
+        """Takes sigma as it is now, and fills every slot with the base."""
+        with torch.inference_mode(False):
+            self.column_sigma = self.columns_of(self.sigma)
+            self.base_row = self.column_sigma * (1.0 - self.offset)
+            self.table[:] = self.base_row
+
+    @property
+    def offset(self) -> float:
+        """Scales are sigma (z - offset)."""
+        return 0.0 if self.support is None else 1.0
+
+    def columns_of(self, values: Tensor) -> Tensor:
+        """Those of [..., R] values, one for each component, that columns belong to."""
+        return values if self.support is None else values[..., self.support]
+
+    def with_columns(self, values: Tensor) -> Tensor:
+        """z [R] with these values at the columns' components, and 1 at all others."""
+        if self.support is None:
+            return values
+        return torch.ones_like(self.sigma).index_copy(0, self.support, values.to(self.sigma))
+
+    def scales_of(self, z: Tensor) -> Tensor:
+        """The row of scales of an expert z [R].
+
+        Raises:
+            ValueError: z is not 1 at a component off the support.
+        """
+        z = z.to(self.sigma)
+        if self.support is not None:
+            off = z.detach().clone()
+            off[self.support] = 1.0
+            if others := int((off != 1.0).sum()):
+                raise ValueError(
+                    f"experts: expected z = 1 off the support of {len(self.support)} components that this model has in "
+                    f"the delta form, got {others} others that differ, by up to {float((off - 1).abs().max()):.3g}; "
+                    "weights of a mix have to add up to 1, and the factored form runs every expert"
+                )
+        return self.column_sigma * (self.columns_of(z) - self.offset)
 
     @property
     def in_use(self) -> int:
@@ -143,20 +191,22 @@ class SlotTable:
 
     def _give_views(self) -> None:
         with torch.inference_mode(False):
-            for layer, columns in zip(self._layers, self.table.split(list(self.layout.ranks), dim=1), strict=True):
+            for layer, columns in zip(self._layers, self.table.split(list(self.widths), dim=1), strict=True):
                 layer.set_scales(columns)
 
     def to(self, device: torch.device) -> None:
         with self._lock, torch.inference_mode(False):
             self.sigma, self.table = self.sigma.to(device), self.table.to(device)
+            self.column_sigma, self.base_row = self.column_sigma.to(device), self.base_row.to(device)
+            self.support = None if self.support is None else self.support.to(device)
             self._set_streams()
             self.generation += 1
             self._give_views()
 
     def allocate(self, z: Tensor) -> int:
-        """Writes sigma * z to a free slot and returns it with one reference."""
+        """Writes the scales of z [R] to a free slot and returns it with one reference; raises as `scales_of` does."""
         with torch.inference_mode(False):
-            row = self.sigma * z.detach().to(self.sigma)
+            row = self.scales_of(z.detach())
             with self._lock:
                 if 0 not in self._references:
                     self._double()

@@ -3,12 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from t2.experts.expert import Expert
+from t2.experts.expert import Expert, ExpertBank
 from t2.experts.layout import Layout
+from t2.weights.files import FileFormatError, read_safetensors, write_safetensors
+
+FORMAT, FORMAT_VERSION = "t2-support", "1"
+Chosen = int | float | str | Path | Tensor
+"""A support: a number of components of each matrix, a share of them, a file, or positions."""
+
+
+def resolve(chosen: Chosen, layout: Layout) -> Tensor:
+    """Positions [K] int64 in z, in increasing order, at least one in each matrix.
+
+    Args:
+        chosen: k, the k leading components of each matrix (those with the largest singular values); a share of them
+            between 0 and 1; a file of `save`, or of experts, whose support it then is (`support_of`), or a folder of
+            such; or positions. A matrix without any has its first one.
+
+    Raises:
+        TypeError, ValueError: another value, or a file for other matrices or weights.
+        FileNotFoundError, FileFormatError: the file cannot be read.
+    """
+    if isinstance(chosen, Tensor):
+        positions = check_positions("support", chosen, layout.R)
+    elif isinstance(chosen, str | Path):
+        positions = load(chosen, layout)
+    elif isinstance(chosen, bool) or not isinstance(chosen, int | float):
+        raise TypeError(
+            f"support: expected a number of components, a share, a file or positions, got {type(chosen).__name__}"
+        )
+    elif (isinstance(chosen, float) and not 0 < chosen < 1) or (isinstance(chosen, int) and chosen < 1):
+        raise ValueError(f"support: expected an integer >= 1 or a share between 0 and 1, got {chosen}")
+    else:
+        most = [chosen if isinstance(chosen, int) else max(1, round(chosen * rank)) for rank in layout.ranks]
+        leading = [range(o, o + min(k, r)) for o, r, k in zip(layout.offsets, layout.ranks, most, strict=True)]
+        positions = torch.tensor([p for own in leading for p in own])
+    empty = [start for start, count in zip(layout.offsets, counts(positions, layout), strict=True) if not count]
+    return torch.cat([positions, torch.tensor(empty, dtype=torch.int64)]).sort().values if empty else positions
+
+
+def check_positions(name: str, positions: Tensor, R: int) -> Tensor:
+    """Positions on the CPU; ValueError unless they are increasing int64 [K] in a vector of length R."""
+    given = positions.detach().cpu()
+    if (
+        given.dtype != torch.int64
+        or given.dim() != 1
+        or not len(given)
+        or bool((given.diff() < 1).any())
+        or not 0 <= int(given[0]) <= int(given[-1]) < R
+    ):
+        raise ValueError(
+            f"{name}: expected increasing positions int64 [K] below {R}, got {given.dtype} {list(given.shape)}"
+        )
+    return given
+
+
+def counts(positions: Tensor, layout: Layout) -> tuple[int, ...]:
+    """The number of positions in each matrix."""
+    ends = torch.searchsorted(positions.cpu(), torch.tensor([*layout.offsets, layout.R])).tolist()
+    return tuple(end - start for start, end in pairwise(ends))
+
+
+def save(path: str | Path, positions: Tensor, layout: Layout) -> None:
+    """Writes a support to a safetensors file, whole or not at all."""
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    positions = check_positions("positions", positions, layout.R)
+    write_safetensors(path, {"positions": positions}, header | layout.to_metadata())
+
+
+def load(path: str | Path, layout: Layout) -> Tensor:
+    """The support in a file of `save`, or the one of the experts in a file or folder, for the weights of `layout`."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"support: expected files of experts in {path}, found none")
+        return torch.cat([load(file, layout) for file in files]).unique()
+    tensors, metadata = read_safetensors(path, "support")
+    kind = metadata.get("format")
+    if kind == "t2-bank":
+        bank = ExpertBank.load(path)
+        layout.check_same(bank.layout, str(path))
+        return support_of(bank[name] for name in bank)
+    if kind == "t2-expert":
+        expert = Expert.load(path)
+        layout.check_same(expert.layout, str(path))
+        return support_of([expert])
+    if (kind, metadata.get("format_version")) != (FORMAT, FORMAT_VERSION) or "positions" not in tensors:
+        raise FileFormatError(f"{path}: expected a support, an expert or a bank, got {kind!r}")
+    layout.check_same(Layout.from_metadata(metadata, str(path)), str(path))
+    try:
+        return check_positions("positions", tensors["positions"], layout.R)
+    except ValueError as error:
+        raise FileFormatError(f"{path}: {error}") from error
 
 
 def top_components(scores: Tensor, layout: Layout, count: int) -> Tensor:

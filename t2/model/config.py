@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from t2.experts.support import Chosen
 from t2kernels import Factors
 from t2kernels.packing import GPU_STORAGE_DTYPES
 
@@ -23,8 +25,12 @@ class SVFConfig:
     target_modules: "all-linear" (all but the output embedding), "attention" or "mlp" (layers below a module of that
         name), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"]. In a
         model that reads images, only layers of its language model count.
+    form: "factored" runs U diag(sigma z) Vh, with z free at every component. "delta" runs W x and adds what experts
+        change at the components of `support`: the base is the dense model bit for bit, at its speed and a little more.
+    support: of the delta form: a number of components of each matrix or a share of them, the leading ones; a file or
+        folder of experts or a file of `t2.experts.support.save`; or positions in z (`t2.experts.support.resolve`).
     dtype: storage of the factors: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn; None keeps each
-        weight's own.
+        weight's own. In the delta form also of W; beside W in 8 bits the components are bfloat16.
     bf16_products: rounds activations to bfloat16 before they meet bfloat16 factors, where the processor has that dot
         product: twice the arithmetic, for a drift that `docs/cpu.md` shows.
     pack_others: also runs linear layers beside the targets, the output embedding first of all, on the same kernels,
@@ -33,8 +39,9 @@ class SVFConfig:
     cache: True keeps factors (and the base weights, which merging and unloading need) in `cache_dir` instead of
         computing them at every start; False holds the base weights in memory beside the factors.
     cache_dir: folder of the cache; None is `t2kernels.files.cache_root() / "factors"`.
-    slots: rows of the slot table, 4 R bytes each: the base, every expert, and the mixes of running batches have one.
-        None is 64 on a GPU (185 MB for Llama-3-8B) and 8 elsewhere. A full table doubles (`SVFModel.table_generation`).
+    slots: rows of the slot table, 4 R bytes each (4 K in the delta form): the base, every expert, and the mixes of
+        running batches have one. None is 64 on a GPU (185 MB for Llama-3-8B) and 8 elsewhere. A full table doubles
+        (`SVFModel.table_generation`).
     verify: runs a short probe through the model before and after (`t2.model.verify`): a dozen forward passes of 20
         tokens. Layers that fail it are left out with a warning; a model whose outputs it changes is refused. Where
         weights are read one by one there are no outputs to compare with: only rows of a mixed batch are checked.
@@ -42,6 +49,8 @@ class SVFConfig:
     """
 
     target_modules: str | Sequence[str] = "all-linear"
+    form: Literal["factored", "delta"] = "factored"
+    support: Chosen | None = None
     dtype: torch.dtype | None = None
     bf16_products: bool = False
     pack_others: bool = True
@@ -55,5 +64,10 @@ class SVFConfig:
         """Raises TypeError or ValueError for an option of another kind."""
         if self.dtype not in (None, *GPU_STORAGE_DTYPES):
             raise TypeError(f"dtype: expected None, float32, bfloat16, float16 or int8, got {self.dtype}")
+        if self.form not in ("factored", "delta"):
+            raise ValueError(f"form: expected 'factored' or 'delta', got {self.form!r}")
+        if (self.support is not None) != (self.form == "delta"):
+            expected = "components, a share, a file or positions" if self.form == "delta" else "None, as z is free"
+            raise ValueError(f"support: expected {expected} in the {self.form} form, got {self.support!r:.80}")
         if self.slots is not None and (not isinstance(self.slots, int) or self.slots < 1):
             raise ValueError(f"slots: expected None or an integer >= 1, got {self.slots!r}")

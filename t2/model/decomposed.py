@@ -14,6 +14,7 @@ from tqdm import tqdm
 from t2.experts.layout import fingerprint, layout_of
 from t2.experts.registry import ExpertRegistry
 from t2.experts.slots import SlotTable
+from t2.experts.support import resolve
 from t2.model.attention import give_back, take_over
 from t2.model.config import FactorSource, SVFConfig
 from t2.model.layers import Packed, RoutedLinear, SharedInput, pack, unpack
@@ -28,7 +29,7 @@ from t2.weights.targets import (
     other_linears,
     weight_matrix,
 )
-from t2kernels import FactoredWeight, Factors, decompose
+from t2kernels import DeltaWeight, FactoredWeight, Factors, decompose
 from t2kernels.packing import EIGHT_BITS, STORAGE_DTYPES
 
 WeightReaders = Mapping[str, Callable[[], Tensor]]
@@ -104,9 +105,11 @@ class DecomposedLayers:
         self._by_key = {} if self.readers is None else {keys[name]: self.readers[name] for name in targets}
         del matrices  # views that would keep every dense weight alive while the factors are loaded
         slots = (64 if self.device.type == "cuda" else 8) if self.config.slots is None else self.config.slots
-        self.table = SlotTable(self.layout, torch.empty(self.layout.R, device=self.device), slots)
-        self.router = Router(self.table)
+        sigma = torch.empty(self.layout.R, device=self.device)
         try:
+            support = None if self.config.support is None else resolve(self.config.support, self.layout)
+            self.table = SlotTable(self.layout, sigma, slots, support)
+            self.router = Router(self.table)
             bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not self.config.progress)
             for index, (name, layer) in enumerate(bar):
                 self._replace(index, name, layer, keys[name])
@@ -123,7 +126,10 @@ class DecomposedLayers:
             made = fingerprint({name: layer.key for name, layer in self.layers.items()})
             self.layout = self.table.layout = replace(self.layout, fingerprint=made)
         self.registry = ExpertRegistry(self.layout, self.table)
-        self.table.table[:] = self.table.sigma
+        self.table.reset()
+        self.router = Router(self.table)
+        for layer in self.routed.values():
+            layer.router = self.router
         self.table.bind(list(self.routed.values()))
 
     def _replace(self, index: int, name: str, layer: Linear, key: str) -> None:
@@ -135,11 +141,22 @@ class DecomposedLayers:
             factors = self.cache.load_or_redo(key, self._by_key.get(key, weight))
         else:
             factors = decompose(weight)
-        dtype = self.config.dtype or weight.dtype
+        dtype, rounded = self.config.dtype or weight.dtype, self.config.bf16_products
         u, s, vh = (factor.to(self.device) for factor in factors)  # packed there, in the layout of its kernels
-        packed = FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=self.config.bf16_products)
+        window = self.layout.window(name)
+        self.table.sigma[window] = s
+        packed: FactoredWeight | DeltaWeight
+        if self.table.support is None:
+            packed = FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=rounded)
+        else:
+            own = _within(self.table.support, window)
+            stored = weight
+            if weight.is_meta:
+                assert self.cache is not None
+                stored = self.cache.load_weight_or(key, self._by_key.get(key)).to(self.device)
+            packed = DeltaWeight.pack(stored, u[:, own], s[own], vh[own], dtype=dtype, bf16_products=rounded)
+            del stored
         del factors, u, s, vh
-        self.table.sigma[self.layout.window(name)] = packed.s
         dense = None if self.cache else weight.clone()
         del weight
         routed = RoutedLinear(index, name, packed, layer, self.router)
@@ -149,7 +166,7 @@ class DecomposedLayers:
     def _share_inputs(self) -> None:
         for names in groups_of_one_input(self.layers):
             members = [self.layers[name].layer for name in names]
-            if len({(m.in_features, m.weight.dtype, m.weight.parts) for m in members}) == 1:
+            if len({m.weight.kind for m in members}) == 1:
                 SharedInput(members)
 
     def _pack_others(self) -> None:
@@ -182,19 +199,29 @@ class DecomposedLayers:
     # Dense weights
 
     def dense(self, name: str) -> tuple[Tensor, Factors]:
-        """The base weight [out, in] of a layer and its factors, on the layer's device."""
+        """The base weight [out, in] of a layer and its factors, on its device; in the delta form the support's."""
         layer = self.layers[name]
+        packed = layer.layer.weight
         if self.cache is None:
             assert layer.weight is not None
-            return layer.weight, Factors(*layer.layer.weight.factors())
-        device, source = layer.layer.weight.s.device, self._by_key.get(layer.key)
-        factors = self.cache.load_or_redo(layer.key, source)
-        return self.cache.load_weight_or(layer.key, source).to(device), Factors(*(f.to(device) for f in factors))
+            kept = packed.change if isinstance(packed, DeltaWeight) else packed
+            return layer.weight, Factors(*kept.factors())
+        device, source = packed.s.device, self._by_key.get(layer.key)
+        u, s, vh = (f.to(device) for f in self.cache.load_or_redo(layer.key, source))
+        if self.table.support is not None:
+            own = _within(self.table.support, self.layout.window(name))
+            u, s, vh = u[:, own], s[own], vh[own]
+        return self.cache.load_weight_or(layer.key, source).to(device), Factors(u, s, vh)
 
     def merged_weight(self, name: str, z: Tensor) -> Tensor:
         """W + U diag(sigma (z - 1)) Vh [out, in] of a layer, in the dtype of W, for an expert z [R]."""
         weight, (u, s, vh) = self.dense(name)
-        scale = s * (z[self.layout.window(name)].to(weight.device) - 1.0)
+        self.table.scales_of(z)  # an error where the delta form cannot run it
+        window = self.layout.window(name)
+        own = z[window].to(weight.device)
+        if self.table.support is not None:
+            own = own[_within(self.table.support, window)]
+        scale = s * (own - 1.0)
         if not scale.any():  # adding zeros would turn -0.0 into 0.0
             return weight.clone()
         return (weight.float() + (u * scale) @ vh).to(weight.dtype)
@@ -239,6 +266,11 @@ class DecomposedLayers:
             unpack(packed)
         give_back(self.model)
         self.layers, self.packed = {}, {}
+
+
+def _within(support: Tensor, window: slice) -> Tensor:
+    """The components of one matrix that are in the support."""
+    return support[(support >= window.start) & (support < window.stop)] - window.start
 
 
 def _check_source(source: FactorSource, targets: Mapping[str, Linear]) -> None:

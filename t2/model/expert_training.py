@@ -18,7 +18,7 @@ class ExpertTrainingMixin(WrapperModule):
     """The part of `SVFModel` that trains: one expert as its parameter `z`."""
 
     def start_training(self, start: ExpertChoice = None) -> nn.Parameter:
-        """Makes an expert the one trainable parameter `z` [R] of this module, and returns it.
+        """Makes an expert the one trainable parameter `z` [R] of this module, [K] in the delta form, and returns it.
 
         Until `finish_training` it takes the base's place: calls without `experts` outside a `route` run with it, those
         of the wrapped model included, and a backward pass reaches it. So any loop that trains an nn.Module trains the
@@ -30,11 +30,14 @@ class ExpertTrainingMixin(WrapperModule):
         self._check_wrapped()
         if self.z is not None:
             raise RuntimeError("an expert is in training already; finish_training() ends that")
-        first = self.z_of(start).detach().to(self.sigma.device).clone()
+        table = self.slot_table
+        first = self.z_of(start).detach().to(self.sigma.device)
+        table.scales_of(first)  # an error where it differs from the base off the support
+        first = table.columns_of(first).clone()
         self.__dict__["_trainable_before"] = [p for p in self.parameters() if p.requires_grad]
         self.requires_grad_(False)
         self.z = nn.Parameter(first)
-        self.router.default = TrainedRoute(self.z, self.sigma, self.layout)
+        self.router.default = TrainedRoute(self.z, table)
         return self.z
 
     def finish_training(self, metadata: Mapping[str, str] | None = None) -> Expert:
@@ -44,7 +47,8 @@ class ExpertTrainingMixin(WrapperModule):
         """
         if self.z is None:
             raise RuntimeError("no expert is in training; start_training() begins that")
-        trained, self.z, self.router.default = Expert(self.z, self.layout, metadata), None, None
+        trained = Expert(self.slot_table.with_columns(self.z.detach()), self.layout, metadata)
+        self.z, self.router.default = None, None
         for parameter in self.__dict__.pop("_trainable_before"):
             parameter.requires_grad_()
         return trained

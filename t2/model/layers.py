@@ -12,19 +12,20 @@ from transformers.pytorch_utils import Conv1D
 
 from t2.model.routing import Route, Router
 from t2.weights.targets import Linear, as_stored, weight_matrix
-from t2kernels import DenseWeight, FactoredWeight
+from t2kernels import DeltaWeight, DenseWeight, FactoredWeight
 from t2kernels.weights import FactoredGroup
 
 
 class RoutedLinear(nn.Module):
     """A decomposed linear layer: each row runs with the scales its route gives it.
 
-    `scales` [slots, r] is the layer's view of the slot table: a buffer, so that compiled code takes it for a weight.
+    `scales` [slots, r], in the delta form [slots, k], is the layer's view of the slot table: a buffer, so that compiled
+    code takes it for a weight.
 
     Args:
         index: of the matrix in the layout.
         name: of the module.
-        weight: the factors.
+        weight: the factors, or W and the components of the support.
         module: the linear layer that this one stands for. Its weight is emptied; what is left of it has the dtype that
             the layer would have, casts of the model included.
         router: of the model.
@@ -32,7 +33,9 @@ class RoutedLinear(nn.Module):
 
     scales: Tensor
 
-    def __init__(self, index: int, name: str, weight: FactoredWeight, module: Linear, router: Router) -> None:
+    def __init__(
+        self, index: int, name: str, weight: FactoredWeight | DeltaWeight, module: Linear, router: Router
+    ) -> None:
         super().__init__()
         self.index = index
         self.name = name
@@ -124,6 +127,8 @@ class RoutedLinear(nn.Module):
             form = route.forms.get(self.index)
             if form is not None:
                 return form(x, slots, self.bias)
+        if route.is_base and isinstance(self.weight, DeltaWeight):
+            return self.weight.base_unchecked(x, self.bias)
         return self.weight.linear_unchecked(x, route.scales_of(self), slots, self.bias)
 
 
@@ -168,8 +173,12 @@ class SharedInput:
             self._useful = False
             waiting.clear()
             return None
-        scales = self._scales if route.is_plain else [route.scales_of(m) for m in self.members]
-        own, *others = self._group.linear_unchecked(x, scales, route.slots, [m.bias for m in self.members])
+        biases = [m.bias for m in self.members]
+        if route.is_base and isinstance(member.weight, DeltaWeight):
+            own, *others = self._group.base_unchecked(x, route.slots, biases)
+        else:
+            scales = self._scales if route.is_plain else [route.scales_of(m) for m in self.members]
+            own, *others = self._group.linear_unchecked(x, scales, route.slots, biases)
         waiting.update(x=x, route=route, version=_version(x), outputs=dict(enumerate(others, 1)))
         return own
 

@@ -28,7 +28,9 @@ def routed(
             check_plan(plan, choices, decomposed.registry)
             forms = built_forms(plan, decomposed)
             route = Route(
-                route.slots, forms={index: form.bind(decomposed.table.table) for index, form in forms.items()}
+                route.slots,
+                forms={index: form.bind(decomposed.table.table) for index, form in forms.items()},
+                is_base=route.is_base,
             )
         held.enter_context(decomposed.router.within(route))
         yield
@@ -47,15 +49,15 @@ def _resolve(
     table, registry = decomposed.table, decomposed.registry
     device = table.sigma.device
     if any(isinstance(choice, Tensor) and choice.requires_grad for choice in choices):
-        scales = torch.stack([table.sigma * registry.z_of(choice).to(device) for choice in choices])
-        return Route(torch.arange(len(choices), device=device), scales, decomposed.layout), None
+        scales = torch.stack([table.scales_of(registry.z_of(choice)) for choice in choices])
+        return Route(torch.arange(len(choices), device=device), scales, table.widths), None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("route: expected to be entered before the capture of a CUDA graph, got one inside of it")
     slots = registry.hold_slots(choices, held)
     table.wait_for_writes()
     buffer = decomposed.router.buffers.take(slots)
     held.callback(decomposed.router.buffers.give_back, buffer)
-    return Route(buffer.slots), buffer
+    return Route(buffer.slots, is_base=all(choice is None for choice in choices)), buffer
 
 
 def check_count(experts: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from t2.experts.layout import Layout
 from t2.experts.slots import ScaledLayer, SlotBuffers, SlotTable
 
 LayerForm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -30,28 +30,30 @@ class Route:
 
     Args:
         slots: [requests] int64.
-        scales: [slots, R] instead of the slot table, for an expert that a gradient has to reach, or the base.
-        layout: of the scales.
-        forms: the products of the layers that a plan gave another form than factored, by index.
+        scales: [slots, columns] instead of the slot table, for an expert that a gradient has to reach, or the base.
+        widths: the columns of each layer in the scales.
+        forms: the products of the layers that a plan gave another form than the model's, by index.
+        is_base: whether every request runs as the base.
     """
 
     def __init__(
         self,
         slots: Tensor,
         scales: Tensor | None = None,
-        layout: Layout | None = None,
+        widths: Sequence[int] = (),
         forms: Mapping[int, LayerForm] | None = None,
+        is_base: bool = False,
     ) -> None:
         self.slots = slots
         self.requests = slots.shape[0]
         self.forms = forms or {}
+        self.is_base = is_base
         self._scales = scales
         self.was_read = False
         """True once a layer has run with it."""
         self._windows: Sequence[Tensor] | None = None
         if scales is not None:
-            assert layout is not None
-            self._windows = scales.split(list(layout.ranks), dim=1)
+            self._windows = scales.split(list(widths), dim=1)
 
     @property
     def is_plain(self) -> bool:
@@ -83,16 +85,16 @@ class Route:
 
 
 class _Scaled(torch.autograd.Function):
-    """sigma * z as one row. Saves no tensor for its backward pass, so any number of these may run through it."""
+    """sigma (z - offset) as one row. Saves no tensor for its backward pass: any number of these may run through it."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, sigma: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, sigma: Tensor, offset: float) -> Tensor:
         ctx.sigma = sigma
-        return (sigma * z).unsqueeze(0)
+        return (sigma * (z - offset)).unsqueeze(0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.squeeze(0) * ctx.sigma, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.squeeze(0) * ctx.sigma, None, None
 
 
 class _WithGradient(torch.autograd.Function):
@@ -111,13 +113,16 @@ class TrainedRoute(Route):
     """The route of an expert in training.
 
     A layer's scales are computed from z whenever it asks, so they are never those of an earlier z. Gradients of all
-    layers and passes meet in one node, which adds them up in one vector [R]: each layer's own slice of z would cost a
+    layers and passes meet in one node, which adds them up in one vector: each layer's own slice of z would cost a
     vector of that length.
+
+    z: one value for each column of the table.
     """
 
-    def __init__(self, z: Tensor, sigma: Tensor, layout: Layout) -> None:
-        super().__init__(torch.zeros(1, dtype=torch.int64, device=sigma.device))
-        self._z, self._sigma, self._layout = z, sigma, layout
+    def __init__(self, z: Tensor, table: SlotTable) -> None:
+        super().__init__(torch.zeros(1, dtype=torch.int64, device=z.device))
+        self._z, self._sigma, self._offset, self._widths = z, table.column_sigma, table.offset, list(table.widths)
+        self._starts = (0, *accumulate(self._widths))
         self._gradients: Sequence[Tensor] | None = None
 
     @property
@@ -129,13 +134,12 @@ class TrainedRoute(Route):
         return self._z.requires_grad
 
     def scales_of(self, layer: ScaledLayer) -> Tensor:
-        start, rank = self._layout.offsets[layer.index], self._layout.ranks[layer.index]
-        window = slice(start, start + rank)
-        values = (self._sigma[window] * self._z.detach()[window]).unsqueeze(0)
+        window = slice(*self._starts[layer.index : layer.index + 2])
+        values = (self._sigma[window] * (self._z.detach()[window] - self._offset)).unsqueeze(0)
         if not (torch.is_grad_enabled() and self._z.requires_grad):
             return values
         if self._gradients is None:
-            self._gradients = _Scaled.apply(self._z, self._sigma).split(list(self._layout.ranks), dim=1)
+            self._gradients = _Scaled.apply(self._z, self._sigma, self._offset).split(self._widths, dim=1)
         scales: Tensor = _WithGradient.apply(self._gradients[layer.index], values)
         return scales
 
@@ -163,7 +167,7 @@ class Router:
         self.outputs_left = OutputsLeft()
         with torch.inference_mode(False):
             base = torch.zeros(1, dtype=torch.int64, device=device)
-        self._base = Route(base, table.sigma.unsqueeze(0), table.layout)
+        self._base = Route(base, table.base_row.unsqueeze(0), table.widths, is_base=True)
         self._default: TrainedRoute | None = None
         self._active: ContextVar[Route | None] = ContextVar("t2_route", default=None)
         self._lock = threading.Lock()

@@ -20,8 +20,8 @@ from t2.model.decomposed import DecomposedLayers
 from t2.model.layers import RoutedLinear
 from t2.model.routing import LayerForm, Route
 from t2kernels.files import cache_root, strict_json, write_text
-from t2kernels.planner import CostModel, DeltaWeight, Phase, Plan, delta_components, plan_layer
-from t2kernels.weights import DenseWeight, FactoredWeight
+from t2kernels.planner import CostModel, Phase, Plan, delta_components, plan_layer
+from t2kernels.weights import DeltaWeight, DenseWeight, FactoredWeight
 
 
 def cost_model(path: Path | None = None) -> CostModel:
@@ -79,7 +79,7 @@ class Delta:
 
     def bind(self, table: Tensor) -> LayerForm:
         scales = table[:, self.columns] - self.sigma
-        return lambda x, slots, bias: self.weight.linear(x, scales, slots, bias)
+        return lambda x, slots, bias: self.weight.linear_unchecked(x, scales, slots, bias)
 
 
 @dataclass
@@ -119,6 +119,8 @@ def make_plan(
     z = torch.stack(list(distinct.values()))
     passes: dict[int, int] = {rows * prompt_tokens: 1}
     passes[rows] = passes.get(rows, 0) + new_tokens - 1
+    if decomposed.table.support is not None and max_weight_error is not None:
+        raise ValueError(f"max_weight_error: expected None in the delta form, which is exact, got {max_weight_error}")
     phase, cost, layers = Phase(passes, len(distinct)), cost or cost_model(), {}
     routed = decomposed.routed
     largest = max(routed, key=lambda name: routed[name].in_features * routed[name].out_features)
@@ -139,6 +141,7 @@ def make_plan(
             fetch=fetch * weight.in_features * weight.out_features,
             components=components,
             error=error,
+            support=weight.rank if isinstance(weight, DeltaWeight) else None,
         )
     return ServingPlan(Plan(phase, cost, layers, max_weight_error), distinct)
 
@@ -160,7 +163,7 @@ def built_forms(plan: ServingPlan, decomposed: DecomposedLayers) -> dict[int, Me
             watch = plan.plan.measured
             built: dict[int, Merged | Delta] = {}
             for name, layer in plan.plan.layers.items():
-                if layer.form == "factored":
+                if layer.form == decomposed.config.form:
                     continue
                 start, build = time.perf_counter(), _merged_form if layer.form == "merged" else _delta_form
                 built[decomposed.layers[name].layer.index] = build(name, decomposed, plan)
@@ -180,12 +183,10 @@ def _delta_form(name: str, decomposed: DecomposedLayers, plan: ServingPlan) -> D
     assert bound is not None
     z = torch.stack(list(plan.experts.values()))[:, window]
     kept, _ = delta_components(layer.weight.s.cpu(), z, bound)
-    change = None
-    if len(kept):
-        stored = layer.weight
-        change = FactoredWeight.pack(
-            u[:, kept], s[kept], vh[kept], dtype=stored.dtype, bf16_products=stored.bf16_products
-        )
+    if not len(kept):
+        kept = torch.zeros(1, dtype=torch.int64)  # a component that nothing changes
+    stored = layer.weight
+    change = FactoredWeight.pack(u[:, kept], s[kept], vh[kept], dtype=stored.dtype, bf16_products=stored.bf16_products)
     base = decomposed.table.sigma[window][kept]
     return Delta(DeltaWeight(_pack_like(weight, layer), change), base, kept + window.start)
 
@@ -200,14 +201,15 @@ def _pack_like(weight: Tensor, layer: RoutedLinear) -> DenseWeight:
 def measure_plan(plan: ServingPlan, decomposed: DecomposedLayers) -> None:
     """Times each layer in its planned form on random activations; `SVFModel.measure_plan` has the details."""
     (choice, *_) = plan.experts
-    z, sigma = plan.experts[choice], decomposed.table.sigma
+    z, table = plan.experts[choice], decomposed.table
     measured = plan.plan.measured
     measured.clear()
     plan.forms = None
     built = built_forms(plan, decomposed)
-    forms = {index: form.bind(sigma.unsqueeze(0) * z) for index, form in built.items()}
-    zeros = torch.zeros(1, dtype=torch.int64, device=sigma.device)
-    route = Route(zeros, (sigma * z).unsqueeze(0), decomposed.layout, forms)
+    scales = table.scales_of(z).unsqueeze(0)
+    forms = {index: form.bind(scales) for index, form in built.items()}
+    zeros = torch.zeros(1, dtype=torch.int64, device=scales.device)
+    route = Route(zeros, scales, table.widths, forms)
     for rows, count in plan.plan.phase.passes.items():
         sweeps = [_seconds_by_form(plan, decomposed, route, rows) for _ in range(3)]
         for form in plan.plan.forms():

@@ -116,12 +116,19 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
         return self.decomposed.routed
 
     @property
+    def support(self) -> Tensor | None:
+        """The positions [K] in z that experts may change, in the delta form; None in the factored form: all."""
+        return self.slot_table.support
+
+    @property
     def weight_keys(self) -> dict[str, str]:
         """The key of each decomposed weight in the factor cache, by module name."""
         return {name: layer.key for name, layer in self.decomposed.layers.items()}
 
     def extra_repr(self) -> str:
         text = f"matrices={len(self.layout.names)}, R={self.layout.R}, experts={len(self.bank)}"
+        if self.support is not None:
+            text += f", delta form with K={len(self.support)}"
         return f"{text}, {self.coverage}" if self.coverage.share < LARGE_SHARE else text
 
     # Experts
@@ -255,8 +262,9 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
     ) -> ServingPlan:
         """Chooses each layer's form for a `generate` call: factored, merged or delta-k (`t2kernels.planner`).
 
-        The factored form is what runs without a plan: it alone keeps a row's bits free of the batch around it, and it
-        alone is trained through. A plan pays where one expert reads long prompts or answers for long.
+        In a model of the delta form the choice is that or merged. The model's own form is what runs without a plan: it
+        alone keeps a row's bits free of the batch around it, and it alone is trained through. A plan pays where one
+        expert reads long prompts or answers for long.
 
         Args:
             experts: as in `generate`.

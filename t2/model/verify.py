@@ -55,7 +55,11 @@ def check(decomposed: DecomposedLayers, probe: Probe, rounding: float, *, base: 
     exact = rounding <= 10 * ROUNDING[torch.float32]
     tight = 1e-3 if exact else 2e-2
     generator = torch.Generator().manual_seed(3)
-    experts = [1 + STD * torch.randn(decomposed.layout.R, generator=generator) for _ in range(2)]
+    table = decomposed.table
+    experts = [
+        table.with_columns(1 + STD * table.columns_of(torch.randn(table.layout.R, generator=generator).to(table.sigma)))
+        for _ in range(2)
+    ]
     choices = [(*experts, None)[row % 3] for row in range(probe.rows)]
 
     def run(choice: Any) -> Tensor:

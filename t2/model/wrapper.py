@@ -50,7 +50,7 @@ class WrapperModule(nn.Module):
                 z.data = z.data.to(self.sigma.device)
                 if z.grad is not None:
                     z.grad.data = z.grad.data.to(self.sigma.device)
-                self.router.default = TrainedRoute(z, self.sigma, self.layout)
+                self.router.default = TrainedRoute(z, self.slot_table)
         return self
 
     # State
@@ -72,7 +72,7 @@ class WrapperModule(nn.Module):
 
     @property
     def slot_table(self) -> SlotTable:
-        """The scales sigma * z [slots, R] of all experts in use."""
+        """The scales of all experts in use, sigma * z [slots, R] or in the delta form sigma (z - 1) [slots, K]."""
         return self.decomposed.table
 
     @property

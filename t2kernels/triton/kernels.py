@@ -3,7 +3,8 @@
 Two of them multiply, one tile of `acc[m, n] = sum over k of a[m, k] * w[n, k]` after the other; `launch` uses them for
 
     project   s = (x Vh^T) * scale[slot] * component_scale, and t = x Vh^T for the backward pass      (`product`)
-    expand    y = (s U^T) * row_scale + bias; with the factors read the other way round, dx = d Vh    (`product`)
+    expand    y = x W^T * row_scale + s U^T + bias, either without the other in the factored and the dense form; with
+              the matrices read the other way round, dx = g W + d Vh                                  (`product`)
     pull      d = (g U) * scale[slot] * component_scale, and sums of t * (g U) for `gather`
     gather    dscales = pull's sums, added up per slot
 
@@ -285,8 +286,8 @@ def _scale_of(
 
 @triton.jit(do_not_specialize=["slot_count", "rows", "rows_per_slot"])
 def product(
-    a,  # for each matrix [rows, its k], of row stride lda
-    lda,
+    a,  # for each of ws [rows, its k]
+    lda,  # for each of ws
     ws,  # for each matrix its PARTS along k: [columns, k], with TRANSPOSED [k, columns], contiguous
     ks,  # for each of ws
     scales,  # for each matrix [slot_count, columns] float32, if HAS_SCALES
@@ -294,7 +295,7 @@ def product(
     slots,  # int64, one for rows_per_slot consecutive rows
     slot_count,
     rows_per_slot,
-    column_scales,  # for each matrix [columns] float32, if HAS_COLUMN_SCALE
+    column_scales,  # for each matrix [columns] float32, if HAS_COLUMN_SCALE; without scales of its first part alone
     biases,  # for each matrix [columns], if HAS_BIAS
     t,  # for each matrix [rows, columns] float32, of row stride ldt: the bare product, if HAS_T
     ldt,
@@ -323,7 +324,10 @@ def product(
     OVERLAP: tl.constexpr,  # programmatic dependent launch: begin before the kernel before this one has ended
     HOIST: tl.constexpr,  # hoist the pointers of all matrices out of the walk (costs registers)
 ):
-    """y[i] = (a[i] ws[i]^T) * scales[i][slot] * column_scales[i] + biases[i], each factor if there is one."""
+    """y[i] = (a ws^T) * scales[i][slot] * column_scales[i] + biases[i], each factor if there is one, a sum over parts.
+
+    Where a first part has column scales and others follow, its bias is added before them: they may then add 0.
+    """
     tiles = 0
     for i in tl.static_range(COUNT):
         own = _tiles(rows, columns[i], BLOCK_M, BLOCK_N)
@@ -344,7 +348,6 @@ def product(
             if COUNT == 1 or (index >= first and index < first + own):
                 _, m, n = _tile(index - first, rows, columns[i], BLOCK_M, BLOCK_N, GROUP_M)
                 acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHTS_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
-                first_k = 0
                 STEP: tl.constexpr = BLOCK_K if BLOCK_K > 256 else 256
                 # float16 beside 8 bits is rounded in registers, which long steps would exhaust
                 HEAD_K: tl.constexpr = BLOCK_K if EXACT_HALVES or TRANSPOSED or BLOCK_K < 64 else 64
@@ -352,8 +355,8 @@ def product(
                     if ws[p].dtype.element_ty == tl.int32 and not TRANSPOSED:
                         acc = _multiply_words(
                             acc,
-                            a[i] + first_k,
-                            lda,
+                            a[p],
+                            lda[p],
                             m,
                             rows,
                             ws[p],
@@ -369,8 +372,8 @@ def product(
                     else:
                         acc = _multiply(
                             acc,
-                            a[i] + first_k,
-                            lda,
+                            a[p],
+                            lda[p],
                             m,
                             rows,
                             ws[p],
@@ -385,7 +388,12 @@ def product(
                             EVEN_K,
                             HEAD_K if ws[p].dtype.element_ty == tl.float16 else BLOCK_K,
                         )
-                    first_k += ks[p]
+                    if PARTS > 1 and HAS_COLUMN_SCALE and not HAS_SCALES and p == i * PARTS:
+                        scale = tl.load(column_scales[i] + n, mask=n < columns[i], other=0.0)
+                        acc *= scale[:, None] if WEIGHTS_FIRST else scale[None, :]
+                        if HAS_BIAS:
+                            bias = tl.load(biases[i] + n, mask=n < columns[i], other=0.0).to(tl.float32)
+                            acc += bias[:, None] if WEIGHTS_FIRST else bias[None, :]
                 if WEIGHTS_FIRST:
                     acc = tl.trans(acc)
                 inside = (m < rows)[:, None] & (n < columns[i])[None, :]
@@ -405,9 +413,9 @@ def product(
                         columns[i],
                         HAS_COLUMN_SCALE,
                     )
-                elif HAS_COLUMN_SCALE:
+                elif HAS_COLUMN_SCALE and PARTS == 1:
                     acc *= tl.load(column_scales[i] + n, mask=n < columns[i], other=0.0)[None, :]
-                if HAS_BIAS:
+                if HAS_BIAS and (PARTS == 1 or HAS_SCALES or not HAS_COLUMN_SCALE):
                     acc += tl.load(biases[i] + n, mask=n < columns[i], other=0.0).to(tl.float32)[None, :]
                 tl.store(y[i] + m[:, None] * ldy[i] + n[None, :], acc.to(y[i].dtype.element_ty), mask=inside)
             first += own

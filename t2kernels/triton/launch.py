@@ -49,9 +49,10 @@ class _Product:
 
     Args:
         step: "project", "expand", "pull", or "back" for dx (see `kernels`).
-        lefts: for each matrix [rows, k], all of one row stride.
+        lefts: for each part of each matrix [rows, k].
         x_dtype: of the operator's activations.
-        matrices: each in parts along k: [columns, k], with `transposed` [k, columns]; int8 in words (`packing`).
+        matrices: each in parts, as many in all: [columns, k], with `transposed` [k, columns]; int8 in words
+            (`packing`).
         columns: of each matrix, needed for transposed ones in words.
         bf16_products: that of the operator.
     """
@@ -74,12 +75,9 @@ class _Product:
         self.weights = tuple(_words(part) for part in parts)
         if transposed:
             self.columns = tuple(columns) or tuple(matrix[0].shape[1] for matrix in matrices)
-            self.k = tuple(part.shape[0] for part in parts)
         else:
             self.columns = tuple(matrix[0].shape[0] for matrix in matrices)
-            self.k = tuple(
-                k for left, matrix in zip(lefts, matrices, strict=True) for k in _lengths(matrix, left.shape[1])
-            )
+        self.k = tuple(left.shape[1] for left in lefts)
         dtypes = set(self.dtypes)
         self.round_to_bf16 = bf16_products and dtypes == {torch.bfloat16}
         self.precision = "ieee" if x_dtype == torch.float32 or torch.float32 in dtypes else "tf32"
@@ -93,7 +91,7 @@ class _Product:
     def terms(self) -> str:
         """Format of the operands: 16 bits each ("half", from int8 "words"), float16 as two bfloat16 terms ("split"),
         or 32 bits ("wide", from int8 "wide words")."""
-        term = torch.bfloat16 if self.round_to_bf16 else self.lefts[0].dtype
+        term = torch.bfloat16 if self.round_to_bf16 else self.left_dtype
         others = set(self.dtypes) - {term, *EIGHT_BITS}
         if term in HALVES and (not others or not self.exact_halves):
             return "words" if torch.int8 in self.dtypes else "half"
@@ -101,8 +99,13 @@ class _Product:
             return "split"
         return "wide words" if torch.int8 in self.dtypes else "wide"
 
+    @property
+    def left_dtype(self) -> torch.dtype:
+        """The widest dtype of the left sides."""
+        return max((left.dtype for left in self.lefts), key=lambda dtype: dtype.itemsize)
+
     def tile(self) -> Tile:
-        dtypes = tuple(dict.fromkeys((self.lefts[0].dtype, *self.dtypes)))
+        dtypes = tuple(dict.fromkeys((self.left_dtype, *self.dtypes)))
         return tile_for(Launch(self.step, self.rows, self.columns, self.k, self.terms, dtypes), self.device)
 
     def _step(self, dtype: torch.dtype, tile: Tile) -> int:
@@ -147,18 +150,21 @@ class _Product:
         biases: Sequence[Tensor] | None = None,
         t: Sequence[Tensor] | None = None,
     ) -> _Launched:
-        """y[i] = (lefts[i] matrices[i]^T) * scales[i][slots] * column_scales[i] + biases[i]; t[i] is the bare product.
+        """y[i] = (lefts matrices[i]^T) * scales[i][slots] * column_scales[i] + biases[i]; t[i] is the bare product.
+
+        Without scales, column_scales belong to the first parts.
 
         scales, slots, column_scales, biases, t: None is none of them. The rows of y[i] and of t[i] may be windows.
         """
-        nothing, zeros = self.lefts, (0,) * len(self.lefts)  # for operands that the kernel does not read
+        count = len(self.columns)
+        nothing, zeros = self.lefts[:count], (0,) * count  # for operands that the kernel does not read
         tile = self.tile()
         return self.launch(
             kernels.product,
             tile,
             (
                 self.lefts,
-                self.lefts[0].stride(0),
+                tuple(left.stride(0) for left in self.lefts),
                 self.weights,
                 self.k,
                 tuple(scales or nothing),
@@ -175,7 +181,7 @@ class _Product:
                 self.rows,
                 self.columns,
             ),
-            COUNT=len(self.columns),
+            COUNT=count,
             PARTS=self.parts,
             TRANSPOSED=self.transposed,
             HAS_SCALES=scales is not None,
@@ -241,9 +247,13 @@ def factored_linear_group(
     biases: Sequence[Tensor],
     out_features: Sequence[int],
     bf16_products: bool,
+    bases: Sequence[Tensor] = (),
+    base_scales: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """`torch.ops.t2kernels.factored_linear_group`: two launches for all layers."""
-    return _Group(u, vh, component_scales, out_features, bf16_products).first(x, scales, slots, biases)
+    return run_group(
+        {}, x, u, vh, component_scales, scales, slots, biases, out_features, bf16_products, bases, base_scales
+    )
 
 
 class _Group:
@@ -260,8 +270,11 @@ class _Group:
         component_scales: Sequence[Tensor],
         out_features: Sequence[int],
         bf16_products: bool,
+        bases: Sequence[Tensor],
+        base_scales: Sequence[Tensor],
     ) -> None:
         self.u, self.vh, self.bf16_products = _contiguous(u), _contiguous(vh), bf16_products
+        self.bases, self.base_scales = _contiguous(bases), base_scales
         self.component_scales, self.out_features = component_scales, out_features
         self.parts = len(u) // len(out_features)
         self.widths = [part.shape[0] for part in vh]  # components of each part
@@ -282,6 +295,13 @@ class _Group:
         count = rows.shape[0]
         s = rows.new_empty(count, sum(self.ranks), dtype=_scaled_dtype(x.dtype, self.u, self.bf16_products))
         return [x.new_empty(count, features) for features in self.out_features], s
+
+    def lefts(self, rows: Tensor, s: Tensor) -> list[Tensor]:
+        """What meets the parts of the second products: x where they are bases, the scaled projection elsewhere."""
+        parts = list(s.split(self.widths, dim=1))
+        if not self.bases:
+            return parts
+        return [left for own in _by_layer(parts, self.parts) for left in (rows, *own)]
 
     def given(self, biases: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
         """One bias per layer, or none; an empty one is zeros."""
@@ -310,9 +330,10 @@ class _Group:
                 column_scales=self.by_part(self.component_scales) if self.component_scales else None,
             )
             matrices = _by_layer(self.u, self.parts)
-            lefts = list(s.split(self.ranks, dim=1))
-            expand = _Product("expand", lefts, x.dtype, matrices, bf16_products=self.bf16_products)
-            self.expand = expand.into(ys, biases=self.given(biases, ys) or None)
+            if self.bases:
+                matrices = [(base, *own) for base, own in zip(self.bases, matrices, strict=True)]
+            expand = _Product("expand", self.lefts(rows, s), x.dtype, matrices, bf16_products=self.bf16_products)
+            self.expand = expand.into(ys, column_scales=self.base_scales or None, biases=self.given(biases, ys) or None)
         return [y.reshape(*x.shape[:-1], y.shape[1]) for y in ys]
 
     def again(self, x: Tensor, scales: Sequence[Tensor], slots: Tensor, biases: Sequence[Tensor]) -> list[Tensor]:
@@ -321,13 +342,14 @@ class _Group:
         rows = _rows(x)
         ys, s = self.empty(x, rows)
         xs, parts = (rows,) * len(self.vh), tuple(s.split(self.widths, dim=1))
-        lefts = parts if self.parts == 1 else tuple(s.split(self.ranks, dim=1))
+        lefts = tuple(self.lefts(rows, s))
         unread = {"biases": xs, "t": xs}
         if not self.component_scales:
             unread["column_scales"] = xs
         self.project.again({"a": xs, "scales": tuple(self.by_part(scales)), "slots": slots, "y": parts, **unread})
-        unread = dict.fromkeys(("scales", "column_scales", "t"), lefts)
-        given = tuple(self.given(biases, ys)) or lefts
+        nothing = lefts[: len(ys)]
+        unread = dict.fromkeys(("scales", "t") if self.base_scales else ("scales", "column_scales", "t"), nothing)
+        given = tuple(self.given(biases, ys)) or nothing
         self.expand.again({"a": lefts, "slots": lefts[0], "biases": given, "y": tuple(ys), **unread})
         return [y.reshape(*x.shape[:-1], y.shape[1]) for y in ys] if x.dim() != 2 else ys
 
@@ -346,8 +368,22 @@ def run_group(
     biases: Sequence[Tensor],
     out_features: Sequence[int],
     bf16_products: bool,
+    bases: Sequence[Tensor] = (),
+    base_scales: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """`factored_linear_group` for callers that keep `prepared`, empty at first, beside these factors."""
+    if not u:
+        return [
+            dense_linear(
+                x,
+                base,
+                base_scales[i] if base_scales else None,
+                biases[i] if biases and biases[i].numel() else None,
+                out_features[i],
+                bf16_products,
+            )
+            for i, base in enumerate(bases)
+        ]
     kind = (
         x.shape,
         x.stride(),
@@ -362,7 +398,7 @@ def run_group(
     group = prepared.get(kind)
     if group is not None:
         return group.again(x, scales, slots, biases)
-    group = _Group(u, vh, component_scales, out_features, bf16_products)
+    group = _Group(u, vh, component_scales, out_features, bf16_products, bases, base_scales)
     ys = group.first(x, scales, slots, biases)
     if group.project is not None:
         if len(prepared) >= KINDS:
@@ -381,6 +417,8 @@ def factored_linear(
     bias: Tensor | None,
     out_features: int,
     bf16_products: bool,
+    base: Tensor | None = None,
+    base_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`torch.ops.t2kernels.factored_linear`."""
     rows, u, vh = _rows(x), _contiguous(u), _contiguous(vh)
@@ -395,8 +433,12 @@ def factored_linear(
             column_scales=None if component_scale is None else _by_part(component_scale, vh),
             t=_by_part(t, vh),
         )
-        _Product("expand", [s], x.dtype, [u], bf16_products=bf16_products).into(
-            [y], biases=None if bias is None else [bias]
+        bases = [] if base is None else _contiguous([base])
+        lefts = [*[rows] * len(bases), *_by_part(s, vh)]
+        _Product("expand", lefts, x.dtype, [[*bases, *u]], bf16_products=bf16_products).into(
+            [y],
+            column_scales=None if base_scale is None else [base_scale],
+            biases=None if bias is None else [bias],
         )
     return y.reshape(*x.shape[:-1], out_features), t
 
@@ -412,6 +454,8 @@ def factored_linear_backward(
     in_features: int,
     need_dx: bool,
     need_dscales: bool,
+    base: Tensor | None = None,
+    base_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`torch.ops.t2kernels.factored_linear_backward`."""
     g, u, vh = _rows(grad_y), _contiguous(u), _contiguous(vh)
@@ -422,8 +466,15 @@ def factored_linear_backward(
         d = g.new_empty(rows, rank, dtype=_scaled_dtype(g.dtype, u, False)) if need_dx else None
         _pull(g, t, u, component_scale, scales, slots, d, dscales if need_dscales else None)
         if d is not None:
-            _Product("back", [d], g.dtype, [vh], transposed=True, columns=[in_features]).into([dx])
+            bases = [] if base is None else _contiguous([base])
+            lefts = [*[_row_scaled(g, base_scale)] * len(bases), *_by_part(d, vh)]
+            _Product("back", lefts, g.dtype, [[*bases, *vh]], transposed=True, columns=[in_features]).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features) if need_dx else dx, dscales
+
+
+def _row_scaled(g: Tensor, row_scale: Tensor | None) -> Tensor:
+    """The gradient of the bare product with a matrix whose rows have scales."""
+    return g if row_scale is None else g.float() * row_scale
 
 
 def _pull(
@@ -511,8 +562,6 @@ def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | No
     g = _rows(grad_y)
     dx = g.new_empty(g.shape[0], in_features)
     if g.shape[0]:
-        scaled = g if row_scale is None else g.float() * row_scale
-        _Product("expand", [scaled], g.dtype, [_contiguous([weight])], transposed=True, columns=[in_features]).into(
-            [dx]
-        )
+        lefts = [_row_scaled(g, row_scale)]
+        _Product("expand", lefts, g.dtype, [_contiguous([weight])], transposed=True, columns=[in_features]).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features)

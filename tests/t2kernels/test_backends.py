@@ -84,7 +84,7 @@ def test_without_the_extension_the_reference_runs_and_says_so_once():
         r.square().sum().backward()
         assert torch.allclose(y, r, atol=1e-5) and torch.allclose(layer.z.grad, z.grad, atol=1e-4)
         try:
-            t2kernels.ops.factored_linear(x, [u], [vh], None, s[None], ids, None, 5, False)
+            t2kernels.ops.factored_linear(x, [u], [vh], None, s[None], ids, None, 5, False, None, None)
         except RuntimeError as error:
             assert "slots: expected 0 <= id < 1" in str(error)
         else:

@@ -29,17 +29,17 @@ def test_sizes_of_zero_give_what_plain_torch_gives(rows, inner, rank, outer, dty
     x, u, vh = random(rows, inner, dtype=dtype), random(outer, rank, dtype=dtype), random(rank, inner, dtype=dtype)
     scales, slots = random(2, rank), torch.zeros(rows, dtype=torch.int64)
     bias = random(outer, dtype=dtype, seed=1) if with_bias else None
-    y, t = ops.factored_linear(x, [u], [vh], None, scales, slots, bias, outer, False)
+    y, t = ops.factored_linear(x, [u], [vh], None, scales, slots, bias, outer, False, None, None)
     want, want_t = reference.factored_linear(x, [u], [vh], None, scales, slots, bias, outer, False)
     torch.testing.assert_close(y, want, atol=0.05, rtol=0.05)
     torch.testing.assert_close(t, want_t, atol=0.05, rtol=0.05)
     given = [] if bias is None else [bias, bias]
     for other in ops.factored_linear_group(
-        x, [u, u], [vh, vh], [], [scales, scales], slots, given, [outer, outer], False
+        x, [u, u], [vh, vh], [], [scales, scales], slots, given, [outer, outer], False, [], []
     ):
         assert torch.equal(other, y)
     g = random(rows, outer, dtype=dtype)
-    got = ops.factored_linear_backward(g, t, [u], [vh], None, scales, slots, inner, True, True)
+    got = ops.factored_linear_backward(g, t, [u], [vh], None, scales, slots, inner, True, True, None, None)
     wanted = reference.factored_linear_backward(g, t, [u], [vh], None, scales, slots, inner, True, True)
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)

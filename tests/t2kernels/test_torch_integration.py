@@ -13,7 +13,7 @@ from tests.t2kernels.problems import STORAGE, problem
 def factored_args(storage, batch=4):
     p = problem((20, 18, 30), batch)
     w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage)
-    return p, (p.x, w.u, w.vh, w.component_scale, p.scales, p.ids, p.bias, 20, False)
+    return p, (p.x, w.u, w.vh, w.component_scale, p.scales, p.ids, p.bias, 20, False, None, None)
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -26,8 +26,8 @@ def test_opcheck(storage):
     ]
     torch.library.opcheck(ops.factored_linear, tuple(trained))
     y, t = ops.factored_linear(*args)
-    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, True, True))
-    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, False, True))
+    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, True, True, None, None))
+    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, False, True, None, None))
     d = DenseWeight.pack(torch.randn(20, 30), dtype=storage)
     torch.library.opcheck(ops.dense_linear, (p.x.clone().requires_grad_(), d.weight, d.row_scale, p.bias, 20, False))
     torch.library.opcheck(ops.dense_linear_backward, (y, d.weight, d.row_scale, 30))
@@ -47,6 +47,8 @@ def test_opcheck_group(storage):
         [p.bias, p.bias.new_empty(0)],
         [20, 9],
         False,
+        [],
+        [],
     )
     torch.library.opcheck(ops.factored_linear_group, args)
     for kernel, expected in zip(ops.factored_linear_group(*args), reference.factored_linear_group(*args), strict=True):
@@ -56,7 +58,7 @@ def test_opcheck_group(storage):
 def test_opcheck_plain_factors():
     p = problem((20, 18, 30), 4)
     z = p.scales.clone().requires_grad_()
-    torch.library.opcheck(ops.factored_linear, (p.x, [p.u], [p.vh], None, z, p.ids, None, 20, False))
+    torch.library.opcheck(ops.factored_linear, (p.x, [p.u], [p.vh], None, z, p.ids, None, 20, False, None, None))
 
 
 def test_gradcheck_of_the_reference():
@@ -81,7 +83,7 @@ def test_reference_operators_equal_the_kernels(kernel, storage):
     for mine, theirs in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, expected)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4 * max(1, float(theirs.abs().max())), rtol=1e-4)
     y = actual[0] if kernel == "factored_linear" else actual
-    tail = (30, True, True) if kernel == "factored_linear" else (30,)
+    tail = (30, True, True, None, None) if kernel == "factored_linear" else (30,)
     inner = (y, actual[1], *args[1:6]) if kernel == "factored_linear" else (y, *args[1:3])
     torch.testing.assert_close(
         getattr(ops, f"{kernel}_backward")(*inner, *tail),
