@@ -141,27 +141,50 @@ class DecomposedLayers:
             factors = self.cache.load_or_redo(key, self._by_key.get(key, weight))
         else:
             factors = decompose(weight)
-        dtype, rounded = self.config.dtype or weight.dtype, self.config.bf16_products
-        u, s, vh = (factor.to(self.device) for factor in factors)  # packed there, in the layout of its kernels
-        window = self.layout.window(name)
-        self.table.sigma[window] = s
-        packed: FactoredWeight | DeltaWeight
-        if self.table.support is None:
-            packed = FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=rounded)
-        else:
-            own = _within(self.table.support, window)
-            stored = weight
-            if weight.is_meta:
-                assert self.cache is not None
-                stored = self.cache.load_weight_or(key, self._by_key.get(key)).to(self.device)
-            packed = DeltaWeight.pack(stored, u[:, own], s[own], vh[own], dtype=dtype, bf16_products=rounded)
-            del stored
-        del factors, u, s, vh
+        factors = Factors(*(factor.to(self.device) for factor in factors))  # packed there, as its kernels read them
+        self.table.sigma[self.layout.window(name)] = factors.s
+        stored = weight
+        if weight.is_meta and self.table.support is not None:
+            assert self.cache is not None
+            stored = self.cache.load_weight_or(key, self._by_key.get(key)).to(self.device)
+        packed = self._pack(name, stored, factors, self.config.dtype or weight.dtype, self.table.support)
+        del factors, stored
         dense = None if self.cache else weight.clone()
         del weight
         routed = RoutedLinear(index, name, packed, layer, self.router)
         self.layers[name] = DecomposedLayer(routed, key, dense)
         self.model.set_submodule(name, routed)
+
+    def _pack(
+        self, name: str, weight: Tensor, factors: Factors, dtype: torch.dtype, support: Tensor | None
+    ) -> FactoredWeight | DeltaWeight:
+        u, s, vh = factors
+        rounded = self.config.bf16_products
+        if support is None:
+            return FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=rounded)
+        own = _within(support, self.layout.window(name))
+        return DeltaWeight.pack(weight, u[:, own], s[own], vh[own], dtype=dtype, bf16_products=rounded)
+
+    def take_support(self, positions: Tensor) -> None:
+        """Packs layers of the factored form anew in the delta form; experts stay, each in a slot of another table.
+
+        On an error everything is as it was.
+        """
+        support = resolve(positions, self.layout).to(self.device)
+        table = SlotTable(self.layout, self.table.sigma, len(self.table.table), support)
+        registry = ExpertRegistry(self.layout, table)
+        for name in self.registry:
+            registry.add(name, self.registry[name], strict=False)
+        packed = {}
+        for name, layer in self.routed.items():
+            weight, factors = self.dense(name)
+            packed[name] = self._pack(name, weight, factors, layer.weight.dtype, support)
+        self.table, self.registry, self.router = table, registry, Router(table)
+        self.config = replace(self.config, form="delta", support=support.cpu())
+        for name, layer in self.routed.items():
+            layer.weight, layer.router, layer.shared_input = packed[name], self.router, None
+        self._share_inputs()
+        self.table.bind(list(self.routed.values()))
 
     def _share_inputs(self) -> None:
         for names in groups_of_one_input(self.layers):

@@ -120,6 +120,25 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
         """The positions [K] in z that experts may change, in the delta form; None in the factored form: all."""
         return self.slot_table.support
 
+    def take_support(self, positions: Tensor) -> None:
+        """Turns a model of the factored form into one of the delta form with this support (`SVFConfig.support`).
+
+        Weights are packed anew, matrix by matrix. The experts stay; no request may be running. So a support may be
+        chosen by what the factored form shows, its gradients or experts that were trained in it.
+
+        Args:
+            positions: in z, int64 [K], increasing.
+
+        Raises:
+            ValueError: a model of the delta form, an expert in training, or experts that change other components.
+        """
+        self._check_wrapped()
+        if self.support is not None or self.z is not None:
+            found = "an expert in training" if self.z is not None else "one of the delta form"
+            raise ValueError(f"take_support: expected a model of the factored form, got {found}")
+        self.decomposed.take_support(positions)
+        self.svf_config = self.decomposed.config
+
     @property
     def weight_keys(self) -> dict[str, str]:
         """The key of each decomposed weight in the factor cache, by module name."""

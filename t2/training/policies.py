@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from t2.experts.expert import Expert
 from t2.experts.layout import Layout, layout_of
+from t2.experts.support import check_positions
 from t2.model.config import SVFConfig
 from t2.model.layers import PackedLinear
 from t2.model.svf_model import SVFModel
@@ -111,18 +112,7 @@ class ExpertPolicy(Policy):
             ValueError: the expert that training starts from differs from the base at others.
         """
         (start,) = self.parameters
-        if (
-            support.dtype != torch.int64
-            or support.dim() != 1
-            or not len(support)
-            or bool((support.diff() < 1).any())
-            or not 0 <= int(support[0]) <= int(support[-1]) < self.layout.R
-        ):
-            raise ValueError(
-                f"support: expected increasing positions int64 [K] below {self.layout.R}, got {support.dtype} "
-                f"{list(support.shape)}"
-            )
-        self.support = support.to(start.device)
+        self.support = check_positions("support", support, self.layout.R).to(start.device)
         outside = start.detach().clone()
         outside[self.support] = 1.0
         if moved := int((outside != 1).sum()):
@@ -158,6 +148,11 @@ class SVFPolicy(ExpertPolicy):
         self.model = self.svf
         self.identity = base_identity(self.transformer, self.svf.layout.fingerprint)
         super().__init__(options, self.svf.layout, self.svf.sigma)
+
+    def restrict(self, support: Tensor) -> None:
+        """The model takes the delta form: what is not trained is W alone."""
+        super().restrict(support)
+        self.svf.take_support(support)
 
     @property
     def transformer(self) -> PreTrainedModel:

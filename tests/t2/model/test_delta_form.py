@@ -234,3 +234,25 @@ def test_a_form_needs_its_support(tiny_model, cache_dir):
         wrap(model, cache_dir, support=3)
     with pytest.raises(ValueError, match="form: expected 'factored' or 'delta', got 'dense'"):
         wrap(model, cache_dir, form="dense")
+
+
+def test_a_factored_model_takes_a_support(tiny_model, cache_dir):
+    """With the experts it has, as if it had been wrapped so."""
+    svf = wrap(tiny_model("llama"), cache_dir)
+    chosen = support.resolve(5, svf.layout)
+    z = torch.ones(svf.layout.R).index_add_(0, chosen, 0.3 * torch.randn(len(chosen)))
+    svf.add_expert("a", t2.Expert(z, svf.layout))
+    ids = prompts(3)
+    before = svf(input_ids=ids, experts=["a", None, "a"]).logits
+    with pytest.raises(ValueError, match="off the support"):
+        svf.take_support(chosen[1:])
+    assert svf.support is None and torch.equal(svf(input_ids=ids, experts=["a", None, "a"]).logits, before)
+    svf.take_support(chosen)
+    after = svf(input_ids=ids, experts=["a", None, "a"]).logits
+    torch.testing.assert_close(after, before, atol=2e-3, rtol=1e-3)
+    assert svf.svf_config.form == "delta" and torch.equal(svf.support, chosen)
+    with pytest.raises(ValueError, match="take_support: expected a model of the factored form"):
+        svf.take_support(chosen)
+    wrapped = wrap_delta(svf.unload(), cache_dir)
+    wrapped.add_expert("a", t2.Expert(z, wrapped.layout))
+    assert torch.equal(wrapped(input_ids=ids, experts=["a", None, "a"]).logits, after)
