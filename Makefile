@@ -27,7 +27,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --quiet -m slow
 	$(BIN)/python -m pytest --quiet benchmarks/kernels/linear.py benchmarks/kernels/experts.py \
-		benchmarks/kernels/attention.py -k agree
+		benchmarks/kernels/attention.py benchmarks/kernels/delta.py -k agree
 
 test-families: $(INSTALLED)
 	$(BIN)/python -m tests.families --out benchmarks/results/families.json
@@ -57,9 +57,11 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/kernels/linear.py --quiet --benchmark-json=$(RESULTS)/cpu-linear.json
 	$(BIN)/python -m pytest benchmarks/kernels/experts.py --quiet --benchmark-json=$(RESULTS)/cpu-experts.json
 	$(BIN)/python -m pytest benchmarks/kernels/attention.py --quiet --benchmark-json=$(RESULTS)/cpu-attention.json
+	$(BIN)/python -m pytest benchmarks/kernels/delta.py --quiet --benchmark-json=$(RESULTS)/cpu-delta.json
 	$(AVX2) $(BIN)/python -m pytest benchmarks/kernels/linear.py --quiet -k '(8B and q and not backward) or compile' \
 		--benchmark-json=$(RESULTS)/cpu-linear-avx2.json
 	$(BIN)/python -m benchmarks.serving.throughput
+	$(BIN)/python -m benchmarks.serving.delta_form
 	$(BIN)/python -m benchmarks.serving.plans
 	$(BIN)/python -m benchmarks.serving.fidelity
 	$(BIN)/python -m benchmarks.serving.memory

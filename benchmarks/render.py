@@ -18,7 +18,7 @@ from benchmarks.adaptation import eval_tables, few_shot_margin, few_shot_speed, 
 from benchmarks.common.tables import ROOT, Table, read_results
 from benchmarks.gpu import report as gpu
 from benchmarks.kernels import report as kernels
-from benchmarks.serving import fidelity, memory, plans, throughput
+from benchmarks.serving import delta_form, fidelity, memory, plans, throughput
 from benchmarks.tasks import humaneval, sandbox
 from benchmarks.training import big_model, step_speed, train_experts
 
@@ -39,6 +39,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "linear": (kernels.linear_table, "cpu-linear.json"),
         "fidelity": (fidelity.fidelity_table, "fidelity.json"),
         "memory": (memory.memory_table, "memory.json"),
+        "delta": (delta_form.delta_table, "delta-form.json"),
     },
     "docs/big-models.md": {
         "big-plans": (big_model.plans_table, *big_model.PLANNED.values()),
@@ -51,6 +52,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "shapes": (kernels.shapes_table, "cpu-linear.json"),
         "backward": (kernels.backward_table, "cpu-linear.json"),
         "attention": (kernels.attention_table, "cpu-attention.json"),
+        "delta": (kernels.delta_table, "cpu-delta.json"),
         "plans": (plans.plans_text, "cpu-plan.json"),
     },
     "docs/gpu.md": {

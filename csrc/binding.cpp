@@ -182,7 +182,7 @@ const Tensor* pointer(const OptionalTensor& tensor) { return tensor ? &*tensor :
 
 t2::Product product(const t2::RowInput& in, const t2::Matrix& m, const t2::RowOutput& out,
                     const float* column_scale = nullptr) {
-  return {{{in, m}}, 1, column_scale, out};
+  return {0, {{in, m}}, 1, column_scale, out};
 }
 
 void append(t2::Product& product, const t2::RowInput& in, const t2::Matrix& m) {
@@ -205,7 +205,7 @@ void store_at(void* data, t2::DType dtype, int64_t i, float value) {
   }
 }
 
-// Products over the same rows, run in as few kernel calls as kMaxProducts allows. Empty ones never reach a kernel:
+// Products over the same rows, stage by stage, run in as few kernel calls as kMaxProducts allows. Empty ones never reach a kernel:
 // without rows or columns there is nothing to do, and a sum without terms is the bias.
 class Batch {
  public:
@@ -263,7 +263,7 @@ std::optional<Base> base_of(const Tensor* base, const Tensor* scale, int64_t out
 // Expand: y = x W^T + (t * scale) U^T + bias, W and the parts of U side by side.
 void add_expand(Batch& batch, const Rows& rows, const std::optional<Base>& base, const Factors& f, const float* t,
                 int64_t rank, const Routing& route, const float* component_scale, const t2::RowOutput& out) {
-  t2::Product p{{}, 0, nullptr, out};
+  t2::Product p{1, {}, 0, nullptr, out};
   if (base) {
     append(p, rows.input, base->m);
     p.column_scale = base->scale;
@@ -295,7 +295,6 @@ std::tuple<Tensor, Tensor> factored_linear(const Tensor& x, const std::vector<Te
   float* t_data = static_cast<float*>(t.mutable_data_ptr());
   Batch batch(rows.count);
   add_shrink(batch, rows, f, t_data, rank);
-  batch.run();
   add_expand(batch, rows, dense, f, t_data, rank, route, component, output(y, pointer(bias)));
   batch.run();
   return {y, t};
@@ -322,6 +321,21 @@ std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const 
     batch.add(product(rows.input, transposed(f.up[i]), columns(h_data, rank, first)));
     first += f.up[i].k;
   }
+  const Tensor dx = need_dx ? like(grad_y, in_features) : torch::stable::new_empty(grad_y, {0});
+  if (need_dx) {
+    t2::Product p{1, {}, 0, nullptr, output(dx, nullptr)};
+    if (const auto dense = base_of(pointer(base), pointer(base_scale), out_features, in_features)) {
+      t2::RowInput in = rows.input;
+      in.component_scale = dense->scale;
+      append(p, in, transposed(dense->m));
+    }
+    first = 0;
+    for (int i = 0; i < f.parts; ++i) {
+      append(p, scaled_rows(h_data, rank, first, route, component, false), transposed(f.down[i]));
+      first += f.down[i].n;
+    }
+    batch.add(p);
+  }
   batch.run();
   Tensor dscales = float_matrix(grad_y, need_dscales ? scales.size(0) : 0, rank);
   if (need_dscales) torch::stable::zero_(dscales);
@@ -330,21 +344,6 @@ std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const 
                                 route.rows_per_slot, rows.count, rank, static_cast<float*>(dscales.mutable_data_ptr()),
                                 parallel_for);
   }
-  if (!need_dx) return {torch::stable::new_empty(grad_y, {0}), dscales};
-  const Tensor dx = like(grad_y, in_features);
-  t2::Product p{{}, 0, nullptr, output(dx, nullptr)};
-  if (const auto dense = base_of(pointer(base), pointer(base_scale), out_features, in_features)) {
-    t2::RowInput in = rows.input;
-    in.component_scale = dense->scale;
-    append(p, in, transposed(dense->m));
-  }
-  first = 0;
-  for (int i = 0; i < f.parts; ++i) {
-    append(p, scaled_rows(h_data, rank, first, route, component, false), transposed(f.down[i]));
-    first += f.down[i].n;
-  }
-  batch.add(p);
-  batch.run();
   return {dx, dscales};
 }
 
@@ -388,7 +387,7 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
   for (const Tensor& s : scales) ranks += s.size(s.dim() - 1);
   const Intermediate intermediate(x, rows.count * ranks);
   float* t = intermediate.data();
-  Batch shrink(rows.count), expand(rows.count);
+  Batch batch(rows.count);
   std::vector<Routing> routes;  // they keep what the products point to
   std::vector<Tensor> ys;
   routes.reserve(layers);
@@ -396,10 +395,9 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
   for (size_t l = 0; l < layers; ++l) {
     const int64_t rank = scales[l].size(scales[l].dim() - 1);
     const Factors f = factors(u.data() + l * parts, vh.data() + l * parts, parts, out_features[l], rank, in_features);
-    add_shrink(shrink, rows, f, t, rank);
+    add_shrink(batch, rows, f, t, rank);
     t += rows.count * rank;
   }
-  shrink.run();
   t = intermediate.data();
   for (size_t l = 0; l < layers; ++l) {
     const int64_t rank = scales[l].size(scales[l].dim() - 1);
@@ -411,11 +409,11 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
     const auto dense = base_of(bases.empty() ? nullptr : &bases[l], base_scales.empty() ? nullptr : &base_scales[l],
                                out_features[l], in_features);
     ys.push_back(like(x, out_features[l]));
-    add_expand(expand, rows, dense, f, t, rank, routes.back(), component,
+    add_expand(batch, rows, dense, f, t, rank, routes.back(), component,
                output(ys.back(), has_bias ? &biases[l] : nullptr));
     t += rows.count * rank;
   }
-  expand.run();
+  batch.run();
   return ys;
 }
 

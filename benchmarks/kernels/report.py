@@ -40,6 +40,28 @@ def find(results: Any, test: str, batch: int, shape: str = SQUARE, **info: Any) 
     return only
 
 
+def delta_table(results: Any) -> Table:
+    """Times of the delta form over the dense product of the same storage on the same kernels."""
+    rows = []
+    for result in results["benchmarks"]:
+        if result["test"] != "test_delta":
+            continue
+        ratios = [
+            f"{1 / ratio(result, f'dense {kind}', f'delta {kind}, {k}'):.2f}"
+            for kind in ("bfloat16", "int8")
+            for k in (64, 256)
+        ]
+        factored = f"{1 / ratio(result, 'dense bfloat16', 'factored bfloat16'):.2f}"
+        library = f"{1 / ratio(result, 'torch dense bfloat16', 'delta bfloat16, 256'):.2f}"
+        rows.append([result["shape"], str(result["batch"]), *ratios, factored, library])
+    return Table(
+        "Time of a layer in the delta form over the dense product of the same storage on our kernels, bfloat16 "
+        "activations, up to 64 experts (`python -m pytest benchmarks/kernels/delta.py`):",
+        ["layer", "rows", "bf16, 64", "bf16, 256", "int8, 64", "int8, 256", "factored bf16", "bf16, 256 / torch dense"],
+        rows,
+    )
+
+
 def shapes(results: Any) -> list[str]:
     return list(dict.fromkeys(each["shape"] for each in results["benchmarks"] if each["test"] == "test_linear"))
 

@@ -35,6 +35,8 @@ TASK, TASK_OPTIONS = "reasoning-gym:chain_sum", '{"config": {"min_terms": 2, "ma
 METHODS = {
     "SVF": {"method": "svf"},
     "SVF, bfloat16 factors and products": {"method": "svf", "factor_dtype": "bfloat16", "bf16_products": True},
+    "SVF, bfloat16, support of 128": {"factor_dtype": "bfloat16", "bf16_products": True, "support": 128},
+    "SVF, bfloat16, support of 64": {"factor_dtype": "bfloat16", "bf16_products": True, "support": 64},
     "SVF, MLP alone": {"method": "svf", "target_modules": ("mlp",)},
     "LoRA r=16 (PEFT)": {"method": "lora"},
     "W' built, dW' projected (published)": {"method": "dense-compose"},

@@ -4,7 +4,7 @@
     python -m benchmarks.training.train_experts --only sums        # the runs whose name starts with "sums"
 
 Finished runs are skipped, interrupted ones resume. Everything a run writes is in its folder below `runs/`. Writes
-benchmarks/results/training.json and docs/training-*.png from the runs that exist.
+benchmarks/results/training.json, which keeps what it has of runs without a folder, and docs/training-*.png.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.common.tables import RESULTS, ROOT, Table, with_interval, write_results
+from benchmarks.common.tables import RESULTS, ROOT, Table, read_results, with_interval, write_results
 from t2.tasks import get
 from t2.weights.machine import machine
 from t2kernels.files import replacing
@@ -65,12 +65,16 @@ EXPERTS = {
     "reading": "--cold-start-steps 30 --steps 50 --prompts-per-step 32 --max-new-tokens 8 --validate-every 5",
     "logic": "--cold-start-steps 25 --steps 50 --prompts-per-step 32 --max-new-tokens 4 --validate-every 5",
 }
+
 OF_ALL = {
     "classifier": "--objective next-token --steps 64 --prompts-per-step 32 --learning-rate 4e-3 --validate-every 16",
     "all-lora": "--cold-start-steps 30 --steps 45 --prompts-per-step 48 --samples-per-prompt 4 --max-new-tokens 8 "
     "--validate-every 15 --method lora --cold-start-learning-rate 1e-3 --learning-rate 2e-4",
 }
 """The classification expert, and one adapter for all domains, which experts are compared with."""
+BANK = "t2/banks/smollm2-135m-instruct"
+SUPPORTED = "--support 64 --learning-rate 3e-3 --cold-start-learning-rate 1.2e-2"
+"""Options of the runs on the 64 components of each matrix that the expert of the domain in `BANK` changes most."""
 COMPARED = "--steps 24 --prompts-per-step 32 --validate-every 24"
 """Options of every run of the comparison: same prompts, same number of completions."""
 VARIANTS = {
@@ -90,6 +94,9 @@ def runs() -> dict[str, tuple[str, list[str]]]:
         made[f"sums-{seed}"] = "sums", [*EXPERTS["sums"].split(), *FACTORS, "--seed", str(seed)]
     for name in ("reading", "logic"):
         made[f"{name}-0"] = name, [*EXPERTS[name].split(), *FACTORS]
+    for name in EXPERTS:
+        chosen = ["--support-from", f"{BANK}/{name}.safetensors", *SUPPORTED.split()]
+        made[f"{name}-support-64"] = name, [*EXPERTS[name].split(), *FACTORS, *chosen]
     made["classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS]
     made["all-lora"] = "all", OF_ALL["all-lora"].split()
     for name, options in VARIANTS.items():
@@ -115,12 +122,14 @@ def majority(task: str) -> float:
     return max(Counter(solutions).values()) / len(solutions)
 
 
-def collected(folder: Path) -> dict[str, Any]:
-    """Curve and result of every finished run."""
+def collected(folder: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """Curve and result of every finished run: those of the folder, and others as they were collected before."""
     found: dict[str, Any] = {}
     for name, (task, options) in runs().items():
         result = folder / name / "result.json"
-        if result.is_file():
+        if not result.is_file() and name in before:
+            found[name] = before[name]
+        elif result.is_file():
             rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
             arguments = command(task, options, Path("runs") / name)
             about = {"curve": rows, "command": " ".join(["t2", *arguments]), "majority": majority(task)}
@@ -237,7 +246,8 @@ def main(only: str = "", folder: Path = ROOT / "runs", collect: bool = False) ->
         print(name, flush=True)
         trained = [sys.executable, "-m", "t2", *command(task, options, output.resolve()), *again]
         subprocess.run(trained, check=True, cwd=ROOT)
-    found = collected(folder)
+    before = read_results("training.json")["runs"] if (RESULTS / "training.json").is_file() else {}
+    found = collected(folder, before)
     results = {"machine": machine(), "runs": found}
     write_results(RESULTS / "training.json", results)
     for prefix in ("sums", "reading", "logic"):

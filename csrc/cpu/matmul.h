@@ -61,14 +61,17 @@ struct Part {
 };
 
 // column_scale belongs to the first part, which without others has the bits that it has with parts that add 0.
+// Products of stage 1 run after those of stage 0, whose results their rows may be. Rows that both have are packed once.
 constexpr int kMaxParts = 3;
+constexpr int kStages = 2;
 struct Product {
+  int stage;
   Part parts[kMaxParts];
   int part_count;
   const float* column_scale;  // [n] or null
   RowOutput out;
 };
-constexpr int kMaxProducts = 8;
+constexpr int kMaxProducts = 12;
 
 using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* context);
@@ -84,7 +87,7 @@ struct DecodeAttention;  // attention.h
 struct Kernels {
   const char* isa;
   bool bf16_products;
-  // Up to kMaxProducts products over the same number of rows, side by side.
+  // Up to kMaxProducts products over the same number of rows, those of a stage side by side, stages in order.
   void (*matmul)(const Product* products, int count, int64_t rows, ParallelFor);
   // dscales[slot(b), k] += t[b, k] * h[b, k] * component_scale[k], rows in ascending order.
   void (*reduce_scales)(const float* t, const float* h, const float* component_scale, const int64_t* slots,

@@ -30,6 +30,7 @@ using t2::Arithmetic;
 using t2::kBlock;
 using t2::kMaxParts;
 using t2::kMaxProducts;
+using t2::kStages;
 using t2::Matrix;
 using t2::ParallelFor;
 using t2::Product;
@@ -589,10 +590,11 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
   thread_local Scratch scratch;
   PackedRows packed[kMaxProducts * kMaxParts];
   const PackedRows* x[kMaxProducts][kMaxParts] = {};
-  int packs = 0;
-  int64_t panels = 0, terms = 0;
+  int first_product[kStages + 1] = {}, first_pack[kStages + 1] = {};
+  int packs = 0, stage = 0;
+  int64_t terms = 0;
   for (int i = 0; i < count; ++i) {
-    panels += panels_of(products[i]);
+    for (; stage < products[i].stage; first_product[stage] = i, first_pack[stage] = packs) ++stage;
     int64_t own = 0;
     for (int part = 0; part < products[i].part_count; ++part) {
       const auto& [in, m] = products[i].parts[part];
@@ -605,6 +607,7 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
     }
     terms = own > terms ? own : terms;
   }
+  for (; stage < kStages; first_product[stage] = count, first_pack[stage] = packs) ++stage;
   for (int64_t row0 = 0; row0 < rows; row0 += kRowBlock) {
     const int64_t block = smaller(kRowBlock, rows - row0);
     int64_t bytes = 0, pack_terms = 0;
@@ -620,23 +623,29 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
       at += packed[i].data_bytes() + packed[i].scale_bytes();
     }
     const Tiles tiles(block);
-    const auto pack = [&](int64_t begin, int64_t end) {
-      for (int64_t job = begin; job < end; ++job) {
-        const int64_t tile = job / packs;
-        for (int64_t r = 0; r < tiles.rows(tile); ++r)
-          pack_row(packed[job % packs], row0, tiles, tile, r);
-      }
-    };
-    parallel(parallel_for, tiles.count * packs, grain(kPackGrain, tiles.rows(0) * pack_terms), pack);
-    const auto compute = [&](int64_t begin, int64_t end) {
-      for (int i = 0; i < count && begin < end; ++i) {
-        const int64_t own = panels_of(products[i]);
-        if (begin < own) panel_range(products[i], x[i], row0, block, begin, smaller(end, own));
-        begin = begin > own ? begin - own : 0;
-        end -= own;
-      }
-    };
-    parallel(parallel_for, panels, grain(kFmaGrain, block * terms * kPanel), compute);
+    for (int stage = 0; stage < kStages; ++stage) {
+      const int pack0 = first_pack[stage], own_packs = first_pack[stage + 1] - pack0;
+      const auto pack = [&](int64_t begin, int64_t end) {
+        for (int64_t job = begin; job < end; ++job) {
+          const int64_t tile = job / own_packs;
+          for (int64_t r = 0; r < tiles.rows(tile); ++r)
+            pack_row(packed[pack0 + job % own_packs], row0, tiles, tile, r);
+        }
+      };
+      if (own_packs > 0)
+        parallel(parallel_for, tiles.count * own_packs, grain(kPackGrain, tiles.rows(0) * pack_terms), pack);
+      const auto compute = [&](int64_t begin, int64_t end) {
+        for (int i = first_product[stage]; i < first_product[stage + 1] && begin < end; ++i) {
+          const int64_t own = panels_of(products[i]);
+          if (begin < own) panel_range(products[i], x[i], row0, block, begin, smaller(end, own));
+          begin = begin > own ? begin - own : 0;
+          end -= own;
+        }
+      };
+      int64_t panels = 0;
+      for (int i = first_product[stage]; i < first_product[stage + 1]; ++i) panels += panels_of(products[i]);
+      if (panels > 0) parallel(parallel_for, panels, grain(kFmaGrain, block * terms * kPanel), compute);
+    }
   }
 }
 

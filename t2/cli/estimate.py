@@ -18,6 +18,7 @@ def run(
     training_step: OmitArgPrefixes[StepSizes] = StepSizes(),  # noqa: B008  # frozen
     target_modules: Targets = ("all-linear",),
     model_dtype: ModelDtype = "float32",
+    support: Annotated[int | None, arg(metavar="COMPONENTS", help_behavior_hint=OPTIONAL)] = None,
     json: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,
 ) -> int:
     """Estimate disk, memory, time, and the GPUs that can serve and train a model. No weights are read.
@@ -27,6 +28,7 @@ def run(
     Args:
         model: A config.json, or a model: an alias, Hub id, local folder or GGUF file.
         training_step: Sizes of one training step.
+        support: Components of each matrix, for the delta form: W beside the components that experts change.
         json: JSON file for the estimate, in bytes and seconds.
     """
     import torch
@@ -38,7 +40,11 @@ def run(
     from t2kernels.files import write_text
 
     estimate = estimate_model(
-        model, as_targets(target_modules), dtype=getattr(torch, model_dtype), rates=Rates.measure()
+        model,
+        as_targets(target_modules),
+        dtype=getattr(torch, model_dtype),
+        rates=Rates.measure(),
+        support=support,
     )
     show(estimate, training_step, Console())
     if json is not None:

@@ -142,7 +142,7 @@ class SlotTable:
         """Takes sigma as it is now, and fills every slot with the base."""
         with torch.inference_mode(False):
             self.column_sigma = self.columns_of(self.sigma)
-            self.base_row = self.column_sigma * (1.0 - self.offset)
+            self.base_row = self.column_sigma if self.support is None else torch.zeros_like(self.column_sigma)
             self.table[:] = self.base_row
 
     @property

@@ -25,10 +25,6 @@ class SVFConfig:
     target_modules: "all-linear" (all but the output embedding), "attention" or "mlp" (layers below a module of that
         name), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"]. In a
         model that reads images, only layers of its language model count.
-    form: "factored" runs U diag(sigma z) Vh, with z free at every component. "delta" runs W x and adds what experts
-        change at the components of `support`: the base is the dense model bit for bit, at its speed and a little more.
-    support: of the delta form: a number of components of each matrix or a share of them, the leading ones; a file or
-        folder of experts or a file of `t2.experts.support.save`; or positions in z (`t2.experts.support.resolve`).
     dtype: storage of the factors: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn; None keeps each
         weight's own. In the delta form also of W; beside W in 8 bits the components are bfloat16.
     bf16_products: rounds activations to bfloat16 before they meet bfloat16 factors, where the processor has that dot
@@ -46,11 +42,13 @@ class SVFConfig:
         tokens. Layers that fail it are left out with a warning; a model whose outputs it changes is refused. Where
         weights are read one by one there are no outputs to compare with: only rows of a mixed batch are checked.
     progress: shows a progress bar while decomposing.
+    form: "factored" runs U diag(sigma z) Vh, with z free at every component. "delta" runs W x and adds what experts
+        change at the components of `support`: the base is the dense model bit for bit, at its speed and a little more.
+    support: of the delta form: a number of components of each matrix or a share of them, the leading ones; a file or
+        folder of experts or a file of `t2.experts.support.save`; or positions in z (`t2.experts.support.resolve`).
     """
 
     target_modules: str | Sequence[str] = "all-linear"
-    form: Literal["factored", "delta"] = "factored"
-    support: Chosen | None = None
     dtype: torch.dtype | None = None
     bf16_products: bool = False
     pack_others: bool = True
@@ -59,6 +57,8 @@ class SVFConfig:
     slots: int | None = None
     verify: bool = True
     progress: bool = True
+    form: Literal["factored", "delta"] = "factored"
+    support: Chosen | None = None
 
     def check(self) -> None:
         """Raises TypeError or ValueError for an option of another kind."""

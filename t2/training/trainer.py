@@ -46,6 +46,9 @@ from t2.weights.files import FileFormatError, file_errors
 from t2.weights.loading import Tokenizer, tokenizer_of
 from t2kernels.files import write_text
 
+SCORED_TOKENS = 1024
+"""Tokens of a batch whose gradient chooses a support: all components are free then, and no step needs as much."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -172,9 +175,8 @@ class Trainer:
                     f"support_from: expected training examples with solutions for a gradient, got none of "
                     f"{self.task.name}; an expert file can choose the support"
                 )
-            scores = gradient_scores(
-                policy, groups, pad_token=self.generator.pad_token, token_budget=self.options.token_budget
-            )
+            budget = min(self.options.token_budget, SCORED_TOKENS)
+            scores = gradient_scores(policy, groups, pad_token=self.generator.pad_token, token_budget=budget)
             policy.restrict(top_components(scores, policy.layout, count))
 
     def _start(self, checkpoint: Checkpoint | None) -> Metrics:

@@ -21,6 +21,7 @@ from t2.weights.memory_model import (
     Architecture,
     Rates,
     decompose_bytes,
+    delta_bytes,
     dense_bytes,
     disk_bytes,
     factor_bytes,
@@ -63,6 +64,7 @@ class ModelEstimate:
     others: tuple[tuple[int, int], ...]  # [out, in] of linear layers that are no targets: they are packed beside
     other_products: int  # out * in of those but the output embedding
     rates: Rates | None = None
+    support: int | None = None  # components of each matrix in the delta form; None is the factored form
 
     @property
     def matrices(self) -> int:
@@ -74,12 +76,20 @@ class ModelEstimate:
         return sum(shape.count * shape.rank for shape in self.shapes)
 
     @property
+    def free(self) -> int:
+        """Numbers of an expert that may differ from 1: K of the delta form, or all R."""
+        return sum(shape.count * self._components(shape) for shape in self.shapes)
+
+    def _components(self, shape: Shape) -> int:
+        return shape.rank if self.support is None else min(self.support, shape.rank)
+
+    @property
     def multiply_adds(self) -> float:
-        """Ratio to the dense model's: sum r (out + in) / sum out in, with layers that are no targets in both;
-        attention and the output embedding left out."""
-        factored = sum(s.count * s.rank * (s.out_features + s.in_features) for s in self.shapes)
-        dense = sum(s.count * s.out_features * s.in_features for s in self.shapes)
-        return (factored + self.other_products) / (dense + self.other_products)
+        """Ratio to the dense model's: sum r (out + in) / sum out in, in the delta form 1 + sum k (out + in) / sum
+        out in, with layers that are no targets in both; attention and the output embedding left out."""
+        products = sum(s.count * self._components(s) * (s.out_features + s.in_features) for s in self.shapes)
+        dense = sum(s.count * s.out_features * s.in_features for s in self.shapes) + self.other_products
+        return (products + (self.other_products if self.support is None else dense)) / dense
 
     @property
     def disk(self) -> int:
@@ -98,7 +108,16 @@ class ModelEstimate:
         return max(decompose_bytes(s.out_features, s.in_features, self.dtype) for s in self.shapes)
 
     def factors(self, storage: torch.dtype) -> int:
-        return sum(s.count * factor_bytes(s.out_features, s.in_features, storage) for s in self.shapes)
+        """Bytes of the decomposed layers: of the factors, or of W and the support's components."""
+        return sum(
+            s.count
+            * (
+                factor_bytes(s.out_features, s.in_features, storage)
+                if self.support is None
+                else delta_bytes(s.out_features, s.in_features, self._components(s), storage)
+            )
+            for s in self.shapes
+        )
 
     def rest(self, storage: torch.dtype) -> int:
         """Weights that are no targets, and the packed copies of linear layers among them."""
@@ -107,8 +126,9 @@ class ModelEstimate:
 
     @property
     def slots(self) -> int:
-        """The slot table as it begins, and the singular values."""
-        return 4 * self.expert * (SLOTS + 1)
+        """The slot table as it begins, and the singular values; in the delta form those of the support and zeros."""
+        beside = 0 if self.support is None else 4 * 4 * self.free  # positions of 8 bytes
+        return 4 * self.free * SLOTS + 4 * self.expert + beside
 
     def serving(self, storage: torch.dtype) -> int:
         """A model that is ready to serve, without requests."""
@@ -124,7 +144,7 @@ class ModelEstimate:
     @property
     def learnt(self) -> int:
         """z, its gradient and Adam's two moments."""
-        return 4 * 4 * self.expert
+        return 4 * 4 * self.free
 
     def activations(self, rows: int, new: int, keys: int, *, checkpointing: bool = False) -> float:
         """Bytes that a forward pass keeps for its backward pass, without logits; of layers run again, their inputs.
@@ -133,7 +153,7 @@ class ModelEstimate:
             ValueError: the formula does not describe this kind of model.
         """
         a, e, n = self.architecture, self.dtype.itemsize, rows * new
-        outside = 2 * n * a.head_dim * e + 4 * self.expert  # rotary embedding; sigma * z
+        outside = 2 * n * a.head_dim * e + 4 * self.free  # rotary embedding; sigma * z
         if checkpointing:
             return a.layers * n * a.hidden * e + n * (4 * a.hidden + 4) + outside
         return a.layers * self._layer(rows, new, keys) + outside
@@ -142,7 +162,7 @@ class ModelEstimate:
         a = self.architecture
         if a.model_type not in ACTIVATIONS_OF:
             raise ValueError(f"model: expected one of {', '.join(ACTIVATIONS_OF)} for activations, got {a.model_type}")
-        return a.layer_activations(self.expert / a.layers, rows, new, keys, self.dtype)
+        return a.layer_activations(self.free / a.layers, rows, new, keys, self.dtype)
 
     def update(self, work: StepSizes, prompts: int, answers: int, *, checkpointing: bool = False) -> float:
         """Most that a micro-batch of the update holds (`Trainer._update`).
@@ -202,7 +222,8 @@ class ModelEstimate:
             "architecture": asdict(self.architecture),
             "shapes": [asdict(shape) | {"rank": shape.rank} for shape in self.shapes],
             "matrices": self.matrices,
-            "parameters_per_expert": self.expert,
+            "parameters_per_expert": self.free,
+            "support": self.support,
             "multiply_adds": self.multiply_adds,
             "disk": self.disk,
             "decompose": {
@@ -211,7 +232,7 @@ class ModelEstimate:
                 "peak": self.decompose_peak,
             },
             "cache_per_token": self.cache,
-            "slot": 4 * self.expert,
+            "slot": 4 * self.free,
             "work": asdict(work),
             "storage": {
                 _name(storage): {
@@ -262,6 +283,7 @@ def estimate_model(
     *,
     dtype: torch.dtype = torch.bfloat16,
     rates: Rates | None = None,
+    support: int | None = None,
 ) -> ModelEstimate:
     """The plan for a model, from its config alone.
 
@@ -270,11 +292,14 @@ def estimate_model(
         target_modules: as in `SVFConfig`.
         dtype: of the model.
         rates: for the time of the decomposition; None leaves that out.
+        support: components of each matrix, for the delta form; None is the factored form.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: nothing matches `target_modules`.
+        ValueError: nothing matches `target_modules`, or a support below 1.
     """
+    if support is not None and support < 1:
+        raise ValueError(f"support: expected None or an integer >= 1, got {support}")
     path = Path(name_or_path).expanduser()
     if path.suffix == ".json" and not path.is_file():
         raise FileNotFoundError(f"config {path} does not exist")
@@ -298,6 +323,7 @@ def estimate_model(
         others=tuple(others.values()),
         other_products=sum(prod(_shape(layer)) for n, layer in linear_layers(model).items() if n not in targets),
         rates=rates,
+        support=support,
     )
 
 

@@ -30,8 +30,16 @@ def factor_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int
 
 
 def dense_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """Bytes of `DenseWeight.pack(...)` for a 16 or 32 bit format."""
-    return _panel_bytes(out_features, in_features, dtype)
+    """Bytes of `DenseWeight.pack(...)`: W, and int8's scales."""
+    scales = 4 * out_features if dtype == torch.int8 else 0
+    return _panel_bytes(out_features, in_features, dtype) + scales
+
+
+def delta_bytes(out_features: int, in_features: int, components: int, dtype: torch.dtype) -> int:
+    """Bytes of `DeltaWeight.pack(...)`: W, and both factors and the singular values of the support's components."""
+    pair = torch.bfloat16 if dtype == torch.int8 else dtype
+    factors = _panel_bytes(out_features, components, pair) + _panel_bytes(components, in_features, pair)
+    return dense_bytes(out_features, in_features, dtype) + factors + 4 * components
 
 
 def _panel_bytes(n: int, k: int, dtype: torch.dtype) -> int:

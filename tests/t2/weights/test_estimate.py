@@ -16,9 +16,9 @@ from t2.generation.scoring import PromptGroup
 from t2.training import Trainer
 from t2.weights.estimate import STORAGE, estimate_model, gpus_needed
 from t2.weights.factor_cache import FactorCache, weight_key
-from t2.weights.memory_model import Rates, decompose_bytes, dense_bytes, disk_bytes, factor_bytes
+from t2.weights.memory_model import Rates, decompose_bytes, delta_bytes, dense_bytes, disk_bytes, factor_bytes
 from t2.weights.step_sizes import StepSizes
-from t2kernels import DenseWeight, FactoredWeight, decompose
+from t2kernels import DeltaWeight, DenseWeight, FactoredWeight, decompose
 from tests.t2.toy import SayTheWord, toy_tokenizer
 from tests.t2.weights.live_bytes import LiveBytes, saved_bytes
 
@@ -146,8 +146,26 @@ def test_biases_and_ties_are_counted(plan_of):
 def test_stored_sizes_are_those_of_packed_weights(shape, dtype):
     weight = torch.randn(shape)
     assert factor_bytes(*shape, dtype) == FactoredWeight.pack(*decompose(weight), dtype=dtype).nbytes
-    if dtype != torch.int8:
-        assert dense_bytes(*shape, dtype) == DenseWeight.pack(weight, dtype=dtype).nbytes
+    assert dense_bytes(*shape, dtype) == DenseWeight.pack(weight, dtype=dtype).nbytes
+    u, s, vh = decompose(weight)
+    k = min(len(s), 5)
+    delta = DeltaWeight.pack(weight, u[:, :k], s[:k], vh[:k], dtype=dtype)
+    assert delta_bytes(*shape, k, dtype) == delta.nbytes
+
+
+def test_the_delta_form_of_a_large_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    factored = estimate_model(tmp_path / "config.json")
+    found = estimate_model(tmp_path / "config.json", support=256)
+    assert found.free == 256 * 7 * 32 and found.expert == factored.expert == 720_896
+    assert found.multiply_adds == pytest.approx(1 + 256 * 81_920 / (6_979_321_856 / 32), rel=1e-6)
+    dense = 2 * 6_979_321_856
+    assert found.factors(torch.bfloat16) / dense == pytest.approx(1.0962, abs=1e-3)
+    assert found.factors(torch.int8) / dense == pytest.approx(0.5964, abs=1e-3)
+    assert found.learnt < factored.learnt and found.slots < factored.slots
+    assert found.to_dict()["support"] == 256
+    with pytest.raises(ValueError, match="support: expected None or an integer >= 1"):
+        estimate_model(tmp_path / "config.json", support=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
