@@ -73,8 +73,12 @@ OF_ALL = {
 }
 """The classification expert, and one adapter for all domains, which experts are compared with."""
 BANK = "t2/banks/smollm2-135m-instruct"
-SUPPORTED = "--support 64 --learning-rate 3e-3 --cold-start-learning-rate 1.2e-2"
-"""Options of the runs on the 64 components of each matrix that the expert of the domain in `BANK` changes most."""
+SUPPORTED = {
+    "sums": "--learning-rate 3e-3 --cold-start-learning-rate 1.2e-2",
+    "reading": "--learning-rate 3e-3 --cold-start-learning-rate 1.2e-2",
+    "logic": "",
+}
+"""Rates of the runs on the 64 components of each matrix that the expert of the domain in `BANK` changes most."""
 COMPARED = "--steps 24 --prompts-per-step 32 --validate-every 24"
 """Options of every run of the comparison: same prompts, same number of completions."""
 VARIANTS = {
@@ -94,8 +98,8 @@ def runs() -> dict[str, tuple[str, list[str]]]:
         made[f"sums-{seed}"] = "sums", [*EXPERTS["sums"].split(), *FACTORS, "--seed", str(seed)]
     for name in ("reading", "logic"):
         made[f"{name}-0"] = name, [*EXPERTS[name].split(), *FACTORS]
-    for name in EXPERTS:
-        chosen = ["--support-from", f"{BANK}/{name}.safetensors", *SUPPORTED.split()]
+    for name in SUPPORTED:
+        chosen = ["--support", "64", "--support-from", f"{BANK}/{name}.safetensors", *SUPPORTED[name].split()]
         made[f"{name}-support-64"] = name, [*EXPERTS[name].split(), *FACTORS, *chosen]
     made["classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS]
     made["all-lora"] = "all", OF_ALL["all-lora"].split()
