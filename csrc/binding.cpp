@@ -146,9 +146,9 @@ Rows rows_of(const Tensor& x, int64_t features, const char* name, bool bf16_prod
 // The components [first, ...) of t [rows, rank], with their scales.
 t2::RowInput scaled_rows(const float* t, int64_t rank, int64_t first, const Routing& route, const float* component_scale,
                          bool round) {
-  return {t + first,           t2::DType::f32,   rank,
-          route.scales_data + first, route.scales_stride, route.slots_data, route.rows_per_slot,
-          component_scale ? component_scale + first : nullptr, round};
+  const float* own_scale = component_scale ? component_scale + first : nullptr;
+  return {t + first,        t2::DType::f32,      rank,      route.scales_data + first, route.scales_stride,
+          route.slots_data, route.rows_per_slot, own_scale, round};
 }
 
 Tensor like(const Tensor& x, int64_t features) {
@@ -205,8 +205,8 @@ void store_at(void* data, t2::DType dtype, int64_t i, float value) {
   }
 }
 
-// Products over the same rows, stage by stage, run in as few kernel calls as kMaxProducts allows. Empty ones never reach a kernel:
-// without rows or columns there is nothing to do, and a sum without terms is the bias.
+// Products over the same rows, stage by stage, run in as few kernel calls as kMaxProducts allows. Empty ones never
+// reach a kernel: without rows or columns there is nothing to do, and a sum without terms is the bias.
 class Batch {
  public:
   explicit Batch(int64_t rows) : rows_(rows) {}

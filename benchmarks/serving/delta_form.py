@@ -29,6 +29,7 @@ from t2kernels import DeltaWeight, FactoredWeight
 
 MODEL = "smollm2-135m-instruct"
 SUPPORTS = (64, 128, 256)
+FULL = "factored"
 LLAMA = {"Llama-3-8B q, o": 2, "Llama-3-8B k, v": 2, "Llama-3-8B gate, up": 2, "Llama-3-8B down": 1}
 """Matrices of a layer of Llama-3-8B by shape."""
 
@@ -83,9 +84,6 @@ def delta_table(results: Any) -> Table:
         rows,
         f"All matrices of Llama-3-8B as they are packed: {sizes}.",
     )
-
-
-FULL = "factored"
 
 
 def main(new_tokens: int = 64, rounds: int = 9, results: Path = RESULTS / "delta-form.json") -> None:

@@ -65,7 +65,6 @@ EXPERTS = {
     "reading": "--cold-start-steps 30 --steps 50 --prompts-per-step 32 --max-new-tokens 8 --validate-every 5",
     "logic": "--cold-start-steps 25 --steps 50 --prompts-per-step 32 --max-new-tokens 4 --validate-every 5",
 }
-
 OF_ALL = {
     "classifier": "--objective next-token --steps 64 --prompts-per-step 32 --learning-rate 4e-3 --validate-every 16",
     "all-lora": "--cold-start-steps 30 --steps 45 --prompts-per-step 48 --samples-per-prompt 4 --max-new-tokens 8 "
