@@ -304,12 +304,12 @@ std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const 
                                                     const std::vector<Tensor>& vh,
                                                     const OptionalTensor& component_scale, const Tensor& scales,
                                                     const Tensor& slots, int64_t in_features, bool need_dx,
-                                                    bool need_dscales, const OptionalTensor& base,
+                                                    bool need_dscales, bool bf16_products, const OptionalTensor& base,
                                                     const OptionalTensor& base_scale) {
   const int64_t rank = scales.size(scales.dim() - 1);
   const int64_t out_features = grad_y.size(grad_y.dim() - 1);
   STD_TORCH_CHECK(u.size() == vh.size(), "vh: expected as many parts as u, ", u.size(), ", got ", vh.size());
-  const Rows rows = rows_of(grad_y, out_features, "grad_y");
+  const Rows rows = rows_of(grad_y, out_features, "grad_y", bf16_products);
   const Routing route = routing(scales, slots, rows.count, rank);
   const Factors f = factors(u.data(), vh.data(), u.size(), out_features, rank, in_features);
   const float* component = float_vector(component_scale, rank, "component_scale");
@@ -331,7 +331,7 @@ std::tuple<Tensor, Tensor> factored_linear_backward(const Tensor& grad_y, const 
     }
     first = 0;
     for (int i = 0; i < f.parts; ++i) {
-      append(p, scaled_rows(h_data, rank, first, route, component, false), transposed(f.down[i]));
+      append(p, scaled_rows(h_data, rank, first, route, component, rows.input.round_to_bf16), transposed(f.down[i]));
       first += f.down[i].n;
     }
     batch.add(p);
@@ -431,9 +431,9 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
 }
 
 Tensor dense_linear_backward(const Tensor& grad_y, const Tensor& weight, const OptionalTensor& row_scale,
-                             int64_t in_features) {
+                             int64_t in_features, bool bf16_products) {
   const int64_t out_features = grad_y.size(grad_y.dim() - 1);
-  Rows rows = rows_of(grad_y, out_features, "grad_y");
+  Rows rows = rows_of(grad_y, out_features, "grad_y", bf16_products);
   const t2::Matrix m = transposed(matrix(weight, out_features, in_features, "weight"));
   rows.input.component_scale = float_vector(row_scale, out_features, "row_scale");
   const Tensor dx = like(grad_y, in_features);
@@ -534,7 +534,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("compiled_isas", [] {
 #if defined(__x86_64__)
-    return std::vector<std::string>{"portable", "avx2", "avx512", "avx512_bf16"};
+    return std::vector<std::string>{"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 #else
     return std::vector<std::string>{"portable"};
 #endif

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-_INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16")
+_INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:

@@ -16,7 +16,8 @@ float32 or None (the product of both factors' int8 scales); base [out, in], a ma
 with S dividing the rows of x; bias [out] or None.
 
 What the products round: nothing but the storage, with three exceptions. Where x is bfloat16, or bf16_products is true,
-x and the scaled t are rounded to bfloat16 before they meet bfloat16 factors, if the processor has that dot product.
+x and the scaled t are rounded to bfloat16 before they meet bfloat16 factors, if the processor has that dot product; in
+the backward pass the gradient of y and the scaled h are.
 Before they meet int8 factors they are rounded to 16-bit integers, with a float32 scale for every 512 terms of a row.
 The output is rounded to the dtype of x. Sums are float32, or exact.
 
@@ -70,14 +71,17 @@ _library.define(
 )
 _library.define(
     "factored_linear_backward(Tensor grad_y, Tensor t, Tensor[] u, Tensor[] vh, Tensor? component_scale, "
-    "Tensor scales, Tensor slots, SymInt in_features, bool need_dx, bool need_dscales, Tensor? base, "
-    "Tensor? base_scale) -> (Tensor, Tensor)"
+    "Tensor scales, Tensor slots, SymInt in_features, bool need_dx, bool need_dscales, bool bf16_products, "
+    "Tensor? base, Tensor? base_scale) -> (Tensor, Tensor)"
 )
 _library.define(
     "dense_linear(Tensor x, Tensor weight, Tensor? row_scale, Tensor? bias, SymInt out_features, "
     "bool bf16_products) -> Tensor"
 )
-_library.define("dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row_scale, SymInt in_features) -> Tensor")
+_library.define(
+    "dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row_scale, SymInt in_features, bool bf16_products) "
+    "-> Tensor"
+)
 _library.define("decode_attention(Tensor query, Tensor key, Tensor value, Tensor? allowed, float scale) -> Tensor")
 
 
@@ -133,7 +137,19 @@ def _(x, u, vh, component_scales, scales, slots, biases, out_features, bf16_prod
 
 @torch.library.register_fake("t2kernels::factored_linear_backward")
 def _(  # type: ignore[no-untyped-def]
-    grad_y, t, u, vh, component_scale, scales, slots, in_features, need_dx, need_dscales, base=None, base_scale=None
+    grad_y,
+    t,
+    u,
+    vh,
+    component_scale,
+    scales,
+    slots,
+    in_features,
+    need_dx,
+    need_dscales,
+    bf16_products,
+    base=None,
+    base_scale=None,
 ):
     dx = grad_y.new_empty(*grad_y.shape[:-1], in_features) if need_dx else grad_y.new_empty(0)
     return dx, scales.new_empty(scales.shape[0] if need_dscales else 0, scales.shape[1])
@@ -145,7 +161,7 @@ def _(x, weight, row_scale, bias, out_features, bf16_products):  # type: ignore[
 
 
 @torch.library.register_fake("t2kernels::dense_linear_backward")
-def _(grad_y, weight, row_scale, in_features):  # type: ignore[no-untyped-def]
+def _(grad_y, weight, row_scale, in_features, bf16_products):  # type: ignore[no-untyped-def]
     return grad_y.new_empty(*grad_y.shape[:-1], in_features)
 
 
@@ -189,7 +205,7 @@ def _sum_of_rows(gradient: Tensor) -> Tensor:
 
 
 def _factored_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, u, vh, component_scale, scales, slots, bias, _, _, base, base_scale = inputs
+    x, u, vh, component_scale, scales, slots, bias, _, ctx.bf16_products, base, base_scale = inputs
     ctx.set_materialize_grads(False)
     ctx.parts = len(u)
     ctx.save_for_backward(output[1], component_scale, scales, slots, base, base_scale, *u, *vh)
@@ -203,7 +219,7 @@ def _through_t(grad_t: Tensor, vh: list[Tensor], in_features: int) -> Tensor:
     dx, first = grad_t.new_zeros(grad_t.shape[0], in_features), 0
     for i, part in enumerate(vh):
         own = part.shape[0] * (1 if part.dim() == 2 else PANEL) if i + 1 < len(vh) else grad_t.shape[1] - first
-        dx += dense_linear_backward(grad_t[:, first : first + own].contiguous(), part, None, in_features)
+        dx += dense_linear_backward(grad_t[:, first : first + own].contiguous(), part, None, in_features, False)
         first += own
     return dx
 
@@ -227,6 +243,7 @@ def _factored_backward(ctx: Any, grad_y: Tensor | None, grad_t: Tensor | None) -
                     ctx.in_features,
                     need_dx,
                     need_dscales,
+                    ctx.bf16_products,
                     base,
                     base_scale,
                 )
@@ -242,7 +259,7 @@ def _factored_backward(ctx: Any, grad_y: Tensor | None, grad_t: Tensor | None) -
 
 
 def _dense_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, row_scale, bias, _, _ = inputs
+    x, weight, row_scale, bias, _, ctx.bf16_products = inputs
     ctx.save_for_backward(weight, row_scale)
     ctx.in_features = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -252,7 +269,7 @@ def _dense_backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         with torch.no_grad():
-            dx = dense_linear_backward(grad_y, *ctx.saved_tensors, ctx.in_features)
+            dx = dense_linear_backward(grad_y, *ctx.saved_tensors, ctx.in_features, ctx.bf16_products)
         dx = _once(dx, grad_y)
     if ctx.needs_input_grad[3]:
         dbias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)

@@ -138,6 +138,7 @@ def factored_linear_backward(
     in_features: int,
     need_dx: bool,
     need_dscales: bool,
+    bf16_products: bool,
     base: Tensor | None = None,
     base_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -176,7 +177,9 @@ def dense_linear(
     return y.to(x.dtype)
 
 
-def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | None, in_features: int) -> Tensor:
+def dense_linear_backward(
+    grad_y: Tensor, weight: Tensor, row_scale: Tensor | None, in_features: int, bf16_products: bool
+) -> Tensor:
     """Reference of `torch.ops.t2kernels.dense_linear_backward`."""
     g = grad_y.float()
     if row_scale is not None:

@@ -88,7 +88,7 @@ def backward(layers: Layers, storage: torch.dtype, rows: int) -> list[Call]:
         def run() -> None:
             for w, g, t, scale in zip(weights, grads, ts, scales, strict=True):
                 ops.factored_linear_backward(
-                    g, t, w.u, w.vh, w.component_scale, scale, slots, layers.inputs, True, True, None, None
+                    g, t, w.u, w.vh, w.component_scale, scale, slots, layers.inputs, True, True, False, None, None
                 )
 
         return run

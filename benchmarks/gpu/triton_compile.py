@@ -120,7 +120,7 @@ def launches(factors: str, tile: Tile) -> None:
     u, vh = parts(features)
     component = torch.ones(features) if storage == torch.int8 else None
     _, t = launch.factored_linear(x, u, vh, component, scales, slots, None, features, False)
-    launch.factored_linear_backward(x, t, u, vh, component, scales, slots, features, True, True)
+    launch.factored_linear_backward(x, t, u, vh, component, scales, slots, features, True, True, False)
 
 
 def zeros(n: int, k: int, dtype: torch.dtype) -> Tensor:

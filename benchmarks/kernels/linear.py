@@ -151,15 +151,16 @@ def test_backward(benchmark: Any, layer: Layer, batch: int) -> None:
         for d in (torch.float32, torch.bfloat16, torch.int8)
     }
 
-    def ours(w: FactoredWeight) -> Any:
-        args = (grad_y, t, w.u, w.vh, w.component_scale, scales, slots, layer.in_features, True, True, None, None)
-        return ops.factored_linear_backward(*args)
+    def ours(w: FactoredWeight, round_to_bf16: bool = False) -> Any:
+        args = (grad_y, t, w.u, w.vh, w.component_scale, scales, slots, layer.in_features, True, True)
+        return ops.factored_linear_backward(*args, round_to_bf16, None, None)
 
     def library() -> Any:
         h = grad_y @ layer.u
         return (h * scales[0]) @ layer.vh, (t * h).sum(0)
 
     paths = {f"ours {name}": (lambda w=w: ours(w)) for name, w in packed.items()}
+    paths["ours bfloat16 products"] = lambda: ours(packed["bfloat16"], True)
     in_turns(benchmark, {**paths, "torch float32": library}, shape=layer.name, batch=batch, size=SHAPES[layer.name])
 
 

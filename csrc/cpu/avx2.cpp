@@ -12,6 +12,7 @@ namespace {
 
 constexpr bool kBf16Products = false;
 using DotBf16 = struct Lane16;  // never used
+inline void transpose_pairs(const void*, int64_t, void*) {}
 
 constexpr int kMaxRows = 6;
 constexpr int panels_per_tile(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }

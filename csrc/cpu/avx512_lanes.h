@@ -76,9 +76,34 @@ struct DotBf16 {
   }
 };
 inline void keep(DotBf16& lane) { asm volatile("" : "+v"(lane.v)); }
+
+// in: up to 8 rows, one for a pair of columns, [16 terms][2 columns]; out: [8 pairs of terms][16 columns][2 terms].
+// Columns past the last row are 0. The halves of four numbers change places, then 8 x 8 groups of four are transposed.
+inline void transpose_pairs(const void* in, int64_t rows, void* out) {
+  const __m512i halves = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+  __m512i a[8], b[8];
+  for (int r = 0; r < 8; ++r)
+    a[r] = r < rows ? _mm512_shuffle_epi8(_mm512_loadu_si512(static_cast<const char*>(in) + r * 64), halves)
+                    : _mm512_setzero_si512();
+  for (int r = 0; r < 8; r += 2) {  // groups of rows r and r + 1 side by side
+    b[r] = _mm512_unpacklo_epi64(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_epi64(a[r], a[r + 1]);
+  }
+  for (int r = 0; r < 8; r += 4)
+    for (int odd = 0; odd < 2; ++odd) {
+      a[r + odd] = _mm512_shuffle_i64x2(b[r + odd], b[r + odd + 2], 0x88);
+      a[r + odd + 2] = _mm512_shuffle_i64x2(b[r + odd], b[r + odd + 2], 0xdd);
+    }
+  for (int q = 0; q < 4; ++q) {
+    const __m512i even = _mm512_shuffle_i64x2(a[q], a[q + 4], 0x88), odd = _mm512_shuffle_i64x2(a[q], a[q + 4], 0xdd);
+    _mm512_storeu_si512(static_cast<char*>(out) + q * 64, even);
+    _mm512_storeu_si512(static_cast<char*>(out) + (q + 4) * 64, odd);
+  }
+}
 #else
 constexpr bool kBf16Products = false;
 using DotBf16 = Lane16;  // never used
+inline void transpose_pairs(const void*, int64_t, void*) {}
 #endif
 
 inline void keep(Lane16& lane) { asm volatile("" : "+v"(lane.v)); }

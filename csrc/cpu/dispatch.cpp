@@ -3,13 +3,34 @@
 #include <cstring>
 #include <new>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "matmul.h"
 
 namespace t2 {
 namespace {
 
+// Whether the processor multiplies tiles of bfloat16 and Linux lets this process: their registers are 8 KiB, which a
+// process asks for before its first use.
+bool has_tile_registers() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // cpuid 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTiles) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 const Kernels* compiled[] = {
 #if defined(__x86_64__)
+    &kAmxBf16,
     &kAvx512Bf16,
     &kAvx512,
     &kAvx2,
@@ -25,8 +46,12 @@ bool runs_here(const Kernels& set) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (&set == &kAvx512) return avx512;
-  if (&set == &kAvx512Bf16)
-    return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  const bool dots = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  if (&set == &kAvx512Bf16) return dots;
+  if (&set == &kAmxBf16) {
+    static const bool tiles = has_tile_registers();
+    return dots && tiles;
+  }
 #endif
   return true;
 }

@@ -8,7 +8,8 @@
 // A row's bits depend on that row and on M alone, whatever the batch size, the row's position, the tile that computes
 // it or the thread it lands on, because the sum over k always runs in the same order:
 //   float32 products   one FMA per term, k ascending
-//   bfloat16 products  one hardware dot of two terms after the other, k ascending (instruction sets that have it)
+//   bfloat16 products  one hardware dot after the other, k ascending (instruction sets that have it): of two terms, or
+//                      of 32 on tile registers
 //   int8 matrices      activations become 16-bit integers per block of kBlock terms; a block's sum is exact, and blocks
 //                      are added in float32, k ascending
 // Columns are split over threads in panels of 16, rows are not: 192 columns are 12 panels and feed at most 12 threads.
@@ -104,9 +105,10 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
+extern const Kernels kAmxBf16;
 #endif
 
-// The best set this processor runs. T2KERNELS_CPU=portable|avx2|avx512|avx512_bf16 asks for one by name.
+// The best set this processor runs. T2KERNELS_CPU=portable|avx2|avx512|avx512_bf16|amx_bf16 asks for one by name.
 const Kernels& kernels();
 // Switches to a set by name; returns false when it is not compiled in or not supported here.
 bool select_kernels(const char* isa);

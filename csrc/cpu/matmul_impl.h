@@ -4,6 +4,8 @@
 //   Pairs16, PairBroadcast  16 pairs of 16-bit terms of M, one pair of terms of x
 //   DotI16                  16 int32 lanes: zero, step, add_to (accumulators += lanes * scale)
 //   DotBf16                 16 float32 lanes: zero, load, store, step; used if kBf16Products
+//   transpose_pairs         16 columns of 16 terms from a paired panel of the transposed matrix; used if kBf16Products
+//   tile registers          where kTileRegisters: configure, release, load, store, zero and multiply (amx_tiles.h)
 //   keep                    makes the compiler believe that a lane's value is used
 //   kMaxRows                rows of the largest register tile
 //   panels_per_tile(rows)   panels that a tile of so many rows spans
@@ -16,13 +18,14 @@
 // group of kGroup panels the reduction advances a slice at a time: the row block's slice stays in L2, the panels' slice
 // in L1 for all tiles. Between slices accumulators are stored as float32, which rounds nothing.
 // Data movement. Every weight byte is read from memory once per row block and used straight from its storage format by
-// every row tile. Matrices that are not packed, or packed the other way round, are first gathered into float32 panels,
-// a slice at a time.
+// every row tile. Matrices that are not packed, or packed the other way round, are first gathered into panels, a slice
+// at a time: float32, or bfloat16 pairs where those are multiplied.
 // Limit. Memory bandwidth for few rows, FMAs for many; packing x shows only where M has few columns.
 
 #include <type_traits>
 
 #include "matmul.h"
+#include "tile_registers.h"
 
 namespace {
 
@@ -56,8 +59,8 @@ constexpr int64_t kScaleGrain = 64;
 // std::min would be emitted for this file's instruction set and shared, by the linker, with everyone.
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t grain(int64_t enough, int64_t each) { return each <= 0 || each >= enough ? 1 : enough / each; }
-inline int64_t even(int64_t k) { return k + (k & 1); }
-inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+inline int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
+inline int64_t even(int64_t k) { return whole(k, 2); }
 
 // Per-thread scratch that grows and stays: a call allocates nothing once warm.
 struct Scratch {
@@ -136,6 +139,14 @@ struct Bf16Products : PairProducts<bf16, DotBf16>, FloatSums {
   static constexpr Arithmetic kArithmetic = Arithmetic::bf16;
 };
 
+// 32 terms at once, of which tile registers hold 16 rows of x ([16][32 terms]) or 16 columns of M (as in a panel).
+struct TileBf16Products {
+  using Weight = bf16;
+  using X = bf16;
+  static constexpr Arithmetic kArithmetic = Arithmetic::bf16;
+  static constexpr int kTerms = 32;
+};
+
 // Exact sums of one block of at most kBlock terms, times the activation scales of these rows.
 struct I16Products : PairProducts<int8_t, DotI16> {
   static constexpr Arithmetic kArithmetic = Arithmetic::i16;
@@ -152,7 +163,8 @@ struct Products {
 };
 template <>
 struct Products<bf16> {
-  using Type = std::conditional_t<kBf16Products, Bf16Products, F32Products<bf16>>;
+  using Type = std::conditional_t<kTileRegisters, TileBf16Products,
+                                  std::conditional_t<kBf16Products, Bf16Products, F32Products<bf16>>>;
 };
 template <>
 struct Products<int8_t> {
@@ -161,9 +173,11 @@ struct Products<int8_t> {
 
 Arithmetic arithmetic(const RowInput& in, const Matrix& m) {
   Arithmetic kind = Arithmetic::f32;
-  if (m.storage == Storage::panels)
-    with_format(m.dtype, [&]<class T>(T) { kind = Products<T>::Type::kArithmetic; });
-  return kind == Arithmetic::bf16 && !in.round_to_bf16 ? Arithmetic::f32 : kind;
+  with_format(m.dtype, [&]<class T>(T) { kind = Products<T>::Type::kArithmetic; });
+  const bool has_pairs = kind == Arithmetic::i16    ? m.storage == Storage::panels
+                         : kind == Arithmetic::bf16 ? m.storage != Storage::strided && in.round_to_bf16
+                                                    : false;
+  return has_pairs ? kind : Arithmetic::f32;
 }
 
 // Prefetches of one tile: they begin `start` bytes past the first weight of each panel, advance `step` bytes with every
@@ -229,10 +243,77 @@ void micro(const typename A::X* x, const float* scale, const typename A::Weight*
   }
 }
 
-// The micro-kernel for so many rows: over panels_per_tile(rows) panels if `wide`, else over one.
+// fn(0), fn(1), ... with numbers that the compiler knows.
+template <int Count, class Fn>
+[[gnu::always_inline]] inline void unrolled(const Fn& fn) {
+  if constexpr (Count > 0) {
+    unrolled<Count - 1>(fn);
+    fn(std::integral_constant<int, Count - 1>{});
+  }
+}
+
+constexpr int64_t kTileRows = 16, kTileTerms = 32, kTileSize = kTileRows * kTileTerms;
+
+// The same on tile registers: RT tiles of 16 rows against NP panels, whose sums fill four of the eight registers. x:
+// [depth / 32][RT][16 rows][32 terms], with zeros past depth. Each tile of M is 1 KiB of a panel, read where it lies; a
+// last one with fewer terms is copied first. 2 x 2 tiles need one load for each product, which takes 16 cycles.
+template <int RT, int NP>
+void micro_tiles(const bf16* x, const float*, const bf16* w, int64_t w_stride, int64_t depth, float* acc,
+                 int64_t acc_stride, bool first, Prefetch prefetch) {
+  constexpr int kX = RT * NP, kW = kX + RT, kWs = 8 - kW;  // sums, then tiles of x, then those of M in turns
+  const char* next = reinterpret_cast<const char*>(w) + prefetch.start;
+  unrolled<RT>([&](auto r) {
+    unrolled<NP>([&](auto p) {
+      if (first) {
+        tile_zero<r * NP + p>();
+      } else {
+        tile_load<r * NP + p>(acc + p * acc_stride + r * kTileRows * kPanel);
+      }
+    });
+  });
+  const auto step = [&](const bf16* panel, int64_t stride) __attribute__((always_inline)) {
+    unrolled<RT>([&](auto r) { tile_load<kX + r>(x + r * kTileSize); });
+    unrolled<NP>([&](auto p) {
+      tile_load<kW + p % kWs>(panel + p * stride);
+      for (int64_t line = 0; line < prefetch.step; line += 64)
+        __builtin_prefetch(next + p * w_stride * static_cast<int64_t>(sizeof(bf16)) + line);
+      unrolled<RT>([&](auto r) { tile_multiply<r * NP + p, kX + r, kW + p % kWs>(); });
+    });
+    x += RT * kTileSize;
+  };
+  const int64_t whole = depth / kTileTerms * kTileTerms;
+  int64_t stop = smaller(prefetch.turn, whole);
+  for (int64_t k = 0; k < whole; stop = whole, next += prefetch.jump)
+    for (; k < stop; k += kTileTerms, next += prefetch.step) step(w + k * kPanel, w_stride);
+  if (whole < depth) {
+    alignas(64) bf16 last[NP * kTileSize] = {};
+    for (int p = 0; p < NP; ++p)
+      std::memcpy(last + p * kTileSize, w + p * w_stride + whole * kPanel,
+                  static_cast<size_t>((depth - whole) * kPanel) * sizeof(bf16));
+    step(last, kTileSize);
+  }
+  unrolled<RT>([&](auto r) {
+    unrolled<NP>([&](auto p) { tile_store<r * NP + p>(acc + p * acc_stride + r * kTileRows * kPanel); });
+  });
+}
+
+// Panels that a tile of so many rows spans.
+constexpr int64_t span_of(Arithmetic kind, int64_t rows) {
+  if (kTileRegisters && kind == Arithmetic::bf16) return rows <= kTileRows ? 4 : 2;
+  return panels_per_tile(static_cast<int>(rows));
+}
+
+template <class A>
+using Micro = void (*)(const typename A::X*, const float*, const typename A::Weight*, int64_t, int64_t, float*, int64_t,
+                       bool, Prefetch);
+
+// The micro-kernel for so many rows: over span_of(rows) panels if `wide`, else over one.
 template <class A, int MR = kMaxRows>
-auto micro_for(int64_t rows, bool wide) -> decltype(&micro<A, 1, 1>) {
-  if constexpr (MR == 0) {
+Micro<A> micro_for(int64_t rows, bool wide) {
+  if constexpr (std::is_same_v<A, TileBf16Products>) {
+    if (rows <= kTileRows) return wide ? &micro_tiles<1, 4> : &micro_tiles<1, 1>;
+    return wide ? &micro_tiles<2, 2> : &micro_tiles<2, 1>;
+  } else if constexpr (MR == 0) {
     return nullptr;
   } else {
     if (rows == MR) return wide ? &micro<A, MR, panels_per_tile(MR)> : &micro<A, MR, 1>;
@@ -240,35 +321,61 @@ auto micro_for(int64_t rows, bool wide) -> decltype(&micro<A, 1, 1>) {
   }
 }
 
-// Splits `rows` into the fewest tiles of at most kMaxRows rows, sizes differing by at most one.
+// Tiles of at most `largest` rows. In lanes they are as few as can be, and sizes differ by at most one; tile registers
+// have 16 rows each whether they are used or not, so all tiles but the last are whole.
 struct Tiles {
-  int64_t count, small, large_count;
-  explicit Tiles(int64_t n) : count((n + kMaxRows - 1) / kMaxRows), small(n / count), large_count(n % count) {}
-  int64_t rows(int64_t tile) const { return small + (tile < large_count ? 1 : 0); }
+  Arithmetic kind;
+  bool registers;
+  int64_t total, largest, count, small, large_count;
+  Tiles(int64_t n, Arithmetic kind)
+      : kind(kind),
+        registers(kTileRegisters && kind == Arithmetic::bf16),
+        total(n),
+        largest(registers ? 2 * kTileRows : kMaxRows),
+        count((n + largest - 1) / largest),
+        small(registers ? largest : n / count),
+        large_count(registers ? 0 : n % count) {}
   int64_t begin(int64_t tile) const { return tile * small + smaller(tile, large_count); }
+  int64_t rows(int64_t tile) const { return smaller(small + (tile < large_count ? 1 : 0), total - begin(tile)); }
+  int64_t stored_rows(int64_t tile) const { return registers ? whole(rows(tile), kTileRows) : rows(tile); }
+  int64_t span(int64_t tile) const { return span_of(kind, rows(tile)); }
+  int64_t of_row(int64_t row) const {
+    const int64_t in_large = large_count * (small + 1);
+    return row < in_large ? row / (small + 1) : large_count + (row - in_large) / small;
+  }
 };
 
-// The k terms of a block of rows, packed for one arithmetic, padded with zeros to an even number of terms.
+// Rows of accumulators, with room for whole tile registers.
+inline int64_t accumulated(int64_t rows) { return kTileRegisters ? whole(rows, kTileRows) : rows; }
+
+// The k terms of a block of rows, packed for one arithmetic, padded with zeros to whole steps of the micro-kernel.
 struct PackedRows {
   RowInput in;
   Arithmetic arithmetic;
   int64_t k, rows;
-  char* data;    // [tile][even(k)][rows of tile] float32, or [tile][even(k) / 2][rows of tile] pairs
+  char* data;    // [tile][depth][rows of tile] float32; or pairs [tile][depth / 2][rows of tile]; or, for tile
+                 // registers, [tile][depth / 32][stored rows of tile][32]
   float* scale;  // i16: [ceil(k / kBlock)][rows]
 
+  Tiles tiles() const { return {rows, arithmetic}; }
+  bool registers() const { return kTileRegisters && arithmetic == Arithmetic::bf16; }
+  int64_t depth() const { return whole(k, registers() ? kTileTerms : 2); }
   int64_t element_bytes() const { return arithmetic == Arithmetic::f32 ? 4 : 2; }
-  int64_t data_bytes() const { return whole_lines(rows * even(k) * element_bytes()); }
+  int64_t data_bytes() const {
+    return whole((registers() ? whole(rows, kTileRows) : rows) * depth() * element_bytes(), 64);
+  }
   int64_t scale_bytes() const {
-    return arithmetic == Arithmetic::i16 ? whole_lines((k + kBlock - 1) / kBlock * rows * 4) : 0;
+    return arithmetic == Arithmetic::i16 ? whole((k + kBlock - 1) / kBlock * rows * 4, 64) : 0;
   }
   bool same(const PackedRows& other) const {
     return in.data == other.in.data && in.scales == nullptr && other.in.scales == nullptr &&
            in.component_scale == nullptr && other.in.component_scale == nullptr && arithmetic == other.arithmetic &&
            k == other.k && in.stride == other.in.stride;
   }
+  // Of a tile's first row, from `term` on.
   template <class X>
-  X* at(int64_t first_row, int64_t tile_rows, int64_t term) const {
-    return reinterpret_cast<X*>(data + (first_row * even(k) + term * tile_rows) * element_bytes());
+  X* at(int64_t first_row, int64_t stored_rows, int64_t term) const {
+    return reinterpret_cast<X*>(data + (first_row * depth() + term * stored_rows) * element_bytes());
   }
   float* scale_at(int64_t row, int64_t term) const { return scale + term / kBlock * rows + row; }
 };
@@ -306,14 +413,14 @@ void multiply(float* v, const float* factor, int64_t count) {
   for (; k < count; ++k) v[k] *= factor[k];
 }
 
-// Row `row`, scaled, as float32: out[even(k)].
+// Row `row`, scaled, as float32: out[depth].
 void scaled_row(const PackedRows& p, int64_t row, float* out) {
   with_activation(p.in.dtype, [&]<class T>(T) {
     widen(static_cast<const T*>(p.in.data) + row * p.in.stride, p.k, out);
   });
   if (p.in.scales) multiply(out, p.in.scales + p.in.slots[row / p.in.rows_per_slot] * p.in.scales_stride, p.k);
   if (p.in.component_scale) multiply(out, p.in.component_scale, p.k);
-  if (p.k & 1) out[p.k] = 0.0f;
+  for (int64_t j = p.k; j < p.depth(); ++j) out[j] = 0.0f;
 }
 
 // Rounds at most kBlock values to 16-bit integers times the returned scale, which is NaN if a value is not finite.
@@ -333,14 +440,17 @@ float quantize(const float* v, int64_t count, int16_t* out) {
   return top > kTiny ? top / 32767.0f : 0.0f;
 }
 
-void pack_row(const PackedRows& p, int64_t row0, const Tiles& tiles, int64_t tile, int64_t index) {
+// Row `row` of the block, whose first row is `row0` of the product.
+void pack_row(const PackedRows& p, int64_t row0, int64_t row) {
   thread_local Scratch scratch;
-  const int64_t k = even(p.k), tile_rows = tiles.rows(tile), first_row = tiles.begin(tile), row = first_row + index;
+  const Tiles tiles = p.tiles();
+  const int64_t k = p.depth(), tile = tiles.of_row(row), rows = tiles.stored_rows(tile), first_row = tiles.begin(tile);
+  const int64_t index = row - first_row;
   float* v = reinterpret_cast<float*>(scratch.get(k * 6));
   scaled_row(p, row0 + row, v);
   if (p.arithmetic == Arithmetic::f32) {
-    float* out = p.at<float>(first_row, tile_rows, 0) + index;
-    for (int64_t j = 0; j < k; ++j) out[j * tile_rows] = v[j];
+    float* out = p.at<float>(first_row, rows, 0) + index;
+    for (int64_t j = 0; j < k; ++j) out[j * rows] = v[j];
     return;
   }
   char* pairs = reinterpret_cast<char*>(v + k);
@@ -350,8 +460,18 @@ void pack_row(const PackedRows& p, int64_t row0, const Tiles& tiles, int64_t til
     int16_t* out = reinterpret_cast<int16_t*>(pairs);
     for (int64_t j = 0; j < k; j += kBlock) *p.scale_at(row, j) = quantize(v + j, smaller(kBlock, k - j), out + j);
   }
-  uint32_t* out = p.at<uint32_t>(first_row, tile_rows, 0) + index;
-  for (int64_t j = 0; j < k / 2; ++j) std::memcpy(out + j * tile_rows, pairs + j * 4, 4);
+  if (tiles.registers) {
+    bf16* out = p.at<bf16>(first_row, rows, 0) + index * kTileTerms;
+    for (int64_t j = 0; j < k; j += kTileTerms)
+      std::memcpy(out + j * rows, pairs + j * 2, kTileTerms * sizeof(bf16));
+    if (row + 1 == p.rows)  // the tile's unused rows
+      for (int64_t r = index + 1; r < rows; ++r)
+        for (int64_t j = 0; j < k; j += kTileTerms)
+          std::memset(out + j * rows + (r - index) * kTileTerms, 0, kTileTerms * sizeof(bf16));
+    return;
+  }
+  uint32_t* out = p.at<uint32_t>(first_row, rows, 0) + index;
+  for (int64_t j = 0; j < k / 2; ++j) std::memcpy(out + j * rows, pairs + j * 4, 4);
 }
 
 // Gathers terms [k0, k0 + depth) of 16 columns of a matrix that is not packed this way round, as float32:
@@ -384,6 +504,14 @@ void gather_panel(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, flo
   }
 }
 
+// The same as pairs, out[depth / 2][16][2], from bfloat16 panels of the transposed matrix. Whole panels of 16 terms are
+// read and written, which the stored ones have and kSlice has room for.
+void gather_pairs(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, bf16* out) {
+  const int64_t n0 = panel * kPanel, stored = even(m.n), pairs = smaller(kPanel, stored - n0) / 2;
+  const bf16* w = static_cast<const bf16*>(m.data) + k0 * stored + n0 * kPanel;
+  for (int64_t k = 0; k < depth; k += kPanel) transpose_pairs(w + k * stored, pairs, out + k * kPanel);
+}
+
 // The weights that a product reads from memory: elements of a panel, bytes of an element, terms of one load of a panel.
 // Gathered ones are in cache: none.
 struct Stream {
@@ -395,7 +523,8 @@ struct Stream {
 
 template <class A>
 Stream stream_of(const Matrix& m) {
-  return {(A::kTerms == 2 ? even(m.k) : m.k) * kPanel, sizeof(typename A::Weight), A::kTerms};
+  using Weight = typename A::Weight;
+  return {(t2::paired(kDType<Weight>) ? even(m.k) : m.k) * kPanel, sizeof(Weight), A::kTerms};
 }
 
 // Terms of a slice: all of them for one tile, which keeps its sums in registers, or where a panel fits in L1 anyway.
@@ -407,7 +536,8 @@ int64_t slice_of(const Tiles& tiles, int64_t k, const Stream& stream) {
 Prefetch prefetch_stream(const Stream& stream, int64_t run, int64_t terms) {
   if (stream.element_bytes == 0) return {0, 0, terms, 0};
   const int64_t start = kBytesAhead / run, before_end = terms - start / stream.term_bytes();
-  return {start, stream.load_bytes(), before_end < 0 ? 0 : even(before_end), (run - 1) * stream.panel_bytes()};
+  const int64_t turn = before_end < 0 ? 0 : whole(before_end, stream.terms);
+  return {start, stream.load_bytes(), turn, (run - 1) * stream.panel_bytes()};
 }
 
 // Of row tile `tile`, `distance` elements before the slice that is read next.
@@ -418,7 +548,7 @@ Prefetch prefetch_share(const Stream& stream, const Tiles& tiles, int64_t tile, 
 
 // One call of the micro-kernel: rows [row, row + rows) of the block, one panel or `wide`, terms [k0, k0 + depth).
 struct Tile {
-  int64_t row, rows, panel;
+  int64_t row, rows, stored_rows, panel;
   int64_t index;  // of the panel in its run
   bool wide;
   int64_t k0, depth;
@@ -430,7 +560,7 @@ struct Tile {
 template <class Prepare, class RunTile>
 void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t slice, const Stream& stream,
            const Prepare& prepare, const RunTile& run_tile) {
-  const int64_t span = panels_per_tile(static_cast<int>(tiles.rows(0)));
+  const int64_t span = tiles.span(0);
   if (tiles.count == 1 && begin + span < end) {  // nothing is used twice: one run after the other, from end to end
     for (int64_t panel = begin; panel < end; panel += span)
       sweep(tiles, panel, smaller(panel + span, end), k, slice, stream, prepare, run_tile);
@@ -447,12 +577,12 @@ void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t sl
                                : slice_follows ? (begin - panel) * stream.panel_size + slice * kPanel
                                                : run * stream.panel_size - k0 * kPanel;
       for (int64_t t = 0; t < tiles.count; ++t) {
-        const int64_t rows = tiles.rows(t), own_span = panels_per_tile(static_cast<int>(rows));
+        const int64_t rows = tiles.rows(t), stored_rows = tiles.stored_rows(t), own_span = tiles.span(t);
         const bool wide = own_span <= run;
         const Prefetch prefetch = tiles.count == 1 ? prefetch_stream(stream, run, k - k0)
                                                    : prefetch_share(stream, tiles, t, distance, depth);
         for (int64_t j = 0; j < run; j += wide ? own_span : 1)
-          run_tile(Tile{tiles.begin(t), rows, panel + j, j, wide, k0, depth, prefetch});
+          run_tile(Tile{tiles.begin(t), rows, stored_rows, panel + j, j, wide, k0, depth, prefetch});
       }
     }
   }
@@ -471,7 +601,7 @@ void run_micro(const Tile& t, const PackedRows& x, const typename A::Weight* w, 
                const Accumulators& acc) {
   const int64_t depth = A::kTerms == 1 ? smaller(t.depth, x.k - t.k0) : t.depth;
   const float* scale = A::kArithmetic == Arithmetic::i16 ? x.scale_at(t.row, t.k0) : nullptr;
-  micro_for<A>(t.rows, t.wide)(x.at<typename A::X>(t.row, t.rows, t.k0), scale, w, w_stride, depth,
+  micro_for<A>(t.rows, t.wide)(x.at<typename A::X>(t.row, t.stored_rows, t.k0), scale, w, w_stride, depth,
                                acc.at(t.panel, t.row), acc.stride, acc.first && t.k0 == 0, t.prefetch);
 }
 
@@ -488,29 +618,35 @@ void multiply_panels(const Matrix& m, const PackedRows& x, const Tiles& tiles, c
       });
 }
 
-// The same for a matrix that is gathered first. gathered: scratch of kGroup slices.
-template <class T>
+// The same for a matrix that is gathered first, by gather(panel, k0, depth, out), into scratch of kGroup slices.
+template <class A, class Gather>
 void multiply_gathered(const Matrix& m, const PackedRows& x, const Tiles& tiles, const Accumulators& acc,
-                       float* gathered) {
+                       typename A::Weight* gathered, const Gather& gather) {
   constexpr int64_t kSize = kSlice * kPanel;
   sweep(
-      tiles, acc.begin, acc.end, m.k, kSlice, Stream{0, 0, 0},
+      tiles, acc.begin, acc.end, m.k, kSlice, Stream{0, 0, 1},
       [&](int64_t panel, int64_t run, int64_t k0) {
-        for (int64_t j = 0; j < run; ++j)
-          gather_panel<T>(m, panel + j, k0, smaller(kSlice, m.k - k0), gathered + j * kSize);
+        for (int64_t j = 0; j < run; ++j) gather(panel + j, k0, smaller(kSlice, m.k - k0), gathered + j * kSize);
       },
-      [&](const Tile& t) { run_micro<F32Products<float>>(t, x, gathered + t.index * kSize, kSize, acc); });
+      [&](const Tile& t) { run_micro<A>(t, x, gathered + t.index * kSize, kSize, acc); });
 }
 
 template <class T>
-void multiply_part(const Matrix& m, const PackedRows& x, const Tiles& tiles, const Accumulators& acc, float* gathered) {
+void multiply_part(const Matrix& m, const PackedRows& x, const Accumulators& acc, float* gathered) {
   using Packed = typename Products<T>::Type;
-  if (m.storage != Storage::panels) {
-    multiply_gathered<T>(m, x, tiles, acc, gathered);
-  } else if (x.arithmetic == Packed::kArithmetic) {
+  const Tiles tiles = x.tiles();
+  if (m.storage == Storage::panels && x.arithmetic == Packed::kArithmetic) {
     multiply_panels<Packed>(m, x, tiles, acc);
-  } else if constexpr (Packed::kArithmetic == Arithmetic::bf16) {
+  } else if (m.storage == Storage::panels) {
     multiply_panels<F32Products<T>>(m, x, tiles, acc);
+  } else if (x.arithmetic == Arithmetic::f32) {
+    multiply_gathered<F32Products<float>>(
+        m, x, tiles, acc, gathered,
+        [&](int64_t panel, int64_t k0, int64_t depth, float* out) { gather_panel<T>(m, panel, k0, depth, out); });
+  } else if constexpr (Packed::kArithmetic == Arithmetic::bf16) {
+    multiply_gathered<Packed>(
+        m, x, tiles, acc, reinterpret_cast<bf16*>(gathered),
+        [&](int64_t panel, int64_t k0, int64_t depth, bf16* out) { gather_pairs(m, panel, k0, depth, out); });
   }
 }
 
@@ -564,15 +700,15 @@ void store_panel(const Product& product, const float* acc, int64_t rows, int64_t
 void panel_range(const Product& product, const PackedRows* const* x, int64_t row0, int64_t rows, int64_t begin,
                  int64_t end) {
   thread_local Scratch scratch;
-  const int64_t stride = rows * kPanel;
+  [[maybe_unused]] const TileConfiguration configuration;
+  const int64_t stride = accumulated(rows) * kPanel;
   float* data = reinterpret_cast<float*>(scratch.get((kGroup * stride + kGroup * kSlice * kPanel) * 4));
-  const Tiles tiles(rows);
   for (int64_t group = begin; group < end; group += kGroup) {
     Accumulators acc{data, stride, group, smaller(group + kGroup, end), true};
     const bool finished = product.column_scale != nullptr && product.part_count > 1;
     for (int part = 0; part < product.part_count; ++part) {
       const Matrix& m = product.parts[part].m;
-      with_format(m.dtype, [&]<class T>(T) { multiply_part<T>(m, *x[part], tiles, acc, data + kGroup * stride); });
+      with_format(m.dtype, [&]<class T>(T) { multiply_part<T>(m, *x[part], acc, data + kGroup * stride); });
       acc.first = false;
       if (part == 0 && finished)
         for (int64_t p = group; p < acc.end; ++p) finish_panel(product, acc.at(p, 0), rows, p * kPanel);
@@ -622,18 +758,12 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
       packed[i].scale = reinterpret_cast<float*>(at + packed[i].data_bytes());
       at += packed[i].data_bytes() + packed[i].scale_bytes();
     }
-    const Tiles tiles(block);
     for (int stage = 0; stage < kStages; ++stage) {
       const int pack0 = first_pack[stage], own_packs = first_pack[stage + 1] - pack0;
       const auto pack = [&](int64_t begin, int64_t end) {
-        for (int64_t job = begin; job < end; ++job) {
-          const int64_t tile = job / own_packs;
-          for (int64_t r = 0; r < tiles.rows(tile); ++r)
-            pack_row(packed[pack0 + job % own_packs], row0, tiles, tile, r);
-        }
+        for (int64_t job = begin; job < end; ++job) pack_row(packed[pack0 + job % own_packs], row0, job / own_packs);
       };
-      if (own_packs > 0)
-        parallel(parallel_for, tiles.count * own_packs, grain(kPackGrain, tiles.rows(0) * pack_terms), pack);
+      if (own_packs > 0) parallel(parallel_for, block * own_packs, grain(kPackGrain, pack_terms), pack);
       const auto compute = [&](int64_t begin, int64_t end) {
         for (int i = first_product[stage]; i < first_product[stage + 1] && begin < end; ++i) {
           const int64_t own = panels_of(products[i]);
@@ -682,10 +812,22 @@ int64_t chain(int64_t steps) {
   return kMaxRows * kPanel * A::kTerms;
 }
 
+// The same on tile registers.
+int64_t tile_chain(int64_t steps) {
+  alignas(64) static const bf16 zeros[kTileSize] = {};
+  [[maybe_unused]] const TileConfiguration configuration;
+  unrolled<4>([&](auto c) { tile_zero<c>(); });
+  tile_load<4>(zeros);
+  tile_load<5>(zeros);
+  for (int64_t s = 0; s < steps; ++s) unrolled<4>([&](auto c) { tile_multiply<c, 4, 5>(); });
+  return 4 * kTileSize * kPanel;
+}
+
 int64_t multiply_adds(Arithmetic kind, int64_t steps) {
   if (kind == Arithmetic::f32) return chain<F32Products<float>>(steps);
   if (kind == Arithmetic::i16) return chain<I16Products>(steps);
-  return kBf16Products ? chain<Products<bf16>::Type>(steps) : 0;
+  if (kTileRegisters) return tile_chain(steps);
+  return kBf16Products ? chain<std::conditional_t<kBf16Products, Bf16Products, F32Products<bf16>>>(steps) : 0;
 }
 
 // Eight streams, as many as a one-row product has.

@@ -454,6 +454,7 @@ def factored_linear_backward(
     in_features: int,
     need_dx: bool,
     need_dscales: bool,
+    bf16_products: bool,
     base: Tensor | None = None,
     base_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -463,12 +464,20 @@ def factored_linear_backward(
     dscales = scales.new_zeros(scales.shape[0] if need_dscales else 0, rank)
     dx = g.new_empty(rows, in_features) if need_dx else g.new_empty(0)
     if rows and (need_dx or need_dscales):
-        d = g.new_empty(rows, rank, dtype=_scaled_dtype(g.dtype, u, False)) if need_dx else None
-        _pull(g, t, u, component_scale, scales, slots, d, dscales if need_dscales else None)
+        d = g.new_empty(rows, rank, dtype=_scaled_dtype(g.dtype, u, bf16_products)) if need_dx else None
+        _pull(g, t, u, component_scale, scales, slots, d, dscales if need_dscales else None, bf16_products)
         if d is not None:
             bases = [] if base is None else _contiguous([base])
             lefts = [*[_row_scaled(g, base_scale)] * len(bases), *_by_part(d, vh)]
-            _Product("back", lefts, g.dtype, [[*bases, *vh]], transposed=True, columns=[in_features]).into([dx])
+            _Product(
+                "back",
+                lefts,
+                g.dtype,
+                [[*bases, *vh]],
+                transposed=True,
+                columns=[in_features],
+                bf16_products=bf16_products,
+            ).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features) if need_dx else dx, dscales
 
 
@@ -486,11 +495,12 @@ def _pull(
     slots: Tensor,
     d: Tensor | None,
     dscales: Tensor | None,
+    bf16_products: bool,
 ) -> None:
     """d = (g U) * scale * component_scale, and dscales from t * (g U); a launch for each part of U, and `gather`."""
     rows, rank, rows_per_slot = g.shape[0], scales.shape[1], g.shape[0] // slots.shape[0]
     products = [
-        _Product("pull", [g], g.dtype, [[part]], transposed=True, columns=[columns])
+        _Product("pull", [g], g.dtype, [[part]], transposed=True, columns=[columns], bf16_products=bf16_products)
         for part, columns in zip(u, _lengths(u, rank), strict=True)
     ]
     tile = max(products, key=lambda product: product.columns[0]).tile()
@@ -557,11 +567,20 @@ def dense_linear(
     return y.reshape(*x.shape[:-1], out_features)
 
 
-def dense_linear_backward(grad_y: Tensor, weight: Tensor, row_scale: Tensor | None, in_features: int) -> Tensor:
+def dense_linear_backward(
+    grad_y: Tensor, weight: Tensor, row_scale: Tensor | None, in_features: int, bf16_products: bool
+) -> Tensor:
     """`torch.ops.t2kernels.dense_linear_backward`."""
     g = _rows(grad_y)
     dx = g.new_empty(g.shape[0], in_features)
     if g.shape[0]:
-        lefts = [_row_scaled(g, row_scale)]
-        _Product("expand", lefts, g.dtype, [_contiguous([weight])], transposed=True, columns=[in_features]).into([dx])
+        _Product(
+            "expand",
+            [_row_scaled(g, row_scale)],
+            g.dtype,
+            [_contiguous([weight])],
+            transposed=True,
+            columns=[in_features],
+            bf16_products=bf16_products,
+        ).into([dx])
     return dx.reshape(*grad_y.shape[:-1], in_features)

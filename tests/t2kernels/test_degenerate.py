@@ -39,15 +39,15 @@ def test_sizes_of_zero_give_what_plain_torch_gives(rows, inner, rank, outer, dty
     ):
         assert torch.equal(other, y)
     g = random(rows, outer, dtype=dtype)
-    got = ops.factored_linear_backward(g, t, [u], [vh], None, scales, slots, inner, True, True, None, None)
-    wanted = reference.factored_linear_backward(g, t, [u], [vh], None, scales, slots, inner, True, True)
+    got = ops.factored_linear_backward(g, t, [u], [vh], None, scales, slots, inner, True, True, False, None, None)
+    wanted = reference.factored_linear_backward(g, t, [u], [vh], None, scales, slots, inner, True, True, False)
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
     w = random(outer, inner, dtype=dtype)
     want = reference.dense_linear(x, w, None, bias, outer, False)
     torch.testing.assert_close(ops.dense_linear(x, w, None, bias, outer, False), want, atol=0.05, rtol=0.05)
-    want = reference.dense_linear_backward(g, w, None, inner)
-    torch.testing.assert_close(ops.dense_linear_backward(g, w, None, inner), want, atol=0.05, rtol=0.05)
+    want = reference.dense_linear_backward(g, w, None, inner, False)
+    torch.testing.assert_close(ops.dense_linear_backward(g, w, None, inner, False), want, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

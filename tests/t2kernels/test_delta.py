@@ -116,7 +116,7 @@ def test_opcheck(storage):
     y, t = ops.factored_linear(*args)
     want, want_t = reference.factored_linear(*args)
     torch.testing.assert_close((y, t), (want, want_t), atol=1e-3, rtol=1e-3)
-    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, True, True, *base))
+    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, True, True, False, *base))
     scales = [] if base[1] is None else [base[1]]
     group = (p.x, weight.change.u, weight.change.vh, [], [p.scales], p.ids, [], [20], False, [base[0]], scales)
     torch.library.opcheck(ops.factored_linear_group, group)

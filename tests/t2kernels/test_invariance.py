@@ -8,6 +8,7 @@ import torch
 import t2kernels
 from t2kernels import DenseWeight, FactoredWeight
 from t2kernels.backends import extension
+from tests.t2kernels.conftest import HARDWARE_DOTS, INSTRUCTION_SETS
 from tests.t2kernels.problems import STORAGE, problem
 
 SHAPE = (577, 300, 1031)
@@ -16,7 +17,7 @@ SHAPE = (577, 300, 1031)
 @pytest.mark.parametrize("bf16_products", [False, True])
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 def test_batch_size_position_neighbours_and_threads(instruction_set, threads, storage, bf16_products):
-    if bf16_products and (instruction_set != "avx512_bf16" or storage != torch.bfloat16):
+    if bf16_products and (instruction_set not in HARDWARE_DOTS or storage != torch.bfloat16):
         pytest.skip("nothing that this changes")
     p = problem(SHAPE, 257, experts=11)
     w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage, bf16_products=bf16_products)
@@ -54,9 +55,10 @@ def test_dense_weights_and_sequences(instruction_set, threads, storage):
     assert torch.equal(prefill, decode)
 
 
-def test_gradients_do_not_depend_on_threads(instruction_set, threads):
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_do_not_depend_on_threads(instruction_set, threads, storage):
     p = problem(SHAPE, 77)
-    w = FactoredWeight.pack(p.u, p.s, p.vh)
+    w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage, bf16_products=True)
     results = []
     for count in (1, 2, 3):
         threads(count)
@@ -67,6 +69,20 @@ def test_gradients_do_not_depend_on_threads(instruction_set, threads):
         assert torch.equal(x_grad, results[0][0]) and torch.equal(scales_grad, results[0][1])
 
 
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_a_gradients_row_does_not_depend_on_its_batch(instruction_set, storage):
+    w = DenseWeight.pack(torch.randn(300, 577), dtype=storage, bf16_products=True)
+    x, g = torch.randn(257, 577), torch.randn(257, 300)
+
+    def gradient(rows):
+        own = x[rows].requires_grad_()
+        return torch.autograd.grad(w.linear(own), own, g[rows])[0]
+
+    alone = torch.cat([gradient(slice(row, row + 1)) for row in range(257)])
+    for size in (2, 7, 12, 13, 16, 17, 32, 33, 100, 257):
+        assert torch.equal(gradient(slice(257 - size, 257)), alone[257 - size :])
+
+
 @pytest.mark.skipif(
     not (extension and extension.supported("avx512")),
     reason="needs a processor with AVX-512 to compare both sets",
@@ -75,9 +91,8 @@ def test_gradients_do_not_depend_on_threads(instruction_set, threads):
 def test_x86_sets_agree_to_the_bit(storage):
     p = problem(SHAPE, 65)
     w = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage)
-    sets = ["avx2", "avx512", *(["avx512_bf16"] if extension.supported("avx512_bf16") else [])]
     before, results = t2kernels.build_info()["chosen"], {}
-    for isa in sets:
+    for isa in INSTRUCTION_SETS[1:]:
         t2kernels.select_instruction_set(isa)
         results[isa] = w.linear(p.x, p.scales, p.ids, p.bias)
     t2kernels.select_instruction_set(before)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from t2kernels import DenseWeight, FactoredWeight, linear_group, ops, reference, svf_linear
+from t2kernels.packing import pack_panels
+from tests.t2kernels.conftest import HARDWARE_DOTS
 from tests.t2kernels.problems import ACTIVATIONS, BATCHES, SHAPES, STORAGE, problem, tolerance
 
 
@@ -39,7 +41,7 @@ def test_svf_linear(extreme_set, shape, dtype):
         assert y.dtype == dtype
         close(y, svf64(p, p.u, p.s, p.vh))
         packed = FactoredWeight.pack(p.u, p.s, p.vh, dtype=dtype).linear(p.x, p.scales, p.ids, p.bias)
-        if extreme_set == "avx512_bf16" and dtype == torch.bfloat16:
+        if extreme_set in HARDWARE_DOTS and dtype == torch.bfloat16:
             close(packed, y.double())
         else:
             assert torch.equal(packed, y)
@@ -146,7 +148,7 @@ def test_bf16_products_round_the_activations_only(instruction_set):
     exact = FactoredWeight.pack(p.u, p.s, p.vh, dtype=torch.bfloat16)
     rounded = FactoredWeight.pack(p.u, p.s, p.vh, dtype=torch.bfloat16, bf16_products=True)
     y, z = (w.linear(p.x, p.scales, p.ids, p.bias) for w in (exact, rounded))
-    has_them = instruction_set == "avx512_bf16"
+    has_them = instruction_set in HARDWARE_DOTS
     assert torch.equal(y, z) != has_them
     # Two roundings of relative size 2^-9, uniform: the root mean square is far below their bound.
     assert float((y - z).norm() / y.norm()) < 4e-3
@@ -160,6 +162,29 @@ def test_bf16_products_round_the_activations_only(instruction_set):
     dense = [DenseWeight.pack(p.vh, dtype=torch.bfloat16, bf16_products=flag).linear(p.x) for flag in (False, True)]
     assert torch.equal(*dense) != has_them
     assert float((dense[0] - dense[1]).norm() / dense[0].norm()) < 3e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bf16_products_round_the_gradients(instruction_set, shape):
+    p = problem(shape, 33)
+    own = dict(u=[p.u.bfloat16()], vh=[p.vh.bfloat16()])
+    packed = dict(u=[pack_panels(own["u"][0])], vh=[pack_panels(own["vh"][0])])
+    out, rank, inner = shape
+    g, t = torch.randn(33, out), torch.randn(33, rank)
+
+    def run(operator, factors, g, flag):
+        rest = (None, p.scales, p.ids, inner, True, True, flag, None, None)
+        return operator(g, t, factors["u"], factors["vh"], *rest)
+
+    exact = run(reference.factored_linear_backward, own, g, False)
+    rounded = run(ops.factored_linear_backward, packed, g, True)
+    nearer = run(reference.factored_linear_backward, own, g.bfloat16().float(), False)
+    for got, want, near in zip(rounded, exact, nearer, strict=True):
+        assert float((got - want).norm()) <= 8e-3 * float(want.norm())
+        if instruction_set in HARDWARE_DOTS:  # dx rounds the scaled h as well
+            assert float((got - near).norm()) <= 4e-3 * float(near.norm())
+        else:
+            torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
 
 def test_int8_activations_of_any_size(instruction_set):

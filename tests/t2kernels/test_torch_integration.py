@@ -26,11 +26,11 @@ def test_opcheck(storage):
     ]
     torch.library.opcheck(ops.factored_linear, tuple(trained))
     y, t = ops.factored_linear(*args)
-    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, True, True, None, None))
-    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, False, True, None, None))
+    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, True, True, False, None, None))
+    torch.library.opcheck(ops.factored_linear_backward, (y, t, *args[1:6], 30, False, True, False, None, None))
     d = DenseWeight.pack(torch.randn(20, 30), dtype=storage)
     torch.library.opcheck(ops.dense_linear, (p.x.clone().requires_grad_(), d.weight, d.row_scale, p.bias, 20, False))
-    torch.library.opcheck(ops.dense_linear_backward, (y, d.weight, d.row_scale, 30))
+    torch.library.opcheck(ops.dense_linear_backward, (y, d.weight, d.row_scale, 30, False))
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -83,7 +83,7 @@ def test_reference_operators_equal_the_kernels(kernel, storage):
     for mine, theirs in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, expected)), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4 * max(1, float(theirs.abs().max())), rtol=1e-4)
     y = actual[0] if kernel == "factored_linear" else actual
-    tail = (30, True, True, None, None) if kernel == "factored_linear" else (30,)
+    tail = (30, True, True, False, None, None) if kernel == "factored_linear" else (30, False)
     inner = (y, actual[1], *args[1:6]) if kernel == "factored_linear" else (y, *args[1:3])
     torch.testing.assert_close(
         getattr(ops, f"{kernel}_backward")(*inner, *tail),

@@ -62,7 +62,7 @@ def test_forward_and_backward(shape, dtype, storage):
             assert torch.equal(y[p.ids == 2], plain[p.ids == 2])
         g = torch.randn(batch, out, generator=torch.Generator().manual_seed(7)).to(dtype)
         back = (g, t, d.u, d.vh, None, scales, p.ids, inputs)
-        dx, dscales = launch.factored_linear_backward(*back, True, True, d.base, d.row_scale)
+        dx, dscales = launch.factored_linear_backward(*back, True, True, False, d.base, d.row_scale)
         h = g.double() @ u
         close(dx, (h * rows) @ vh + g.double() @ w, dtype)
         wanted = torch.zeros(scales.shape, dtype=torch.float64).index_add_(0, p.ids, t.double() * h)

@@ -302,7 +302,7 @@ def check_backward(shape, dtype, factors, batches, requests=None, experts=5):
         partly = ((True, False), (False, True)) if batch == batches[-1] else ()
         for need_dx, need_dscales in ((True, True), *partly):
             dx, dscales = launch.factored_linear_backward(
-                g, t, factors.u, factors.vh, factors.component, p.scales, slots, shape[2], need_dx, need_dscales
+                g, t, factors.u, factors.vh, factors.component, p.scales, slots, shape[2], need_dx, need_dscales, False
             )
             if need_dx:
                 assert dx.dtype == dtype
@@ -326,7 +326,7 @@ def test_dense(storage):
                 launch.dense_linear(p.x, stored, row_scale, p.bias, n, False), p.x.double() @ full.T + p.bias, p.x.dtype
             )
             g = torch.randn(batch, n)
-            close(launch.dense_linear_backward(g, stored, row_scale, k), g.double() @ full, g.dtype)
+            close(launch.dense_linear_backward(g, stored, row_scale, k, False), g.double() @ full, g.dtype)
 
 
 def test_kernels_agree_with_the_eager_reference_of_the_operators():
@@ -354,7 +354,9 @@ def test_a_slot_that_is_not_there_is_nan_in_its_row_alone(slot):
     g = torch.randn(17, 48, generator=torch.Generator().manual_seed(7)).bfloat16()
 
     def backward(g, t, ids):
-        return launch.factored_linear_backward(g, t, factors.u, factors.vh, None, p.scales, ids, shape[2], True, True)
+        return launch.factored_linear_backward(
+            g, t, factors.u, factors.vh, None, p.scales, ids, shape[2], True, True, False
+        )
 
     dx, dscales = backward(g, before[1], slots)
     assert dx[11].isnan().all()
@@ -380,7 +382,7 @@ def test_bfloat16_activations_take_the_tensor_cores_of_16_bits(storage, terms, m
     p = problem(shape, 17, dtype=torch.bfloat16)
     own = (factors.u, factors.vh, factors.component, p.scales, p.ids)
     _, t = launch.factored_linear(p.x, *own, None, shape[0], False)
-    launch.factored_linear_backward(p.x[:, :40], t, *own, shape[2], True, True)
+    launch.factored_linear_backward(p.x[:, :40], t, *own, shape[2], True, True, False)
     assert chosen["project"].terms == chosen["expand"].terms == terms
     assert chosen["pull"].terms == terms
 
