@@ -99,7 +99,32 @@ class _Operands(NamedTuple):
         return _Operands([], [], [], self.out_features, self.bases, self.base_scales, {})
 
 
-class FactoredWeight(_FrozenWeight):
+class _WithOperands(nn.Module):
+    """Keeps the operators' lists between calls: looking buffers up by name takes a microsecond."""
+
+    _kept_operands: _Operands | None = None
+
+    def _make_operands(self) -> _Operands:
+        raise NotImplementedError
+
+    def _operands(self) -> _Operands:
+        """torch.compile is shown the buffers themselves: anything else it would copy before each replay of a graph."""
+        if torch.compiler.is_compiling():
+            return self._make_operands()
+        if self._kept_operands is None:
+            self._kept_operands = self._make_operands()
+        return self._kept_operands
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._kept_operands = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._kept_operands = None
+        super()._load_from_state_dict(*args)
+
+
+class FactoredWeight(_WithOperands, _FrozenWeight):
     """The frozen factors of W = U diag(s) Vh, packed. Make one with `FactoredWeight.pack`.
 
     `s` [r] float32 is the base scale: the row to use for the base model, and what an expert's z multiplies.
@@ -124,20 +149,11 @@ class FactoredWeight(_FrozenWeight):
         self.rank = s.shape[0]
         self.bf16_products = bf16_products
         self.parts = len(u)
-        self._kept_operands: _Operands | None = None
         for part, (u_part, vh_part) in enumerate(zip(u, vh, strict=True)):
             self.register_buffer(f"u{part}", u_part)
             self.register_buffer(f"vh{part}", vh_part)
         self.register_buffer("s", s)
         self.register_buffer("component_scale", component_scale)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._kept_operands = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._kept_operands = None
-        super()._load_from_state_dict(*args)
 
     @property
     def part_ranks(self) -> list[int]:
@@ -151,18 +167,7 @@ class FactoredWeight(_FrozenWeight):
             shapes |= {f"u{part}": (self.out_features, rank), f"vh{part}": (rank, self.in_features)}
         return shapes
 
-    def _operands(self) -> _Operands:
-        """Kept between calls: looking buffers up by name takes a microsecond.
-
-        torch.compile is shown the buffers themselves: what is no buffer it would copy before each replay of a graph.
-        """
-        if torch.compiler.is_compiling():
-            return self._buffer_operands()
-        if self._kept_operands is None:
-            self._kept_operands = self._buffer_operands()
-        return self._kept_operands
-
-    def _buffer_operands(self) -> _Operands:
+    def _make_operands(self) -> _Operands:
         u = [getattr(self, f"u{part}") for part in range(self.parts)]
         vh = [getattr(self, f"vh{part}") for part in range(self.parts)]
         scales = [] if self.component_scale is None else [self.component_scale]
@@ -350,6 +355,8 @@ class FactoredGroup:
         self.weights = list(weights)
         self._made_of: list[_Operands] = []
         self._kept = _joined([])
+        self._kept_base: _Operands | None = None
+        self._nothing: list[Tensor] = []
 
     def linear_unchecked(
         self, x: Tensor, scales: Sequence[Tensor], slots: Tensor, biases: Sequence[Tensor | None]
@@ -359,9 +366,12 @@ class FactoredGroup:
 
     def base_unchecked(self, x: Tensor, slots: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
         """The products with the bases of `DeltaWeight`s alone: the bits that scales of 0 give."""
-        operands = self._operands().without_factors()
-        nothing = [weight.s.new_empty(1, 0) for weight in self.weights]
-        return _run_group(operands, x, nothing, slots.new_zeros(1), biases, self.weights[0].bf16_products)
+        operands = self._operands()
+        if self._kept_base is None or self._kept_base.bases is not operands.bases:
+            self._kept_base = operands.without_factors()
+            self._nothing = [weight.s.new_empty(1, 0) for weight in self.weights]
+        first_slot = slots.new_zeros(1)
+        return _run_group(self._kept_base, x, self._nothing, first_slot, biases, self.weights[0].bf16_products)
 
     def _operands(self) -> _Operands:
         operands = [weight._operands() for weight in self.weights]
@@ -495,7 +505,7 @@ class DenseWeight(_FrozenWeight):
         return f"in={self.in_features}, out={self.out_features}, dtype={self.dtype}"
 
 
-class DeltaWeight(nn.Module):
+class DeltaWeight(_WithOperands):
     """W beside a support's components of W = U diag(s) Vh, packed: the delta form. Make one with `DeltaWeight.pack`.
 
     A row's product is W x + U_S ((V_S x) * scale), where an expert's scale is s_S (z_S - 1) and the base's is 0. All
@@ -510,7 +520,6 @@ class DeltaWeight(nn.Module):
         self.base, self.change = base, change
         self.in_features, self.out_features, self.rank = change.in_features, change.out_features, change.rank
         self.bf16_products = change.bf16_products
-        self._kept_operands: _Operands | None = None
 
     @classmethod
     def pack(
@@ -564,24 +573,11 @@ class DeltaWeight(nn.Module):
             return (self,)
         return self.in_features, self.dtype, self.change.dtype, self.bf16_products, "delta"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._kept_operands = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._kept_operands = None
-        super()._load_from_state_dict(*args)
-
-    def _operands(self) -> _Operands:
-        if self._kept_operands is not None and not torch.compiler.is_compiling():
-            return self._kept_operands
+    def _make_operands(self) -> _Operands:
         base = self.base
         assert isinstance(base, DenseWeight)
         base_scales = [] if base.row_scale is None else [base.row_scale]
-        made = self.change._operands()._replace(bases=[base.weight], base_scales=base_scales, prepared={})
-        if not torch.compiler.is_compiling():
-            self._kept_operands = made
-        return made
+        return self.change._operands()._replace(bases=[base.weight], base_scales=base_scales, prepared={})
 
     def linear(self, x: Tensor, scales: Tensor, slots: Tensor, bias: Tensor | None = None) -> Tensor:
         """y[b] = W x[b] + U_S ((V_S x[b]) * scales[slots[b]]) + bias, one row of scales per leading row of x.
