@@ -78,16 +78,58 @@ SUPPORTED = {
     "logic": "",
 }
 """Rates of the runs on the 64 components of each matrix that the expert of the domain in `BANK` changes most."""
-COMPARED = "--steps 24 --prompts-per-step 32 --validate-every 24"
-"""Options of every run of the comparison: same prompts, same number of completions."""
-VARIANTS = {
-    "svf": "--cold-start-steps 12 --max-new-tokens 6",
-    "lora": "--cold-start-steps 12 --max-new-tokens 6 --method lora --cold-start-learning-rate 1e-3",
-    "mlp": "--cold-start-steps 12 --max-new-tokens 6 --target-modules mlp",
-    "attention": "--cold-start-steps 12 --max-new-tokens 6 --target-modules attention",
-    "rewards-alone": "--max-new-tokens 12",
-    "solutions-alone": "--objective next-token --learning-rate 4e-3",
+SHARED_SUPPORT = ("--support", "128", "--support-from", BANK)
+"""The components of each matrix that the experts of a bank change most: those of the next one share them."""
+COMPARED = "--cold-start-steps 36 --steps 48 --prompts-per-step 32 --validate-every 12"
+"""Options of every run of the comparison: the same solutions, the same number of completions."""
+TOKENS = {"sums": 6, "reading": 8, "logic": 4}
+LORA = "--method lora --mixed-precision bf16 --lora-rank"
+METHODS = {
+    "svf": "",
+    "support-128": "--support 128",
+    "support-64": "--support 64",
+    "support-32": "--support 32",
+    "support-16": "--support 16",
+    "support-8": "--support 8",
+    "mlp": "--target-modules mlp",
+    "lora-4": f"{LORA} 4",
+    "lora-16": f"{LORA} 16",
 }
+SLOW, FAST, FASTER = ("4e-3", "1e-3"), ("8e-3", "3e-3"), ("1.2e-2", "3e-3")
+RATES = {
+    "svf": (SLOW, FAST),
+    "support-128": (FAST,),
+    "support-64": (FAST, FASTER),
+    "support-32": (FASTER,),
+    "support-16": (FASTER,),
+    "support-8": (FASTER,),
+    "mlp": (SLOW,),
+    "lora-4": (("1e-3", "3e-4"),),
+    "lora-16": (("1e-3", "1e-4"), ("1e-3", "3e-4")),
+}
+"""Learning rates that were tried with seed 0, of the cold start and of the rewards."""
+BEST: dict[tuple[str, str], tuple[str, str]] = {}
+"""Those that other seeds run at, by domain and method, where it is not the first: the best by validation."""
+SEVERAL_SEEDS = ("svf", "support-128", "support-64", "lora-16")
+REWARDS_ALONE = "--steps 24 --prompts-per-step 32 --validate-every 4 --max-new-tokens 12 --learning-rate 3e-3"
+
+
+def compared() -> dict[str, tuple[str, list[str]]]:
+    """The runs of the comparison, by compare-DOMAIN-METHOD-RATES-SEED."""
+    made = {}
+    for seed in SEEDS:
+        for domain in DOMAINS:
+            for method, own in METHODS.items():
+                best = BEST.get((domain, method), RATES[method][0])
+                for cold, rate in RATES[method] if seed == 0 else (best,) * (method in SEVERAL_SEEDS):
+                    rates = ["--cold-start-learning-rate", cold, "--learning-rate", rate]
+                    options = [*COMPARED.split(), "--max-new-tokens", str(TOKENS[domain]), *own.split(), *rates]
+                    if not method.startswith("lora"):
+                        options += FACTORS
+                    if method.startswith("support"):
+                        options += ["--support-from", f"{BANK}/{domain}.safetensors"]
+                    made[f"compare-{domain}-{method}-{cold}-{rate}-{seed}"] = domain, [*options, "--seed", str(seed)]
+    return made
 
 
 def runs() -> dict[str, tuple[str, list[str]]]:
@@ -102,14 +144,11 @@ def runs() -> dict[str, tuple[str, list[str]]]:
         made[f"{name}-support-64"] = name, [*EXPERTS[name].split(), *FACTORS, *chosen]
     made["classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS]
     made["all-lora"] = "all", OF_ALL["all-lora"].split()
-    for name, options in VARIANTS.items():
-        storage = () if name == "lora" else FACTORS
-        for seed in SEEDS[:2]:
-            made[f"compare-{name}-{seed}"] = (
-                "sums",
-                [*COMPARED.split(), *options.split(), *storage, "--seed", str(seed)],
-            )
-    return made
+    for name, rates in SUPPORTED.items():
+        made[f"bank-{name}"] = name, [*EXPERTS[name].split(), *FACTORS, *SHARED_SUPPORT, *rates.split()]
+    made["bank-classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS, *SHARED_SUPPORT]
+    made["rewards-alone"] = "sums", [*REWARDS_ALONE.split(), *FACTORS]
+    return made | compared()
 
 
 def command(task: str, options: list[str], output: Path) -> list[str]:

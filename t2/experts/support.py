@@ -81,20 +81,11 @@ def load(path: str | Path, layout: Layout) -> Tensor:
     """The support in a file of `save`, or the one of the experts in a file or folder, for the weights of `layout`."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"support: expected files of experts in {path}, found none")
-        return torch.cat([load(file, layout) for file in files]).unique()
+        return torch.cat([load(file, layout) for file in _files_in(path)]).unique()
     tensors, metadata = read_safetensors(path, "support")
     kind = metadata.get("format")
-    if kind == "t2-bank":
-        bank = ExpertBank.load(path)
-        layout.check_same(bank.layout, str(path))
-        return support_of(bank[name] for name in bank)
-    if kind == "t2-expert":
-        expert = Expert.load(path)
-        layout.check_same(expert.layout, str(path))
-        return support_of([expert])
+    if kind in ("t2-bank", "t2-expert"):
+        return support_of(experts_in(path, layout))
     if (kind, metadata.get("format_version")) != (FORMAT, FORMAT_VERSION) or "positions" not in tensors:
         raise FileFormatError(f"{path}: expected a support, an expert or a bank, got {kind!r}")
     layout.check_same(Layout.from_metadata(metadata, str(path)), str(path))
@@ -102,6 +93,45 @@ def load(path: str | Path, layout: Layout) -> Tensor:
         return check_positions("positions", tensors["positions"], layout.R)
     except ValueError as error:
         raise FileFormatError(f"{path}: {error}") from error
+
+
+def experts_in(path: str | Path, layout: Layout, *, same_base: bool = True) -> list[Expert]:
+    """The experts in an expert's or a bank's file, or in a folder of such, for the matrices of `layout`.
+
+    Raises:
+        FileNotFoundError, FileFormatError: nothing there, or another file.
+        ValueError: they are for other matrices or, with `same_base`, other weights.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return [expert for file in _files_in(path) for expert in experts_in(file, layout, same_base=same_base)]
+    _, metadata = read_safetensors(path, "experts")
+    if metadata.get("format") == "t2-bank":
+        bank = ExpertBank.load(path)
+        experts = [bank[name] for name in bank]
+    else:
+        experts = [Expert.load(path)]
+    for expert in experts:
+        layout.check_same(expert.layout, str(path), same_base=same_base)
+    return experts
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"support: expected files of experts in {folder}, found none")
+    return files
+
+
+def changes_of(experts: Iterable[Expert], sigma: Tensor) -> Tensor:
+    """How much experts change each component, [R]: the root of the mean square of sigma (z - 1), to which each expert
+    adds the same in all.
+
+    Args:
+        sigma: singular values [R].
+    """
+    changes = torch.stack([sigma.cpu() * (expert.z - 1) for expert in experts])
+    return (changes / changes.norm(dim=1, keepdim=True).clamp(min=1e-30)).square().mean(0).sqrt()
 
 
 def top_components(scores: Tensor, layout: Layout, count: int) -> Tensor:

@@ -73,7 +73,8 @@ class TrainOptions:
     support: int | None = None
     """Components per matrix that z may change; by default all. Fewer want a higher learning rate."""
     support_from: str = "gradient"
-    """Choice of the support: largest next-token gradient at z = 1 (gradient), or an expert file's largest changes."""
+    """Choice of the support: largest next-token gradient at z = 1 (gradient), or largest changes by the experts of a
+    file or folder."""
     support_examples: int = 96
     """Training examples with solutions whose gradient chooses the support."""
 

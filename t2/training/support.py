@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2.experts.expert import Expert
-from t2.experts.support import top_components
+from t2.experts.support import changes_of, experts_in, top_components
 from t2.generation.scoring import PromptGroup, completion_logits, completion_tokens, micro_batches
 from t2.training.loss import policy_loss
 from t2.training.policies import ExpertPolicy
@@ -41,11 +40,10 @@ def gradient_scores(
 
 
 def support_like(policy: ExpertPolicy, path: Path, count: int) -> Tensor:
-    """Positions [K] of the `count` components of each matrix that an expert file changes most, by |sigma (z - 1)|.
+    """Positions [K] of the `count` components of each matrix that earlier experts change most: `experts_in(path)`.
 
     Raises:
-        FileNotFoundError, FileFormatError: the file cannot be read. ValueError: it is for other matrices.
+        FileNotFoundError, FileFormatError: a file cannot be read. ValueError: it is for other matrices.
     """
-    expert = Expert.load(path)
-    policy.layout.check_same(expert.layout, "support_from", same_base=False)
-    return top_components(policy.sigma.cpu() * (expert.z - 1).abs(), policy.layout, count)
+    experts = experts_in(path, policy.layout, same_base=False)
+    return top_components(changes_of(experts, policy.sigma), policy.layout, count)

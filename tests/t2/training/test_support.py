@@ -78,6 +78,21 @@ def test_the_support_can_be_what_an_expert_changes_most(make_options, tmp_path):
     assert torch.equal(trainer.policy.support, want)
 
 
+def test_the_support_can_be_what_all_experts_of_a_folder_change_most(make_options, tmp_path):
+    policy = make_policy(toy_model(), make_options())
+    ones = torch.ones(policy.layout.R)
+    leading = policy.layout.window(policy.layout.names[0])
+    for name, place, change in (("large", leading.start, 0.5), ("small", leading.start + 2, 0.01)):
+        z = ones.clone()
+        z[place] += change
+        t2.Expert(z, policy.layout).save(tmp_path / f"{name}.safetensors")
+    support = train(make_options(support=2, support_from=str(tmp_path))).policy.support
+    assert support[:2].tolist() == [leading.start, leading.start + 2]  # an expert of small changes counts as much
+    with pytest.raises(FileNotFoundError, match="expected files of experts"):
+        (tmp_path / "empty").mkdir()
+        train(make_options(support=2, support_from=str(tmp_path / "empty")))
+
+
 def test_the_published_way_trains_the_same_support(make_options, tmp_path):
     found = []
     for method in ("svf", "dense-compose"):
