@@ -71,7 +71,8 @@ PAGES: dict[str, dict[str, Block]] = {
     "docs/training.md": {
         "experts-trained": (train_experts.trained_table, "training.json"),
         "training-speed": (step_speed.speed_table, "training-speed.json"),
-        "experts-compared": (train_experts.comparison_table, "training.json", "training-speed.json"),
+        "experts-compared": (train_experts.comparison_table, "training.json"),
+        "experts-rates": (train_experts.rates_table, "training.json"),
     },
     "docs/transfer.md": {"transfer": (transfer.transfer_table, "transfer.json")},
     "CONTRIBUTING.md": {"versions": (compatibility.versions_table, "versions.json")},

@@ -159,7 +159,7 @@ def test_backward(benchmark: Any, layer: Layer, batch: int) -> None:
         h = grad_y @ layer.u
         return (h * scales[0]) @ layer.vh, (t * h).sum(0)
 
-    paths = {f"ours {name}": (lambda w=w: ours(w)) for name, w in packed.items()}
+    paths: dict[str, Callable[[], Any]] = {f"ours {name}": (lambda w=w: ours(w)) for name, w in packed.items()}
     paths["ours bfloat16 products"] = lambda: ours(packed["bfloat16"], True)
     in_turns(benchmark, {**paths, "torch float32": library}, shape=layer.name, batch=batch, size=SHAPES[layer.name])
 

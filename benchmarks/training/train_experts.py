@@ -77,7 +77,9 @@ SUPPORTED = {
     "reading": "--learning-rate 3e-3 --cold-start-learning-rate 1.2e-2",
     "logic": "",
 }
-"""Rates of the runs on the 64 components of each matrix that the expert of the domain in `BANK` changes most."""
+"""Rates of the runs on a support of few components of each matrix."""
+EARLIER = "runs/{}-0/best.safetensors"
+"""Experts on all components, which the supports are taken from: what they change most."""
 SHARED_SUPPORT = ("--support", "128", "--support-from", BANK)
 """The components of each matrix that the experts of a bank change most: those of the next one share them."""
 COMPARED = "--cold-start-steps 36 --steps 48 --prompts-per-step 32 --validate-every 12"
@@ -127,7 +129,7 @@ def compared() -> dict[str, tuple[str, list[str]]]:
                     if not method.startswith("lora"):
                         options += FACTORS
                     if method.startswith("support"):
-                        options += ["--support-from", f"{BANK}/{domain}.safetensors"]
+                        options += ["--support-from", EARLIER.format(domain)]
                     made[f"compare-{domain}-{method}-{cold}-{rate}-{seed}"] = domain, [*options, "--seed", str(seed)]
     return made
 
@@ -140,7 +142,7 @@ def runs() -> dict[str, tuple[str, list[str]]]:
     for name in ("reading", "logic"):
         made[f"{name}-0"] = name, [*EXPERTS[name].split(), *FACTORS]
     for name in SUPPORTED:
-        chosen = ["--support", "64", "--support-from", f"{BANK}/{name}.safetensors", *SUPPORTED[name].split()]
+        chosen = ["--support", "64", "--support-from", EARLIER.format(name), *SUPPORTED[name].split()]
         made[f"{name}-support-64"] = name, [*EXPERTS[name].split(), *FACTORS, *chosen]
     made["classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS]
     made["all-lora"] = "all", OF_ALL["all-lora"].split()
@@ -233,43 +235,90 @@ def trained_table(results: Any) -> Table:
     )
 
 
-VARIANT_TITLES = {
-    "svf": "SVF, all layers",
-    "lora": "LoRA r=16 (PEFT), all layers",
+METHOD_TITLES = {
+    "svf": "SVF, all components",
     "mlp": "SVF, MLP alone",
-    "attention": "SVF, attention alone",
-    "rewards-alone": "SVF, rewards alone",
-    "solutions-alone": "SVF, solutions alone",
-}
-SPEED_METHODS = {"svf": "SVF, bfloat16 factors and products", "lora": "LoRA r=16 (PEFT)"}
-"""Method in the results of `benchmarks.training.step_speed` that has the speed of a variant."""
+    "lora-4": "LoRA r=4 (PEFT)",
+    "lora-16": "LoRA r=16 (PEFT)",
+} | {f"support-{count}": f"SVF, support of {count}" for count in (128, 64, 32, 16, 8)}
 
 
-def comparison_table(results: Any, speed: Any) -> Table:
-    """One row for each variant, its seeds side by side; `speed` is what step_speed.py measured."""
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for name, run in results["runs"].items():
-        if name.startswith("compare-"):
-            variants.setdefault(name.removeprefix("compare-").rpartition("-")[0], []).append(run)
+def by_method(results: Any, domain: str, method: str) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
+    """The results of a method in a domain, by rates and seed."""
+    found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for rates in RATES[method]:
+        for seed in SEEDS:
+            if run := results["runs"].get(f"compare-{domain}-{method}-{'-'.join(rates)}-{seed}"):
+                found.setdefault(rates, {})[seed] = run
+    return found
+
+
+def accuracies(results: Any, domain: str, method: str) -> tuple[tuple[str, str], dict[int, dict[str, Any]]] | None:
+    """The rates that were best with seed 0, by validation, and the runs at these rates by seed."""
+    found = by_method(results, domain, method)
+    return max(found.items(), key=lambda item: best_validation(item[1][0])) if found else None
+
+
+def best_validation(run: dict[str, Any]) -> float:
+    return max(row["validation"] for row in run["curve"] if row.get("validation") is not None)
+
+
+def minutes(run: dict[str, Any]) -> float:
+    """Minutes of all steps at their median: a run that was held up for a while is no slower."""
+    cold = run["options"]["cold_start_steps"]
+    seconds = [row["seconds"] for row in run["curve"] if "seconds" in row]
+    return (statistics.median(seconds[:cold]) * cold + statistics.median(seconds[cold:]) * len(seconds[cold:])) / 60
+
+
+def comparison_table(results: Any) -> Table:
+    """One row for each method, its domains and seeds side by side."""
     rows = []
-    for name, found in variants.items():
-        step = speed["methods"][SPEED_METHODS[name]] if name in SPEED_METHODS else None
-        rows.append(
-            [
-                VARIANT_TITLES[name],
-                ", ".join(f"{run['best']['accuracy']:.1%}" for run in found),
-                f"{found[0]['trainable']:,}",
-                f"{statistics.median(step['seconds']):.1f}" if step else "",
-                f"{step['peak_anonymous_bytes'] / 1e6:,.0f}" if step else "",
-            ]
-        )
-    first = next(iter(variants.values()))[0]
+    for method, title in METHOD_TITLES.items():
+        cells, spent, trainable = [], [], 0
+        for domain in DOMAINS:
+            found = accuracies(results, domain, method)
+            if found is None:
+                cells.append("")
+                continue
+            (cold, rate), runs = found
+            each = [100 * run["best"]["accuracy"] for run in runs.values()]
+            seeds = f" ({', '.join(f'{value:.1f}' for value in each)})" if len(each) > 1 else ""
+            cells.append(f"**{statistics.fmean(each):.1f}%**{seeds}; {cold}, {rate}")
+            spent += [minutes(run) for run in runs.values()]
+            trainable = runs[0]["trainable"]
+        if any(cells):
+            rows.append([title, f"{trainable:,}", *cells, f"{statistics.fmean(spent):.1f}"])
+    first = next(run for name, run in results["runs"].items() if name.startswith("compare-"))
     options = first["options"]
+    base = ", ".join(
+        f"{domain} {found[1][0]['base']['accuracy']:.1%}"
+        for domain in DOMAINS
+        if (found := accuracies(results, domain, "svf"))
+    )
     return Table(
-        f"{options['steps']} steps of {options['prompts_per_step']} prompts, {options['cold_start_steps']} of them on "
-        f"solutions where both are used, else {options['samples_per_prompt']} answers a prompt; the base has "
-        f"{first['base']['accuracy']:.1%}. Seconds and memory as above, where the methods took turns:",
-        ["trained", "right, by seed", "trainable parameters", "s a step", "peak, MB"],
+        f"{options['cold_start_steps']} steps of {options['prompts_per_step']} solutions, then "
+        f"{options['steps'] - options['cold_start_steps']} steps of as many prompts with "
+        f"{options['samples_per_prompt']} answers each; right of {first['test_problems']} test problems, mean and each "
+        "seed, and the rates of both phases. "
+        f"The base: {base}. Supports are what the domain's expert above changes most. Minutes of training are those of "
+        "one thread, two runs side by side:",
+        ["method", "trainable parameters", *DOMAINS, "minutes"],
+        rows,
+    )
+
+
+def rates_table(results: Any) -> Table:
+    """The rates that were tried, with seed 0: best validation score and test."""
+    rows = []
+    for method, title in METHOD_TITLES.items():
+        if len(RATES[method]) > 1:
+            for rates in RATES[method]:
+                runs = [by_method(results, domain, method).get(rates, {}).get(0) for domain in DOMAINS]
+                cells = [f"{best_validation(r):.0%}, {r['best']['accuracy']:.1%}" if r else "" for r in runs]
+                rows.append([title, *rates, *cells])
+    return Table(
+        "Rates tried with seed 0: best validation of 100 problems, test of 200:",
+        ["method", "cold start", "rewards", *DOMAINS],
         rows,
     )
 
