@@ -8,6 +8,7 @@ whole vocabulary of both models, not an estimate from the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from t2.training.options import Baseline
+
+Head = Callable[[Tensor], Tensor]
 
 
 def advantages(
@@ -73,27 +76,32 @@ class _PolicyLoss(torch.autograd.Function):
 
         dL/dlogit = weight (p - onehot(token)) + kl_weight count p (log p - log q - KL)
 
-    so the forward pass leaves it in the logits' own memory, some rows at a time.
+    so the forward pass computes it some rows at a time; and with a head, which makes logits of hidden states, nothing
+    that spans the vocabulary is kept.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Tensor,
+        states: Tensor,
         tokens: Tensor,
         weights: Tensor,
         counts: Tensor,
         base: Tensor | None,
         kl_weight: float,
+        head: Head | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        sums = torch.zeros(4, dtype=torch.float64, device=logits.device)  # loss, log-likelihood, KL, entropy
-        gradient = torch.empty_like(logits)
-        for start in range(0, logits.shape[0], chunk):
+        sums = torch.zeros(4, dtype=torch.float64, device=states.device)  # loss, log-likelihood, KL, entropy
+        gradient = torch.empty_like(states)
+        for start in range(0, states.shape[0], chunk):
             rows = slice(start, start + chunk)
+            with torch.enable_grad():
+                own = states[rows].detach().requires_grad_(head is not None)
+                logits = own if head is None else head(own)
             index, weight = tokens[rows].unsqueeze(1), weights[rows].unsqueeze(1).float()
             count = counts[rows].unsqueeze(1).float()
-            log_p = torch.log_softmax(logits[rows].float(), dim=-1)
+            log_p = torch.log_softmax(logits.detach().float(), dim=-1)
             p = log_p.exp()
             chosen = log_p.gather(1, index)
             entropy = -(p * log_p).sum(dim=1, keepdim=True)
@@ -101,20 +109,22 @@ class _PolicyLoss(torch.autograd.Function):
             change.scatter_add_(1, index, -weight)
             kl = torch.zeros_like(entropy)
             if base is not None:
-                ratio = log_p.sub_(torch.log_softmax(base[rows].float(), dim=-1))
+                of_base = base[rows] if head is None else head(base[rows])
+                ratio = log_p.sub_(torch.log_softmax(of_base.float(), dim=-1))
                 kl = (p * ratio).sum(dim=1, keepdim=True)
                 change.addcmul_(p, ratio.sub_(kl).mul_(count), value=kl_weight)
-            gradient[rows] = change
+            change = change.to(logits.dtype)
+            gradient[rows] = change if head is None else torch.autograd.grad(logits, own, change)[0]
             loss = (kl_weight * count * kl - weight * chosen).sum()
             sums += torch.stack([loss, *((count * value).sum() for value in (chosen, kl, entropy))]).double()
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)
-        return sums[0].to(logits.dtype), sums
+        return sums[0].to(states.dtype), sums
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient if grad_loss == 1 else gradient * grad_loss, None, None, None, None, None, None
+        return gradient if grad_loss == 1 else gradient * grad_loss, None, None, None, None, None, None, None
 
 
 def policy_loss(
@@ -125,6 +135,7 @@ def policy_loss(
     kl_weight: float = 0.0,
     *,
     counts: Tensor | None = None,
+    head: Head | None = None,
     chunk: int = 64,
 ) -> tuple[Tensor, TokenStatistics]:
     """sum over tokens of -weight log pi(token) + kl_weight count KL(pi || pi_base), and statistics of the tokens.
@@ -136,6 +147,7 @@ def policy_loss(
         base_logits: base model's logits, like `logits`, without gradient; None leaves the KL out (and counts it as 0).
         kl_weight: weight of the KL penalty, divided in the same way.
         counts: [tokens], number of sampled tokens that each one stands for; default 1.
+        head: makes logits of hidden states [rows, hidden]; `logits` and `base_logits` are then those, [tokens, hidden].
         chunk: rows whose float32 temporaries are held at once.
 
     Returns:
@@ -149,6 +161,6 @@ def policy_loss(
             raise ValueError(f"{name}: expected shape [{logits.shape[0]}], got {list(tensor.shape)}")
     if base_logits is not None and base_logits.shape != logits.shape:
         raise ValueError(f"base_logits: expected shape {list(logits.shape)}, got {list(base_logits.shape)}")
-    loss, sums = _PolicyLoss.apply(logits, tokens, weights, counts, base_logits, float(kl_weight), chunk)
+    loss, sums = _PolicyLoss.apply(logits, tokens, weights, counts, base_logits, float(kl_weight), head, chunk)
     _, log_likelihood, kl, entropy = sums.tolist()
     return loss, TokenStatistics(int(counts.sum()), log_likelihood, kl, entropy)

@@ -36,6 +36,7 @@ from t2.tasks import Problem, Task
 from t2.tasks.base import rewards_of
 from t2.training.alarms import AlarmMonitor
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
+from t2.training.head import OutputHead
 from t2.training.loss import TokenStatistics, advantages, policy_loss
 from t2.training.metrics import Metrics, Row, plot
 from t2.training.options import TrainOptions
@@ -118,6 +119,8 @@ class Trainer:
         self.policy = make_policy(model, options)
         if options.gradient_checkpointing:
             self.policy.enable_checkpointing()
+        with self.policy.base():
+            self.head = OutputHead.of(self.policy)
         device = self.policy.parameters[0].device
         self.generator = RolloutGenerator(self.policy, device, int(tokenizer.pad_token_id), tuple(eos_ids))
         if options.support is not None:
@@ -375,12 +378,13 @@ class Trainer:
             base = None
             if with_base:
                 with torch.no_grad(), self.policy.base(), self.accelerator.autocast():
-                    base = self._logits(tokens)
+                    base = self._states(tokens)
             with self.policy.learning():
                 with self.accelerator.autocast():
-                    logits = self._logits(tokens)
-                loss, seen = policy_loss(logits, tokens.targets, weights, base, kl_weight, counts=counts)
-                del logits, base
+                    states = self._states(tokens)
+                head = None if self.head is None else self._logits
+                loss, seen = policy_loss(states, tokens.targets, weights, base, kl_weight, counts=counts, head=head)
+                del states, base
                 loss.backward()
             total += seen
             loss_sum += float(loss.detach())
@@ -412,9 +416,20 @@ class Trainer:
             "learning_rate": rate,
         }
 
-    def _logits(self, tokens: CompletionTokens) -> Tensor:
-        """At the temperature of the policy."""
-        logits = completion_logits(self.policy, tokens, share_prefix=not self.options.gradient_checkpointing)
+    def _states(self, tokens: CompletionTokens) -> Tensor:
+        """What `_logits` makes logits of, [tokens, hidden]; the logits themselves where the model has no head apart."""
+        share_prefix = not self.options.gradient_checkpointing
+        if self.head is None:
+            return self._tempered(completion_logits(self.policy, tokens, share_prefix=share_prefix))
+        with self.head.left_out():
+            return completion_logits(self.policy, tokens, share_prefix=share_prefix)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        assert self.head is not None
+        with self.accelerator.autocast():
+            return self._tempered(self.head(states))
+
+    def _tempered(self, logits: Tensor) -> Tensor:
         return logits if self.options.temperature == 1.0 else logits / self.options.temperature
 
     def _rate(self) -> float:
