@@ -1,9 +1,10 @@
-"""Seconds and peak memory of a training step: SVF, LoRA, and SVF the published way.
+"""Seconds and peak memory of a training step: SVF, LoRA, SVF in TRL's trainer, and SVF the published way.
 
     python -m benchmarks.training.step_speed
 
 SmolLM2-135M-Instruct, 8 prompts with 6 completions of exactly 16 tokens each, then the update with its exact KL, all in
-the loop of `t2 train`, prompts with zero advantage included. Each method is a process of its own; they take turns. A
+the loop of `t2 train`, prompts with zero advantage included; TRL's GRPOTrainer has no KL here, for which it would load
+a second model. Each method is a process of its own; they take turns. A
 turn is two steps of which the second counts: the memory of a process that waited is cold. Peak memory is the process's
 anonymous memory, sampled every 20 ms; the model is first copied there from its mapped file, so that the weights that a
 method computes with count, and no others. Writes benchmarks/results/training-speed.json.
@@ -16,17 +17,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 from tqdm import tqdm
 
 import t2
 from benchmarks.common.memory import AnonymousPeak
 from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
-from t2.tasks import get
+from t2.tasks import Task, get
 from t2.training import Trainer, TrainOptions
 from t2.weights.machine import machine
 
@@ -39,8 +42,10 @@ METHODS = {
     "SVF, bfloat16, support of 64": {"factor_dtype": "bfloat16", "bf16_products": True, "support": 64},
     "SVF, MLP alone": {"method": "svf", "target_modules": ("mlp",)},
     "LoRA r=16 (PEFT)": {"method": "lora"},
+    "LoRA r=16 (PEFT), bfloat16 autocast": {"method": "lora", "mixed_precision": "bf16"},
     "W' built, dW' projected (published)": {"method": "dense-compose"},
 }
+GRPO = "SVF, bfloat16, TRL's GRPOTrainer"
 PROMPTS, SAMPLES, TOKENS = 8, 6, 16
 
 
@@ -52,6 +57,8 @@ def work(name: str) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     task = get(TASK, **json.loads(TASK_OPTIONS))
+    if name == GRPO:
+        return grpo(model, tokenizer, task, memory)
     with tempfile.TemporaryDirectory() as folder:
         options = TrainOptions(
             task=TASK,
@@ -74,6 +81,58 @@ def work(name: str) -> None:
             row = trainer.step()
             assert row["length"] == TOKENS
             print(json.dumps(row | {"peak": memory.peak}), flush=True)
+
+
+def grpo(model: Any, tokenizer: Any, task: Task, memory: AnonymousPeak) -> None:
+    """The same with TRL's trainer around the wrapped model."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    svf = t2.SVFModel(model, t2.SVFConfig(dtype=torch.bfloat16, bf16_products=True, progress=False))
+    svf.start_training()
+    problems = task.problems("train")
+    rows = [{"prompt": list(problem.messages), "index": i} for i, problem in enumerate(problems)]
+
+    def reward(completions: list[list[dict[str, str]]], index: list[int], **columns: object) -> list[float]:
+        return task.rewards([problems[i] for i in index], [answer[0]["content"] for answer in completions])
+
+    class OnRequest(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            if not sys.stdin.readline():
+                raise SystemExit
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds = time.perf_counter() - self.started
+            print(json.dumps({"seconds": seconds, "rollout_seconds": None, "peak": memory.peak}), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = GRPOConfig(
+            output_dir=folder,
+            max_steps=10**6,
+            per_device_train_batch_size=PROMPTS * SAMPLES,
+            num_generations=SAMPLES,
+            max_completion_length=TOKENS,
+            generation_kwargs={"min_new_tokens": TOKENS},
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            bf16=False,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        make: Any = GRPOTrainer  # annotated for transformers' own models
+        trainer = make(
+            model=svf,
+            reward_funcs=reward,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[OnRequest()],
+        )
+        print(json.dumps({"trainable": svf.layout.R}), flush=True)
+        trainer.train()
 
 
 class Worker:
@@ -107,7 +166,7 @@ def speed_table(results: Any) -> Table:
             name,
             f"{found['trainable']:,}",
             f"{statistics.median(found['seconds']):.1f}",
-            f"{statistics.median(found['rollout_seconds']):.1f}",
+            f"{statistics.median(found['rollout_seconds']):.1f}" if None not in found["rollout_seconds"] else "",
             f"{found['over_svf']:.2f}",
             f"{found['peak_anonymous_bytes'] / 1e6:,.0f}",
         ]
@@ -131,9 +190,9 @@ def main(method: str | None = None, rounds: int = 5, results: Path = RESULTS / "
     """
     if method is not None:
         return work(method)
-    workers = {name: Worker(name) for name in tqdm(METHODS, desc="loading")}
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
-    names = list(METHODS)
+    names = [*METHODS, GRPO]
+    workers = {name: Worker(name) for name in tqdm(names, desc="loading")}
+    steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for turn in tqdm(range(rounds), desc="rounds"):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
