@@ -97,7 +97,7 @@ def grpo(model: Any, tokenizer: Any, task: Task, memory: AnonymousPeak) -> None:
     def reward(completions: list[list[dict[str, str]]], index: list[int], **columns: object) -> list[float]:
         return task.rewards([problems[i] for i in index], [answer[0]["content"] for answer in completions])
 
-    class OnRequest(TrainerCallback):  # type: ignore[misc]
+    class OnRequest(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             if not sys.stdin.readline():
                 raise SystemExit
