@@ -111,7 +111,9 @@ void attend_job(const t2::DecodeAttention& a, int64_t row, int64_t key_head) {
   const uint8_t* allowed = a.allowed ? a.allowed + row * a.allowed_row_stride : nullptr;
   int64_t begin = 0;
   while (allowed && begin < a.length && !allowed[begin * a.allowed_stride]) ++begin;
-  const int64_t length = a.length - begin, stride = (length + kPanel - 1) / kPanel * kPanel;
+  int64_t end = a.length;
+  while (allowed && end > begin && !allowed[(end - 1) * a.allowed_stride]) --end;
+  const int64_t length = end - begin, stride = (length + kPanel - 1) / kPanel * kPanel;
   T* out = static_cast<T*>(a.out) + (row * a.heads + first_head) * dim;
   if (length == 0) {
     std::memset(static_cast<void*>(out), 0, static_cast<size_t>(group * dim) * sizeof(T));

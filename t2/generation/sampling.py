@@ -40,6 +40,16 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperature: float = 1.0) -> T
     return (block * BLOCK + torch.searchsorted(within, rest, right=True))[:, 0]
 
 
+def without_tail(logits: Tensor, top_p: Tensor) -> Tensor:
+    """Logits [rows, vocabulary] with -inf for all but the likeliest tokens that together have `top_p` [rows]."""
+    if bool((top_p >= 1).all()):
+        return logits
+    ordered, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = ordered.double().cumsum(-1) - ordered
+    out = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order, before >= top_p[:, None])
+    return logits.masked_fill(out, -torch.inf)
+
+
 class UniformSampler(LogitsProcessor):
     """`draw_tokens` for transformers' own `generate`: leaves each row's drawn token as the only possible one.
 

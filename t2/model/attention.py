@@ -9,7 +9,9 @@ keys and values behind the old ones instead of copying all of them for each toke
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,8 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [rows, heads, tokens, head_dim] -> [rows, tokens, heads, head_dim]."""
+    if getattr(_here, "by_query", False) and query.shape[2] > 1:
+        return _by_query(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if hasattr(module, MARK) and _decodes(query, key, value, attention_mask, dropout, kwargs):
         allowed = None if attention_mask is None else attention_mask[:, 0, 0]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -48,6 +52,40 @@ def attention(
 
 
 _sdpa: Any = AttentionInterface()["sdpa"]
+_here = threading.local()
+
+
+@contextmanager
+def by_query() -> Iterator[None]:
+    """Within the block, in this thread, every token of one row attends as if it were read alone.
+
+    So its bits do not depend on the tokens that are read with it: a prompt may be read in any chunks.
+    """
+    _here.by_query = True
+    try:
+        yield
+    finally:
+        _here.by_query = False
+
+
+def _by_query(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Queries [1, heads, tokens, head_dim] as rows of one token each that share the keys."""
+    if mask is None or query.shape[0] != 1:
+        raise ValueError(f"attention_mask: expected one of one row, got {None if mask is None else list(mask.shape)}")
+    tokens = query.shape[2]
+    rows = query[0].transpose(0, 1)[:, :, None]
+    keys, values = (each.expand(tokens, -1, -1, -1) for each in (key, value))
+    out, _ = attention(module, rows, keys, values, mask[0, 0][:, None, None], dropout, scaling, **kwargs)
+    return out.transpose(0, 1), None
 
 
 def _decodes(

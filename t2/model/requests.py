@@ -43,6 +43,18 @@ def routed(
             )
 
 
+@contextmanager
+def routed_slots(decomposed: DecomposedLayers, slots: Sequence[int]) -> Iterator[None]:
+    """The same for slots that the caller holds, one for each request."""
+    decomposed.table.wait_for_writes()
+    buffer = decomposed.router.buffers.take(slots)
+    try:
+        with decomposed.router.within(Route(buffer.slots, is_base=not any(slots))):
+            yield
+    finally:
+        decomposed.router.buffers.give_back(buffer)
+
+
 def _resolve(
     decomposed: DecomposedLayers, choices: Sequence[ExpertChoice], held: ExitStack
 ) -> tuple[Route, SlotBuffer | None]:
