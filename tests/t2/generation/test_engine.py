@@ -92,7 +92,7 @@ def test_answers_are_those_of_generate_alone(svf, chunk):
 
 
 def test_bits_do_not_depend_on_chunks_company_or_cached_beginnings():
-    """Of a model that runs on the attention kernel and whose rows are whole vectors, of which torch rounds a rest otherwise."""
+    """Of a model on the attention kernel whose rows are whole vectors: torch rounds what is left of one otherwise."""
     torch.manual_seed(0)
     sizes = dict(vocab_size=14, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
     model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, head_dim=16, **sizes)).eval()
