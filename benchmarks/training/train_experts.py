@@ -230,11 +230,11 @@ def trained_table(results: Any) -> Table:
                 f"{run['training_seconds'] / 60:.1f}",
             ]
         )
-    machine, settings = results["machine"], next(iter(results["runs"].values()))
+    settings = next(iter(results["runs"].values()))
     return Table(
         f"Right answers to {settings['test_problems']} test problems with 95% intervals; base and expert with the same "
-        f'storage, {settings["options"]["dtype"]}; "one answer" is what the commonest one would get right. '
-        f"{machine['threads']} cores of {machine['processor']} (`python -m benchmarks.training.train_experts`):",
+        f'storage, {settings["options"]["dtype"]}; "one answer" is what the commonest one would get right '
+        "(`python -m benchmarks.training.train_experts`):",
         ["task and seed", "base", "trained", "best step", "one answer", "validation: best, last", "minutes"],
         rows,
     )
