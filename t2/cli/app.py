@@ -15,6 +15,7 @@ COMMANDS = {
     "decompose": "Decompose the target matrices of a model into the factor cache.",
     "estimate": "Estimate disk, memory, time and GPUs that a model needs, from its config alone.",
     "generate": "Answer prompts in one batch, each with its own expert.",
+    "chat": "Talk to a model and its experts in the terminal.",
     "serve": "Answer over HTTP as OpenAI's API does, each request with its own expert.",
     "train": "Train an expert for a task with reinforcement learning.",
     "transfer": "Convert an expert of one model into an expert of another.",

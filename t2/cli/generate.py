@@ -13,7 +13,9 @@ from t2.cli.options import OPTIONAL, Bank, Candidates, FactorDtype, Model, Model
 
 def run(
     model: Model,
-    prompt: Prompts,
+    prompt: Annotated[Prompts, arg(help_behavior_hint=OPTIONAL)] = (),
+    input: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,
+    output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,
     expert: Annotated[tuple[Path, ...], arg(metavar="FILE ...", help_behavior_hint=OPTIONAL)] = (),
     adapt: Annotated[PassOne | None, arg(help_behavior_hint=OPTIONAL)] = None,
     bank: Bank = None,
@@ -26,13 +28,18 @@ def run(
     model_dtype: ModelDtype = "float32",
     stream: Stream = "auto",
 ) -> int:
-    """Answer prompts in one batch, each with its own expert: given by --expert, or chosen by --adapt.
+    """Answer prompts in one batch, each with its own expert: given by --expert, or chosen by --adapt; or a whole file.
 
     Example: t2 generate smollm2-135m-instruct --prompt "Add 2 and 3." "Hello!" --expert math.safetensors my.safetensors
 
     Example: t2 generate smollm2-135m-instruct --prompt "Add 2 and 3." "Hello!" --bank experts/mine --adapt classifier
 
+    Example: t2 generate smollm2-135m-instruct --bank experts/mine --input prompts.jsonl --output answers.jsonl
+
     Args:
+        input: Requests, one JSON object a line: prompt or messages; optionally model (an expert, a mix, auto),
+            max_tokens, temperature, top_p, seed, stop, id. Needs --output.
+        output: File for the answers, one a line. The same command goes on with it after an interruption.
         expert: One expert file for all prompts, or one per prompt; without any the base model answers.
         adapt: First pass that chooses an expert per prompt from --bank or --candidates: the base model (prompt), or a
             classification expert (classifier).
@@ -41,6 +48,16 @@ def run(
         max_new_tokens: Maximum length of a completion, in tokens.
         sample: Sample instead of decoding greedily.
     """
+    if input is not None:
+        others: dict[str, object] = {"prompt": prompt, "expert": expert, "candidates": candidates, "image": image}
+        others |= {"domains": domains, "adapt": adapt, "sample": sample}
+        if beside := [name for name, value in others.items() if value]:
+            raise ValueError(f"input: expected none of {', '.join(others)} beside it, got {', '.join(beside)}")
+        if output is None:
+            raise ValueError("output: expected a file for the answers beside --input, got none")
+        return _answer_file(model, bank, input, output, factor_dtype, max_new_tokens)
+    if not prompt or output is not None:
+        raise ValueError("prompt: expected at least one, or --input and --output")
     if adapt is not None:
         from t2.adaptation.command import answer, open_bank
 
@@ -77,3 +94,15 @@ def run(
     for text, row in zip(prompt, out[:, batch["input_ids"].shape[1] :], strict=True):
         print(f"> {text}\n{str(tokenizer_of(tokenizer).decode(row, skip_special_tokens=True)).strip()}\n")
     return 0
+
+
+def _answer_file(model: str, bank: Path | None, source: Path, output: Path, dtype: str, max_tokens: int) -> int:
+    import torch
+    from rich.console import Console
+
+    from t2.server.batch import answer_file, read_lines
+    from t2.server.opened import open_engine
+
+    read_lines(source)  # what is wrong with them is said before a model is loaded
+    opened = open_engine(model, bank, dtype=getattr(torch, dtype))
+    return 0 if answer_file(opened, source, output, max_tokens=max_tokens, console=Console(stderr=True)) else 130

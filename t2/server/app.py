@@ -20,16 +20,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from transformers import PreTrainedTokenizerBase
 
 from t2.experts.expert import Expert
-from t2.generation.engine import Engine
 from t2.generation.prompts import encode
-from t2.model.svf_model import SVFModel
 from t2.server.answers import Answer
 from t2.server.errors import ApiError
 from t2.server.experts import SUFFIX, Chosen, Experts
 from t2.server.metrics import Metrics
+from t2.server.opened import Opened
 from t2.server.schema import Body, ChatBody, CompletionBody, parsed
 from t2.tasks.base import Problem
 from t2kernels.files import replacing
@@ -57,28 +55,14 @@ class ServerOptions:
 
 
 class Server:
-    """What the routes share.
+    """What the routes share. The bank's folder is watched while the server runs."""
 
-    Args:
-        model: the name that the base goes by.
-        bank: folder of experts, watched while the server runs.
-    """
-
-    def __init__(
-        self,
-        svf: SVFModel,
-        tokenizer: PreTrainedTokenizerBase,
-        engine: Engine,
-        *,
-        model: str,
-        bank: Path | None = None,
-        options: ServerOptions | None = None,
-    ) -> None:
-        self.tokenizer, self.engine, self.model = tokenizer, engine, model
+    def __init__(self, opened: Opened, options: ServerOptions | None = None) -> None:
+        self.tokenizer, self.engine = opened.tokenizer, opened.engine
         self.options = options or ServerOptions()
-        self.experts = Experts(svf, tokenizer, engine, model, bank)
+        self.experts = Experts(opened)
         self.experts.look()
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(opened.engine)
         self.created = int(time.time())
 
     # Requests

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from t2.adaptation.bank_folder import CLASSIFIER, load_bank_folder
 from t2.adaptation.base import Strategy, mixed
 from t2.adaptation.strategies import pass_one
 from t2.experts.expert import Expert
-from t2.generation.engine import Engine
-from t2.model.svf_model import ExpertChoice, SVFModel
+from t2.model.svf_model import ExpertChoice
 from t2.server.errors import ApiError
+from t2.server.opened import Opened
 
 BASE, AUTO = "base", "auto"
 SUFFIX = ".safetensors"
@@ -41,17 +40,15 @@ class Chosen:
 
 
 class Experts:
-    """What requests may name as their model.
+    """What requests may name as their model: the base, and the experts in the files of the folder.
 
-    Args:
-        folder: the bank: NAME.safetensors for each expert, and domains.json with what pass one chooses among; None
-            for what the model has already.
+    NAME.safetensors is the expert NAME, and domains.json says what pass one chooses among. Without a folder the experts
+    are those that the model has.
     """
 
-    def __init__(
-        self, svf: SVFModel, tokenizer: PreTrainedTokenizerBase, engine: Engine, model: str, folder: Path | None
-    ) -> None:
-        self.svf, self.tokenizer, self.engine, self.model, self.folder = svf, tokenizer, engine, model, folder
+    def __init__(self, opened: Opened) -> None:
+        self.svf, self.tokenizer, self.engine = opened.svf, opened.tokenizer, opened.engine
+        self.model, self.folder = opened.model, opened.folder
         self._seen: dict[str, tuple[int, int]] = {}
         self._strategy: Strategy | None = None
         self._asked: deque[tuple[str, asyncio.Future[Chosen], asyncio.AbstractEventLoop]] = deque()

@@ -11,14 +11,8 @@ from pathlib import Path
 import torch
 import uvicorn
 
-from t2.adaptation.bank_folder import bank_path
-from t2.experts.support import Chosen
-from t2.generation.engine import Engine
-from t2.generation.prompts import eos_ids_of
-from t2.model.load import load_svf
-from t2.model.svf_model import SVFConfig
 from t2.server.app import Server, ServerOptions, make_app
-from t2.weights.loading import tokenizer_of
+from t2.server.opened import open_engine
 
 
 class JsonLines(logging.Formatter):
@@ -56,36 +50,23 @@ def serve(
     options: ServerOptions,
     dtype: torch.dtype,
     form: str,
-    support: Chosen | None,
-    max_rows: int,
-    max_tokens: int,
-    max_waiting: int,
+    support: Path | None,
     max_connections: int,
+    **limits: int,
 ) -> int:
     """Loads everything, then answers until SIGINT or SIGTERM, after which running answers are finished.
+
+    limits: of the engine.
 
     Raises:
         ValueError: an address that others can reach without any key.
     """
     if not is_loopback(host) and not options.api_keys:
         raise ValueError(f"host: expected a key in --api-keys for an address that others can reach, got {host} without")
-    folder = None if bank is None else bank_path(bank)
-    if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"bank: expected a folder, got {folder}")
     log_to_stderr()
-    if form == "delta" and support is None:
-        support = folder
-    config = SVFConfig(dtype=dtype, bf16_products=dtype == torch.bfloat16, form=form, support=support)  # type: ignore[arg-type]
-    svf, processor = load_svf(model, config)
-    tokenizer = tokenizer_of(processor)
-    engine = Engine(
-        svf,
-        eos_ids=eos_ids_of(svf.model, tokenizer),
-        max_rows=max_rows,
-        max_tokens=max_tokens,
-        max_waiting=max_waiting,
-    )
-    server = Server(svf, tokenizer, engine, model=Path(model).name, bank=folder, options=options)
+    opened = open_engine(model, bank, dtype=dtype, form=form, support=support, **limits)
+    engine = opened.engine
+    server = Server(opened, options)
     names = ", ".join(server.experts.names)
     logging.getLogger("t2.server").info(f"answering on http://{host}:{port}", extra={"fields": {"models": names}})
     uvicorn.run(

@@ -15,6 +15,13 @@ Id = Annotated[int, Field(ge=0)]
 NoPenalty = Annotated[float, Field(ge=0, le=0, strict=False)]
 
 
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
 class Body(BaseModel):
     """What both kinds of requests have."""
 
@@ -52,13 +59,6 @@ class Body(BaseModel):
     @property
     def with_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    include_usage: bool = False
-    include_obfuscation: bool = False
 
 
 class CompletionBody(Body):

@@ -13,6 +13,7 @@ import t2
 from t2.adaptation.bank_folder import save_bank_folder
 from t2.generation.engine import Engine
 from t2.server.app import Server, ServerOptions, make_app
+from t2.server.opened import Opened
 from tests.t2.toy import toy_model, toy_tokenizer
 
 
@@ -41,7 +42,7 @@ def serving(bank) -> Iterator[Callable[..., Running]]:
         ) -> Running:
             svf = t2.SVFModel(toy_model(), t2.SVFConfig(progress=False))
             engine = Engine(svf, eos_ids=eos_ids, max_rows=max_rows, max_tokens=max_tokens, max_waiting=max_waiting)
-            server = Server(svf, toy_tokenizer(), engine, model="toy", bank=bank, options=ServerOptions(**options))
+            server = Server(Opened(svf, toy_tokenizer(), engine, "toy", bank), ServerOptions(**options))
             listening = socket.socket()
             listening.bind(("127.0.0.1", 0))
             http = uvicorn.Server(uvicorn.Config(make_app(server), log_config=None, timeout_graceful_shutdown=5))

@@ -1,0 +1,159 @@
+"""`t2 generate --input`: a file of requests, answered into another one, with which an interrupted run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import Field, model_validator
+from rich.console import Console
+from tqdm import tqdm
+
+from t2.generation.engine import Engine
+from t2.generation.prompts import encode
+from t2.server.answers import Answer
+from t2.server.errors import ApiError
+from t2.server.experts import Experts
+from t2.server.opened import Opened
+from t2.server.schema import Body, Message, parsed
+from t2.tasks.base import Problem
+from t2.weights.files import FileFormatError, parse_json
+
+
+class Line(Body):
+    """A request: a prompt, which is a user's message, or messages; `model` as in requests to a server."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    model: str = Field("base", min_length=1, max_length=512)
+    temperature: float = Field(0.0, ge=0, le=2, strict=False)
+    n: int = Field(1, ge=1, le=1)
+    stream: bool = False
+    max_tokens: int | None = Field(None, ge=1)
+    id: str | int | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Line:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: expected it or messages, got both or neither")
+        return self
+
+    @property
+    def problem(self) -> Problem:
+        if self.messages is None:
+            return Problem(({"role": "user", "content": self.prompt or ""},))
+        return Problem(tuple({"role": message.role, "content": message.text} for message in self.messages))
+
+
+def read_lines(path: Path) -> list[tuple[str, Line]]:
+    """Every request with a hash of its line. Raises FileFormatError, which names the first line that is none."""
+    found = []
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            found.append((xxhash.xxh3_64_hexdigest(text), parsed(Line, text)))
+        except ApiError as error:
+            raise FileFormatError(f"{path}, line {number}: {error}") from error
+    if not found:
+        raise FileFormatError(f"{path}: expected a request a line, got none")
+    return found
+
+
+def answered(path: Path, lines: Sequence[tuple[str, Line]]) -> set[int]:
+    """The places of the requests that an output has answers to. A last line that was cut short is taken away.
+
+    Raises:
+        FileFormatError: it has answers to other requests.
+    """
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    places: set[int] = set()
+    for number, text in enumerate(content[:whole].splitlines(), 1):
+        entry = parse_json(text, f"{path}, line {number}")
+        place = entry.get("index") if isinstance(entry, dict) else None
+        if not isinstance(place, int) or not 0 <= place < len(lines) or entry.get("input") != lines[place][0]:
+            raise FileFormatError(f"{path}, line {number}: expected an answer to a request of this input, got another")
+        places.add(place)
+    return places
+
+
+def answer_file(opened: Opened, source: Path, output: Path, *, max_tokens: int, console: Console) -> bool:
+    """Answers every request of `source` that `output` has no answer to; False if it was interrupted.
+
+    Answers are written as they come, each with the index of its request. An answer that can't be made is a line with
+    "error".
+    """
+    lines = read_lines(source)
+    done = answered(output, lines)
+    if done:
+        console.print(f"{len(done)} of {len(lines)} are answered in {output}")
+    experts = Experts(opened)
+    experts.look()
+    opened.engine.start()
+    try:
+        asyncio.run(_answer_all(experts, lines, done, output, max_tokens, console))
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. The same command goes on with {output}.")
+        return False
+    finally:
+        opened.engine.close()
+    return True
+
+
+async def _answer_all(
+    experts: Experts, lines: Sequence[tuple[str, Line]], done: set[int], output: Path, max_tokens: int, console: Console
+) -> None:
+    engine = experts.engine
+    room = asyncio.Semaphore(2 * engine.max_rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    every = 0.1 if console.is_terminal else 10.0
+    with output.open("ab") as file, tqdm(total=len(lines), initial=len(done), unit="line", mininterval=every) as bar:
+
+        async def one(index: int, digest: str, line: Line) -> None:
+            try:
+                answer = await _answer(experts, engine, line, max_tokens)
+            finally:
+                room.release()
+            entry = {"index": index, "input": digest} | ({} if line.id is None else {"id": line.id}) | answer
+            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            bar.update()
+
+        async with asyncio.TaskGroup() as tasks:
+            for index, (digest, line) in enumerate(lines):
+                if index not in done:
+                    await room.acquire()
+                    tasks.create_task(one(index, digest, line))
+        os.fsync(file.fileno())
+
+
+async def _answer(experts: Experts, engine: Engine, line: Line, max_tokens: int) -> dict[str, Any]:
+    words = line.prompt or next((m.text for m in reversed(line.messages or []) if m.role == "user"), "")
+    try:
+        chosen = await experts.choose(line.model, words)
+        answer = Answer.begin(
+            engine,
+            experts.tokenizer,
+            [int(token) for token in encode(line.problem, experts.tokenizer)],
+            chosen,
+            max_tokens=line.max_tokens or max_tokens,
+            sampling=line.sampling(0),
+            stops=line.stops,
+            likeliest=None,
+            seconds=float("inf"),
+        )
+        piece = await answer.whole()
+    except ApiError as error:
+        if error.status >= 500:
+            raise
+        return error.body
+    about = {"expert": chosen.name} | ({} if chosen.reason is None else {"reason": chosen.reason})
+    return {"text": piece.text, "finish_reason": piece.finish, "tokens": answer.made} | about

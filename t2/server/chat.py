@@ -1,0 +1,80 @@
+"""`t2 chat`: a conversation in the terminal, on the engine that the server has."""
+
+from __future__ import annotations
+
+import asyncio
+
+from rich.console import Console
+
+from t2.generation.engine import Sampling
+from t2.generation.prompts import encode
+from t2.server.answers import Answer
+from t2.server.errors import ApiError
+from t2.server.experts import Experts
+from t2.server.opened import Opened
+from t2.tasks.base import Problem
+
+HELP = "/expert NAME, /experts, /reset, /quit"
+
+
+def chat(opened: Opened, expert: str, sampling: Sampling, new_tokens: int, console: Console) -> int:
+    """Reads and answers until the input ends."""
+    experts = Experts(opened)
+    experts.look()
+    opened.engine.start()
+    console.print(f"{opened.model}: {', '.join(experts.names)}. {HELP}", style="dim", highlight=False)
+    said: list[dict[str, str]] = []
+    try:
+        while True:
+            try:
+                words = console.input(f"[bold]{expert}>[/bold] ").strip()
+            except (EOFError, KeyboardInterrupt):
+                return 0
+            command, _, name = words.partition(" ")
+            if command == "/quit":
+                return 0
+            if command == "/reset":
+                said = []
+            elif command == "/experts":
+                console.print(", ".join(experts.names), highlight=False)
+            elif command == "/expert" and name:
+                expert = name.strip()
+            elif command.startswith("/"):
+                console.print(HELP, style="dim", highlight=False)
+            elif words:
+                asked = [*said, {"role": "user", "content": words}]
+                try:
+                    text = asyncio.run(_answer(experts, expert, asked, sampling, new_tokens, console))
+                    said = [*asked, {"role": "assistant", "content": text}]
+                except ApiError as error:
+                    console.print(str(error), style="red", highlight=False)
+                except KeyboardInterrupt:
+                    console.print()
+    finally:
+        opened.engine.close()
+
+
+async def _answer(
+    experts: Experts, expert: str, said: list[dict[str, str]], sampling: Sampling, new_tokens: int, console: Console
+) -> str:
+    """Prints the answer as it comes, then whose it was and how fast."""
+    chosen = await experts.choose(expert, said[-1]["content"])
+    prompt = [int(token) for token in encode(Problem(tuple(said)), experts.tokenizer)]
+    answer = Answer.begin(
+        experts.engine,
+        experts.tokenizer,
+        prompt,
+        chosen,
+        max_tokens=max(1, min(new_tokens, experts.engine.max_tokens - len(prompt))),
+        sampling=sampling,
+        stops=(),
+        likeliest=None,
+        seconds=float("inf"),
+    )
+    text = ""
+    async for piece in answer.pieces():
+        text += piece.text
+        console.print(piece.text, end="", markup=False, highlight=False, soft_wrap=True)
+    about = [chosen.name, *([] if chosen.reason is None else [chosen.reason]), f"{answer.made} tokens"]
+    console.print(f"\n({'; '.join(about)})", style="dim", highlight=False)
+    return text
