@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import logging
 import math
@@ -65,7 +66,8 @@ class Experts:
         """Takes over what has changed in the folder. A file that cannot be read leaves the expert as it was."""
         if self.folder is None:
             return
-        files = {path.name.removesuffix(SUFFIX): path for path in self.folder.glob(f"*{SUFFIX}")}
+        paths = [path for path in self.folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+        files = {path.name.removesuffix(SUFFIX): path for path in paths}
         described = self.folder / "domains.json"
         changed = False
         for name, path in {**files, "": described}.items():
@@ -111,7 +113,8 @@ class Experts:
                 bank = load_bank_folder(self.folder)
             if all(domain.name in self.svf.bank for domain in bank.domains):
                 kind = CLASSIFIER if bank.classifier is not None and CLASSIFIER in self.svf.bank else "prompt"
-                self._strategy = pass_one(kind, self.svf, self.tokenizer, bank.domains)
+                own = copy.deepcopy(self.tokenizer)  # one that two threads use at a time fails
+                self._strategy = pass_one(kind, self.svf, own, bank.domains)
         except (OSError, ValueError, json.JSONDecodeError) as error:
             log.error("no automatic choice", extra={"fields": {"error": str(error)}})
 
