@@ -450,11 +450,11 @@ Tensor last_contiguous(const Tensor& tensor) {
 t2::HeadStrides head_strides(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
 Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& allowed,
-                        double scale) {
+                        double scale, const OptionalTensor& key_rows) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && query.size(2) == 1,
                   "query: expected [rows, heads, 1, head_dim], key and value [rows, key heads, length, head_dim]");
   const int64_t rows = query.size(0), heads = query.size(1), dim = query.size(3), key_heads = key.size(1);
-  STD_TORCH_CHECK(key.size(0) == rows && key.size(3) == dim && key_heads > 0 && heads % key_heads == 0 &&
+  STD_TORCH_CHECK((key_rows || key.size(0) == rows) && key.size(3) == dim && key_heads > 0 && heads % key_heads == 0 &&
                       dim % t2::kPanel == 0,
                   "key: expected [", rows, ", a divisor of ", heads, ", length, ", dim, ", a multiple of 16]");
   for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(value.size(i) == key.size(i), "value: expected the shape of key");
@@ -475,6 +475,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
                         nullptr,
                         0,
                         0,
+                        nullptr,
                         rows,
                         heads,
                         key_heads,
@@ -488,6 +489,15 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
     a.allowed = static_cast<const uint8_t*>(allowed->const_data_ptr());
     a.allowed_row_stride = allowed->stride(0);
     a.allowed_stride = allowed->stride(1);
+  }
+  if (key_rows) {
+    STD_TORCH_CHECK(key_rows->dim() == 1 && key_rows->numel() == rows && key_rows->is_contiguous() &&
+                        key_rows->scalar_type() == ScalarType::Long,
+                    "key_rows: expected contiguous int64 [", rows, "]");
+    a.key_rows = static_cast<const int64_t*>(key_rows->const_data_ptr());
+    for (int64_t row = 0; row < rows; ++row)
+      STD_TORCH_CHECK(a.key_rows[row] >= 0 && a.key_rows[row] < key.size(0), "key_rows: entry ", row, " is ",
+                      a.key_rows[row], ", expected 0 <= row < ", key.size(0));
   }
   if (rows > 0 && heads > 0 && dim > 0) t2::kernels().attend(a, parallel_for);
   return out;

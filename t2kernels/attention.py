@@ -9,13 +9,18 @@ from t2kernels import checks, ops
 
 
 def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None = None,
+    scale: float | None = None,
+    key_rows: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query key^T) value for one new token a row; query heads share key heads in groups, in order.
 
     Keys and values are read once for all query heads of a group, where they lie: no repetition, no copy. A row's bits
-    depend on its keys from the first allowed one on, not on the batch or on left padding. A row that may look nowhere
-    gives zeros. Softmax and sums are float32. Inference only.
+    depend on its keys from the first allowed one to the last, not on the batch or on padding. A row that may look
+    nowhere gives zeros. Softmax and sums are float32. Inference only.
 
     Args:
         query: [rows, heads, 1, head_dim] float32, bfloat16 or float16, head_dim a multiple of 16.
@@ -23,6 +28,8 @@ def decode_attention(
             Any strides; a last dimension that is not contiguous costs a copy.
         allowed: bool [rows, length], the keys that a row may look at; None for all.
         scale: default 1 / sqrt(head_dim).
+        key_rows: int64 [rows], the row of key and value that each row looks at: several tokens of one request share
+            its keys, which may lie in any row of a cache. Default: each its own.
 
     Returns:
         [rows, 1, heads, head_dim], contiguous, the dtype of query.
@@ -45,7 +52,14 @@ def decode_attention(
         checks.check_device(name, tensor, query, "query")
     if key.dim() != 4 or not key.shape[1] or heads % key.shape[1]:
         raise ValueError(f"key: expected shape {meaning}, key heads a divisor of {heads}, got {list(key.shape)}")
-    checks.check_shape("key", key, (rows, key.shape[1], key.shape[2], head_dim), meaning)
+    if key_rows is not None:
+        checks.check_dtype("key_rows", checks.check_tensor("key_rows", key_rows, "[rows]"), (torch.int64,))
+        checks.check_shape("key_rows", key_rows, (rows,), "rows")
+        checks.check_device("key_rows", key_rows, query, "query")
+        if rows and not (int(key_rows.min()) >= 0 and int(key_rows.max()) < key.shape[0]):
+            raise ValueError(f"key_rows: expected 0 <= row < {key.shape[0]}, the rows of key, got {key_rows.tolist()}")
+    key_count = rows if key_rows is None else key.shape[0]
+    checks.check_shape("key", key, (key_count, key.shape[1], key.shape[2], head_dim), meaning)
     checks.check_shape("value", value, tuple(key.shape), "that of key")
     if allowed is not None:
         checks.check_dtype("allowed", checks.check_tensor("allowed", allowed, "[rows, length]"), (torch.bool,))
@@ -57,4 +71,5 @@ def decode_attention(
                 raise ValueError(
                     f"{name}: expected requires_grad=False (inference only), got a tensor that requires grad"
                 )
-    return ops.decode_attention(query, key, value, allowed, head_dim**-0.5 if scale is None else float(scale))
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return ops.decode_attention(query, key, value, allowed, scale, key_rows)

@@ -82,7 +82,10 @@ _library.define(
     "dense_linear_backward(Tensor grad_y, Tensor weight, Tensor? row_scale, SymInt in_features, bool bf16_products) "
     "-> Tensor"
 )
-_library.define("decode_attention(Tensor query, Tensor key, Tensor value, Tensor? allowed, float scale) -> Tensor")
+_library.define(
+    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? allowed, float scale, "
+    "Tensor? key_rows=None) -> Tensor"
+)
 
 
 def _is_empty(arguments: Any) -> bool:
@@ -166,7 +169,7 @@ def _(grad_y, weight, row_scale, in_features, bf16_products):  # type: ignore[no
 
 
 @torch.library.register_fake("t2kernels::decode_attention")
-def _(query, key, value, allowed, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, allowed, scale, key_rows=None):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
 
 

@@ -187,8 +187,17 @@ def dense_linear_backward(
     return (g @ _float_matrix(weight, grad_y.shape[-1], in_features)).to(grad_y.dtype)
 
 
-def decode_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, scale: float) -> Tensor:
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    scale: float,
+    key_rows: Tensor | None = None,
+) -> Tensor:
     """Reference of `torch.ops.t2kernels.decode_attention`; float64 stays float64."""
+    if key_rows is not None:
+        key, value = key[key_rows], value[key_rows]
     rows, heads, _, head_dim = query.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     grouped = query.reshape(rows, key.shape[1], -1, head_dim).to(wide)

@@ -2,8 +2,8 @@
 //
 //   p = softmax over allowed keys j of scale * <q[h], k[h / group, j]>        out[h] = sum_j p[j] * v[h / group, j]
 //
-// A row's bits depend on its keys from the first allowed one on: left padding is skipped, and every sum runs in the
-// same order from there, whatever the batch and the thread count.
+// A row's bits depend on its keys from the first allowed one to the last: padding on both sides is skipped, and every
+// sum runs in the same order in between, whatever the batch and the thread count.
 #pragma once
 
 #include "matmul.h"
@@ -17,13 +17,14 @@ struct HeadStrides {
 
 struct DecodeAttention {
   const void* query;  // [rows, heads, head_dim]
-  const void* keys;   // [rows, key_heads, length, head_dim]
+  const void* keys;   // [rows, key_heads, length, head_dim], or of other rows where key_rows says which
   const void* values;
   void* out;  // [rows, heads, head_dim], contiguous
   DType dtype;
   HeadStrides query_strides, key_strides, value_strides;
   const uint8_t* allowed;  // [rows, length], nonzero where a row may look, or null for everywhere
   int64_t allowed_row_stride, allowed_stride;
+  const int64_t* key_rows;  // [rows], the row of keys and values that each row looks at, or null for its own
   int64_t rows, heads, key_heads, length, head_dim;  // head_dim: a multiple of kPanel
   float scale;
 };

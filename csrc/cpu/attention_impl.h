@@ -128,7 +128,8 @@ void attend_job(const t2::DecodeAttention& a, int64_t row, int64_t key_head) {
     for (int64_t d = 0; d < dim; ++d) query[h * dim + d] *= a.scale;
   }
   const t2::HeadStrides& ks = a.key_strides;
-  const T* key = static_cast<const T*>(a.keys) + row * ks.row + key_head * ks.head + begin * ks.key;
+  const int64_t key_row = a.key_rows ? a.key_rows[row] : row;
+  const T* key = static_cast<const T*>(a.keys) + key_row * ks.row + key_head * ks.head + begin * ks.key;
   for (int64_t j = 0; j < length; ++j, key += ks.key) {
     const bool visible = allowed == nullptr || allowed[(begin + j) * a.allowed_stride];
     for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
@@ -148,7 +149,7 @@ void attend_job(const t2::DecodeAttention& a, int64_t row, int64_t key_head) {
   }
   for (int64_t h = 0; h < group; ++h) inverse[h] = 1.0f / exponentials(scores + h * stride, length);
   const t2::HeadStrides& vs = a.value_strides;
-  const T* value = static_cast<const T*>(a.values) + row * vs.row + key_head * vs.head + begin * vs.key;
+  const T* value = static_cast<const T*>(a.values) + key_row * vs.row + key_head * vs.head + begin * vs.key;
   for (int64_t h = 0; h < group; h += kValueHeads) {
     const float* p = scores + h * stride;
     T* y = out + h * dim;

@@ -1,9 +1,9 @@
 """Continuous batching: requests join and leave the running batch at any step, each with an expert of its own.
 
-A request waits until a row is free. Its prompt is read in chunks beside the running answers, in a row of its own; what
-another prompt with the same expert began with is not read again. Then it joins the rows that get a token each in every
-step. Products, the attention kernel and draws give a row the same bits whoever runs beside it and however its prompt is
-divided.
+A step is one pass over tokens of many requests, each of which is a row of it: the last token of every running answer,
+and up to a limit the next tokens of prompts that are being read, beginning behind what another prompt with the same
+expert began with. Keys and values stay in the request's row of the cache, which all its tokens look at. Products, the
+attention kernel and draws give a token the same bits whoever runs beside it and however its prompt is divided.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
 
@@ -22,9 +22,11 @@ import xxhash
 from torch import Tensor
 
 from t2.experts.registry import ExpertChoice
-from t2.generation.row_cache import SPAN, DecodeStep, PrefixStore, PromptChunk, RowCache
+from t2.generation.cached_batch import SVFRunner
+from t2.generation.head import OutputHead
+from t2.generation.row_cache import SPAN, Places, PrefixStore, RowCache
 from t2.generation.sampling import draw_tokens, without_tail
-from t2.model.attention import by_query
+from t2.model.attention import shared_keys
 from t2.model.requests import routed_slots
 from t2.model.svf_model import SVFModel
 
@@ -90,6 +92,7 @@ class Request:
     held: ExitStack
     numbers: numpy.random.Generator
     tokens: list[int] = field(default_factory=list)
+    row: int = -1
     read: int = 0
     cached: int = 0
     cancelled: bool = False
@@ -97,10 +100,15 @@ class Request:
     def cancel(self) -> None:
         self.cancelled = True
 
+    def next_tokens(self, most: int) -> list[int]:
+        """What the next pass reads of it: a part of the prompt, or the last token of the answer."""
+        if self.read < len(self.prompt):
+            return list(self.prompt[self.read : self.read + most])
+        return self.tokens[-1:]
+
     @property
-    def position(self) -> int:
-        """The place of the last token, which the next step reads."""
-        return len(self.prompt) + len(self.tokens) - 1
+    def is_read(self) -> bool:
+        return self.read >= len(self.prompt)
 
 
 class Engine:
@@ -113,7 +121,7 @@ class Engine:
         max_tokens: most tokens of a request, prompt and answer together. A row's keys and values take so much room at
             most; buffers grow to the longest request there was.
         max_waiting: requests that may wait for a row.
-        chunk: tokens of prompts that are read between two steps of the running answers.
+        chunk: most tokens of prompts that a step reads beside the running answers.
         prefix_bytes: memory for beginnings of prompts.
 
     Raises:
@@ -140,11 +148,12 @@ class Engine:
         self.svf, self.eos_ids = svf, frozenset(eos_ids)
         self.max_rows, self.max_tokens, self.max_waiting, self.chunk = max_rows, max_tokens, max_waiting, chunk
         self.vocabulary = int(svf.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        self.cache = RowCache.of(svf.model, max_rows + 1)
+        self.cache = RowCache.of(svf.model, max_rows)
+        self.head = OutputHead.of(SVFRunner(svf))
         self.prefixes = PrefixStore(prefix_bytes)
         self.steps = self.tokens_read = self.tokens_made = 0
         self._running: list[Request] = []
-        self._reading: Request | None = None
+        self._free = list(range(max_rows))
         self._waiting: deque[Request] = deque()
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._changed = threading.Condition()
@@ -161,7 +170,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return len(self._running) + (self._reading is not None)
+        return len(self._running)
 
     def submit(
         self,
@@ -268,18 +277,18 @@ class Engine:
                     self.failure = error
                 for request in self._all():
                     self._finish(request, "error", f"{type(error).__name__}: {error}")
-                self._running, self._reading = [], None
+                self._running = []
                 self._waiting.clear()
                 for _, made in self._calls:
                     made.set_exception(error)
                 return
 
     def _all(self) -> list[Request]:
-        return [*self._running, *([] if self._reading is None else [self._reading]), *self._waiting]
+        return [*self._running, *self._waiting]
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Reads prompts, then makes one token for each running request; False if there was nothing to do."""
+        """One pass over the running requests; False once there is nothing left to do."""
         while self._calls:
             work, made = self._calls.popleft()
             if made.set_running_or_notify_cancel():
@@ -288,13 +297,11 @@ class Engine:
                 except Exception as error:
                     made.set_exception(error)
         self._drop_cancelled()
-        room = self.chunk
-        while room > 0 and self._next_prompt() is not None:
-            room -= self._read_chunk(room)
+        self._admit()
         if self._running:
-            self._decode()
+            self._pass()
         self.steps += 1
-        return bool(self._running or self._reading or self._waiting)
+        return bool(self._running or self._waiting)
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -303,74 +310,74 @@ class Engine:
                 self._waiting.remove(request)
         for request in gone:
             self._finish(request, "cancelled")
-        if self._reading is not None and self._reading.cancelled:
-            self._finish(self._reading, "cancelled")
-            self._reading = None
-        for row in reversed(range(len(self._running))):
-            if self._running[row].cancelled:
-                self._leave(row, "cancelled")
+        for request in [request for request in self._running if request.cancelled]:
+            self._leave(request, "cancelled")
 
-    def _next_prompt(self) -> Request | None:
-        """The request whose prompt is read now, in the last row."""
-        if self._reading is None and len(self._running) < self.max_rows:
+    def _admit(self) -> None:
+        """Gives waiting requests the rows that are free."""
+        while self._free and self._waiting:
             with self._changed:
-                self._reading = self._waiting.popleft() if self._waiting else None
-            if self._reading is not None:
-                request = self._reading
-                self.cache.reserve(len(request.prompt) + request.max_tokens)
-                request.read = request.cached = self.prefixes.load(
-                    request.expert, request.prompt, self.cache, self.max_rows
-                )
-        return self._reading
-
-    def _read_chunk(self, room: int) -> int:
-        """Reads up to `room` tokens of the prompt; with its last one comes the first token of the answer."""
-        request = self._reading
-        assert request is not None
-        start, end = request.read, min(len(request.prompt), request.read + room)
-        device = self.svf.sigma.device
-        places = torch.arange(start, end, device=device)
-        self.cache.place = PromptChunk(self.max_rows, start)
-        mask = torch.arange(end, device=device) <= places[:, None]
-        with routed_slots(self.svf.decomposed, [request.slot]), by_query():
-            logits = self._forward(torch.tensor([request.prompt[start:end]], device=device), mask[None], places[None])
-        request.read = end
-        self.tokens_read += end - start
-        if end == len(request.prompt):
-            self.prefixes.save(request.expert, request.prompt, self.cache, self.max_rows)
-            self.cache.copy(self.max_rows, len(self._running), end)
+                request = self._waiting.popleft()
+            filled = {running.row: running.read for running in self._running}
+            self.cache.reserve(len(request.prompt) + request.max_tokens, filled)
+            request.row = self._free.pop()
+            request.read = request.cached = self.prefixes.load(request.expert, request.prompt, self.cache, request.row)
             self._running.append(request)
-            self._reading = None
-            self._choose(logits, [len(self._running) - 1])
-        return end - start
 
-    def _decode(self) -> None:
-        device, running = self.svf.sigma.device, self._running
-        positions = torch.tensor([request.position for request in running], device=device)
-        longest = max(request.position for request in running) + 1
-        length = min(-(-longest // SPAN) * SPAN, self.cache.capacity)
-        self.cache.place = DecodeStep(positions, length)
-        ids = torch.tensor([[request.tokens[-1]] for request in running], device=device)
-        mask = torch.arange(length, device=device) <= positions[:, None]
-        with routed_slots(self.svf.decomposed, [request.slot for request in running]):
-            logits = self._forward(ids, mask[:, None], positions[:, None])
-        self._choose(logits, list(range(len(running))))
+    def _pass(self) -> None:
+        """Reads a token of each answer, and prompts in the order they came, as far as there is room for them."""
+        room, parts = self.chunk, list[tuple[Request, list[int]]]()
+        for request in self._running:
+            tokens = request.next_tokens(room)
+            room -= 0 if request.is_read else len(tokens)
+            if tokens:
+                parts.append((request, tokens))
+        device = self.svf.sigma.device
+        rows, places, slots, ids = (
+            torch.tensor(values, device=device)
+            for values in zip(
+                *(
+                    (request.row, request.read + i, request.slot, token)
+                    for request, tokens in parts
+                    for i, token in enumerate(tokens)
+                ),
+                strict=True,
+            )
+        )
+        length = min(-(-(int(places.max()) + 1) // SPAN) * SPAN, self.cache.capacity)
+        self.cache.places = Places(rows, places, length)
+        ends, last = [], -1
+        for request, tokens in parts:
+            last += len(tokens)
+            self.tokens_read += 0 if request.is_read else len(tokens)
+            request.read += len(tokens)
+            if request.is_read:
+                ends.append((last, request))
+        with routed_slots(self.svf.decomposed, slots.tolist()), shared_keys(rows):
+            logits = self._logits(
+                ids, places, length, torch.tensor([end for end, _ in ends], dtype=torch.int64, device=device)
+            )
+        for _, request in ends:
+            if not request.tokens:
+                self.prefixes.save(request.expert, request.prompt, self.cache, request.row)
+        if ends:
+            self._choose(logits, [request for _, request in ends])
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits [rows, vocabulary] after the last of the tokens [rows, tokens]; mask [rows, tokens, length]."""
-        logits: Tensor = self.svf.model(
-            input_ids=ids,
-            attention_mask=mask[:, None],
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return logits
+    def _logits(self, ids: Tensor, places: Tensor, length: int, wanted: Tensor) -> Tensor:
+        """Logits [wanted, vocabulary] after those of the tokens [tokens], each of which is a row."""
+        mask = torch.arange(length, device=ids.device) <= places[:, None]
+        with nullcontext() if self.head is None else self.head.left_out():
+            states: Tensor = self.svf.model(
+                input_ids=ids[:, None],
+                attention_mask=mask[:, None, None],
+                position_ids=places[:, None],
+                past_key_values=self.cache,
+                use_cache=True,
+            ).logits[:, -1]
+        return states[wanted] if self.head is None or not len(wanted) else self.head(states[wanted])
 
-    def _choose(self, logits: Tensor, rows: Sequence[int]) -> None:
-        """Gives these rows their next token, and lets those go that end with it."""
-        requests = [self._running[row] for row in rows]
+    def _choose(self, logits: Tensor, requests: Sequence[Request]) -> None:
+        """Gives these requests their next token, and lets those go that end with it."""
         chosen = logits.argmax(-1)
         drawn = [i for i, request in enumerate(requests) if request.sampling.temperature > 0]
         if drawn:
@@ -387,19 +394,16 @@ class Engine:
         for i, (request, token) in enumerate(zip(requests, ids, strict=True)):
             request.tokens.append(token)
             request.events(_with_log_p(logits[i], token, request.likeliest))
-        for row in sorted(rows, reverse=True):
-            request = self._running[row]
+        for request in requests:
             if request.tokens[-1] in self.eos_ids:
-                self._leave(row, "stop")
+                self._leave(request, "stop")
             elif len(request.tokens) == request.max_tokens:
-                self._leave(row, "length")
+                self._leave(request, "length")
 
-    def _leave(self, row: int, reason: Reason) -> None:
-        """Ends a running request; the last row takes its place."""
-        request, last = self._running[row], self._running.pop()
-        if last is not request:
-            self.cache.copy(len(self._running), row, last.position + 1)
-            self._running[row] = last
+    def _leave(self, request: Request, reason: Reason) -> None:
+        """Ends a running request, whose row is free from now on."""
+        self._running.remove(request)
+        self._free.append(request.row)
         self._finish(request, reason)
 
     def _finish(self, request: Request, reason: Reason, error: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,19 +22,13 @@ SPAN = 64
 
 
 @dataclass(frozen=True)
-class DecodeStep:
-    """One new token for each of the first rows: its place, int64 [rows], and how much of the rows is read."""
+class Places:
+    """Where the next pass writes: the row and the position of each of its tokens, int64 [tokens]; and the length that
+    rows are read to."""
 
+    rows: Tensor
     positions: Tensor
     length: int
-
-
-@dataclass(frozen=True)
-class PromptChunk:
-    """New tokens of one row, behind the `start` tokens that it has."""
-
-    row: int
-    start: int
 
 
 class RowLayer(CacheLayerMixin):
@@ -56,21 +50,14 @@ class RowLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        place, found = self._owner.place, []
+        places = self._owner.places
+        assert places is not None and self.keys is not None and self.values is not None
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            assert buffer is not None and place is not None
-            if isinstance(place, DecodeStep):
-                rows = torch.arange(len(states), device=states.device)
-                buffer[rows, :, place.positions] = states[:, :, 0]
-                found.append(buffer[: len(states), :, : place.length])
-            else:
-                end = place.start + states.shape[2]
-                buffer[place.row, :, place.start : end] = states[0]
-                found.append(buffer[place.row : place.row + 1, :, :end])
-        return found[0], found[1]
+            buffer[places.rows, :, places.positions] = states[:, :, 0]
+        return self.keys[:, :, : places.length], self.values[:, :, : places.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise RuntimeError("cache: expected a mask [rows, 1, tokens, length] from the engine, got none")
+        raise RuntimeError("cache: expected a mask [tokens, 1, 1, length] from the engine, got none")
 
     def get_seq_length(self) -> int:
         return 0
@@ -78,24 +65,26 @@ class RowLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self._owner.capacity
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, capacity: int, filled: Mapping[int, int]) -> None:
         for name in ("keys", "values"):
             old = getattr(self, name)
             if old is not None:
                 new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                new[:, :, : old.shape[2]] = old
+                for row, length in filled.items():
+                    new[row, :, :length] = old[row, :, :length]
                 setattr(self, name, new)
 
 
 class RowCache(Cache):
-    """The buffers [rows, heads, capacity, head_dim] of all layers. `place` says what the next forward pass writes.
+    """The buffers [rows, heads, capacity, head_dim] of all layers. `places` says what the next forward pass writes.
 
-    Rows are full length: `reserve` makes room, and the buffers move then.
+    A pass has one token in each of its rows (`t2.model.attention.shared_keys`). The buffers move where `reserve` makes
+    room.
     """
 
     def __init__(self, layers: int, rows: int) -> None:
-        self.rows, self.capacity = rows, SPAN
-        self.place: DecodeStep | PromptChunk | None = None
+        self.rows, self.capacity = rows, 4 * SPAN
+        self.places: Places | None = None
         super().__init__(layers=[RowLayer(self) for _ in range(layers)])
 
     @classmethod
@@ -115,19 +104,12 @@ class RowCache(Cache):
             raise TypeError(f"model: expected attn_implementation 'sdpa', got {attention!r} in {kind}")
         return cls(len(usual.layers), rows)
 
-    def reserve(self, tokens: int) -> None:
-        """Makes room for so many tokens in every row."""
+    def reserve(self, tokens: int, filled: Mapping[int, int]) -> None:
+        """Makes room for so many tokens in every row. `filled`: tokens by row; nothing else is kept."""
         if tokens > self.capacity:
-            self.capacity = max(-(-tokens // SPAN) * SPAN, self.capacity * 3 // 2 // SPAN * SPAN)
+            self.capacity = max(-(-tokens // SPAN) * SPAN, 2 * self.capacity)
             for layer in self._rows():
-                layer.grow(self.capacity)
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Puts the first tokens of one row into another."""
-        for layer in self._rows():
-            for buffer in (layer.keys, layer.values):
-                if buffer is not None:
-                    buffer[target, :, :length] = buffer[source, :, :length]
+                layer.grow(self.capacity, filled)
 
     def block(self, row: int, start: int) -> list[Tensor]:
         """A copy of one block of a row: keys and values of all layers."""

@@ -42,12 +42,13 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [rows, heads, tokens, head_dim] -> [rows, tokens, heads, head_dim]."""
-    if getattr(_here, "by_query", False) and query.shape[2] > 1:
-        return _by_query(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if hasattr(module, MARK) and _decodes(query, key, value, attention_mask, dropout, kwargs):
+    key_rows: Tensor | None = getattr(_here, "key_rows", None)
+    if hasattr(module, MARK) and _decodes(query, key, value, attention_mask, dropout, kwargs, key_rows):
         allowed = None if attention_mask is None else attention_mask[:, 0, 0]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return ops.decode_attention(query, key, value, allowed, scale), None
+        return ops.decode_attention(query, key, value, allowed, scale, key_rows), None
+    if key_rows is not None:
+        key, value = key[key_rows], value[key_rows]
     return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
@@ -56,40 +57,26 @@ _here = threading.local()
 
 
 @contextmanager
-def by_query() -> Iterator[None]:
-    """Within the block, in this thread, every token of one row attends as if it were read alone.
+def shared_keys(key_rows: Tensor) -> Iterator[None]:
+    """Within the block, in this thread, rows of one token look at these rows [rows] of what the cache returns.
 
-    So its bits do not depend on the tokens that are read with it: a prompt may be read in any chunks.
+    So tokens of one request, and of many, are rows of one pass: those of a prompt share the keys of its row.
     """
-    _here.by_query = True
+    _here.key_rows = key_rows
     try:
         yield
     finally:
-        _here.by_query = False
+        _here.key_rows = None
 
 
-def _by_query(
-    module: nn.Module,
+def _decodes(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     dropout: float,
-    scaling: float | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Queries [1, heads, tokens, head_dim] as rows of one token each that share the keys."""
-    if mask is None or query.shape[0] != 1:
-        raise ValueError(f"attention_mask: expected one of one row, got {None if mask is None else list(mask.shape)}")
-    tokens = query.shape[2]
-    rows = query[0].transpose(0, 1)[:, :, None]
-    keys, values = (each.expand(tokens, -1, -1, -1) for each in (key, value))
-    out, _ = attention(module, rows, keys, values, mask[0, 0][:, None, None], dropout, scaling, **kwargs)
-    return out.transpose(0, 1), None
-
-
-def _decodes(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, options: dict[str, Any]
+    options: dict[str, Any],
+    key_rows: Tensor | None,
 ) -> bool:
     """Whether this is what the kernel does: one token a row, a mask of keys at most, no gradient; and it is built."""
     rows, heads, tokens, head_dim = query.shape
@@ -101,7 +88,7 @@ def _decodes(
         and head_dim % 16 == 0
         and query.dtype == key.dtype == value.dtype
         and key.shape == value.shape
-        and key.shape[0] == rows
+        and (key.shape[0] if key_rows is None else len(key_rows)) == rows
         and key.shape[-1] == head_dim
         and heads % key.shape[1] == 0
         and (mask is None or (mask.dtype == torch.bool and mask.shape == (rows, 1, 1, key.shape[2])))

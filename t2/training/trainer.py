@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from t2.experts.support import top_components
 from t2.generation.batching import shared_prefix
 from t2.generation.evaluate import Evaluation, evaluate
+from t2.generation.head import OutputHead
 from t2.generation.images import ImageInputs
 from t2.generation.prompts import encode_prompt, eos_ids_of
 from t2.generation.sampling import uniforms
@@ -36,7 +37,6 @@ from t2.tasks import Problem, Task
 from t2.tasks.base import rewards_of
 from t2.training.alarms import AlarmMonitor
 from t2.training.checkpoint import Checkpoint, State, load_optimizer, optimizer_tensors
-from t2.training.head import OutputHead
 from t2.training.loss import TokenStatistics, advantages, policy_loss
 from t2.training.metrics import Metrics, Row, plot
 from t2.training.options import TrainOptions
@@ -120,7 +120,8 @@ class Trainer:
         if options.gradient_checkpointing:
             self.policy.enable_checkpointing()
         with self.policy.base():
-            self.head = OutputHead.of(self.policy)
+            head = OutputHead.of(self.policy)
+        self.head = None if head is None or head.is_trained else head
         device = self.policy.parameters[0].device
         self.generator = RolloutGenerator(self.policy, device, int(tokenizer.pad_token_id), tuple(eos_ids))
         if options.support is not None:

@@ -133,3 +133,27 @@ def test_registered_operator():
         (query, key, value, allowed, 0.1),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_rows_may_look_at_any_row_of_keys(instruction_set):
+    generator = torch.Generator().manual_seed(3)
+    key, value = (torch.randn(5, 2, 70, 32, generator=generator) for _ in range(2))
+    rows = torch.tensor([4, 0, 4, 4, 2])
+    query = torch.randn(5, 6, 1, 32, generator=generator)
+    lengths = torch.tensor([70, 1, 33, 34, 64])
+    allowed = torch.arange(70) < lengths[:, None]
+    together = t2kernels.decode_attention(query, key, value, allowed, key_rows=rows)
+    torch.testing.assert_close(
+        together, reference.decode_attention(query, key, value, allowed, 32**-0.5, rows), atol=1e-5, rtol=1e-5
+    )
+    for i, length in enumerate(lengths.tolist()):
+        own = slice(rows[i], rows[i] + 1)
+        alone = t2kernels.decode_attention(query[i : i + 1], key[own, :, :length], value[own, :, :length])
+        assert torch.equal(together[i : i + 1], alone)  # also without what lies behind the last key
+    for wrong in (torch.tensor([0, 0, 0, 0, 5]), torch.tensor([-1, 0, 0, 0, 0])):
+        with pytest.raises(ValueError, match="key_rows: expected 0 <= row < 5"):
+            t2kernels.decode_attention(query, key, value, key_rows=wrong)
+        with pytest.raises(RuntimeError, match="key_rows: entry"):
+            torch.ops.t2kernels.decode_attention(query, key, value, None, 1.0, wrong)
+    with pytest.raises(ValueError, match="key_rows"):
+        t2kernels.decode_attention(query, key, value, key_rows=rows[:4])

@@ -104,7 +104,7 @@ def test_bits_do_not_depend_on_chunks_company_or_cached_beginnings():
         engine, answer = engine_of(svf, **options), Answer()
         for i in range(company):
             engine.submit(prompt[: 33 + i], Answer(), max_tokens=9 - i, expert="e0", sampling=Sampling(1.0))
-        for _ in range(company):
+        while company and not all(request.is_read for request in engine._running or engine._waiting):
             engine.step()
         engine.submit(prompt, answer, max_tokens=12, expert="e0", likeliest=3)
         while engine.step():
@@ -189,7 +189,7 @@ def test_a_thread_of_its_own(svf):
 
 def test_a_failure_reaches_every_request(svf, monkeypatch):
     engine, answers = engine_of(svf), [Answer() for _ in range(5)]
-    monkeypatch.setattr(engine, "_decode", lambda: 1 / 0)
+    monkeypatch.setattr(engine, "_pass", lambda: 1 / 0)
     for answer in answers:
         engine.submit([5, 6], answer, max_tokens=7)
     engine.start()

@@ -122,7 +122,7 @@ def test_every_line_of_the_guard_has_a_case():
         names = {"query": query, "key": key, "value": given["value"], "mask": mask, "dropout": given.get("dropout", 0)}
         options = {name: value for name, value in given.items() if name not in (*names, "attention_mask")}
         sizes = {"rows": rows, "heads": heads, "tokens": tokens, "head_dim": head_dim}
-        scope = vars(attention) | names | sizes | {"options": options}
+        scope = vars(attention) | names | sizes | {"options": options, "key_rows": None}
         failing = [i for i, operand in enumerate(operands) if not eval(operand, scope)]
         assert len(failing) == 1, ast.unparse(conjunction.values[failing[0]])
         flipped += failing

@@ -105,8 +105,8 @@ def test_killed_at_any_moment(bank, tmp_path):
     source, output = write(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
     code = (
         "from pathlib import Path; from tests.t2.server.test_batch import opened, answer_file, Console; import sys;"
-        "o = opened(Path(sys.argv[1])); slow = o.engine._decode;"
-        "import time; o.engine._decode = lambda: (time.sleep(0.01), slow());"
+        "o = opened(Path(sys.argv[1])); slow = o.engine._pass;"
+        "import time; o.engine._pass = lambda: (time.sleep(0.01), slow());"
         "print('ready', flush=True);"
         "answer_file(o, Path(sys.argv[2]), Path(sys.argv[3]), max_tokens=8, console=Console(quiet=True))"
     )

@@ -185,8 +185,8 @@ def test_keys(client):
 def test_a_client_that_goes_away_leaves_the_batch(client):
     engine = client.running.engine
     engine.eos_ids = frozenset()
-    slow = engine._decode
-    engine._decode = lambda: (time.sleep(0.05), slow())
+    slow = engine._pass
+    engine._pass = lambda: (time.sleep(0.05), slow())
     stream = complete(client, "red", max_tokens=50, temperature=1, seed=3, stream=True, logprobs=0)
     next(iter(stream))
     assert engine.running == 1

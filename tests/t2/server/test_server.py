@@ -105,7 +105,7 @@ def test_health_metrics_and_the_page(serving):
 
 def test_a_failed_engine_is_told(serving, monkeypatch):
     running = serving(eos_ids=())
-    monkeypatch.setattr(running.engine, "_decode", lambda: 1 / 0)
+    monkeypatch.setattr(running.engine, "_pass", lambda: 1 / 0)
     status, reply = ask(running.url, "/v1/completions", {"model": "red", "prompt": "say red"})
     assert status == 500 and "ZeroDivisionError" in json.loads(reply)["error"]["message"]
     assert ask(running.url, "/health")[0] == 503
@@ -114,8 +114,8 @@ def test_a_failed_engine_is_told(serving, monkeypatch):
 
 def test_answers_that_take_too_long(serving, monkeypatch):
     running = serving(answer_seconds=0.3, eos_ids=())
-    slow = running.engine._decode
-    monkeypatch.setattr(running.engine, "_decode", lambda: (time.sleep(0.1), slow()))
+    slow = running.engine._pass
+    monkeypatch.setattr(running.engine, "_pass", lambda: (time.sleep(0.1), slow()))
     status, reply = ask(running.url, "/v1/completions", {"model": "red", "prompt": "say red", "max_tokens": 50})
     assert status == 504 and json.loads(reply)["error"]["code"] == "timeout"
     wait_for(lambda: running.engine.running == 0)

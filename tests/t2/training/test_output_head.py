@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
+from t2.generation.head import OutputHead
 from t2.generation.scoring import MicroBatch, PromptGroup, completion_logits, completion_tokens
 from t2.training import Trainer
-from t2.training.head import OutputHead
 from t2.training.loss import policy_loss
 from t2.training.policies import make_policy
 from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
@@ -53,6 +55,19 @@ def test_loss_and_gradient_of_hidden_states_are_those_of_logits(make_options, me
             parameter.grad = None
     for one, other in zip(*found, strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_another_thread_gets_logits_meanwhile(make_options):
+    policy = make_policy(toy_model(), make_options(method="svf"))
+    head, ids = OutputHead.of(policy), torch.tensor([[4, 5, 6]])
+    want = policy.model(input_ids=ids).logits
+    with ThreadPoolExecutor(1) as other, head.left_out():
+        assert policy.model(input_ids=ids).logits.shape == (1, 3, 32)
+        assert torch.equal(other.submit(lambda: policy.model(input_ids=ids).logits).result(), want)
+        with head.left_out():
+            pass
+        assert policy.model(input_ids=ids).logits.shape == (1, 3, 32)
+    assert torch.equal(policy.model(input_ids=ids).logits, want)
 
 
 @pytest.mark.parametrize("config", [Gemma2Config, CohereConfig])

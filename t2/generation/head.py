@@ -1,7 +1,9 @@
-"""The output embedding apart from the rest of a model: a loss over the vocabulary takes it some tokens at a time."""
+"""The output embedding apart from the rest of a model: for some of its tokens, or some at a time."""
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,16 +15,16 @@ from t2.weights.targets import output_embedding
 
 
 class OutputHead:
-    """The frozen output embedding of a model whose logits are its output as it is. Make one with `OutputHead.of`."""
+    """The output embedding of a model whose logits are its output as it is. Make one with `OutputHead.of`."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
 
     @classmethod
     def of(cls, runner: Runner) -> OutputHead | None:
-        """None where the model has no such module, trains it, or changes what it gives (soft caps, scales)."""
+        """None where the model has no such module, or changes what it gives (soft caps, scales)."""
         head = output_embedding(runner.transformer)
-        if head is None or any(parameter.requires_grad for parameter in head.parameters()):
+        if head is None:
             return None
         given: list[Tensor] = []
 
@@ -40,6 +42,10 @@ class OutputHead:
         return cls(runner) if len(given) == 1 and torch.equal(given[0], logits) else None
 
     @property
+    def is_trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._module.parameters())
+
+    @property
     def _module(self) -> nn.Module:
         module = output_embedding(self._runner.transformer)
         assert module is not None
@@ -47,14 +53,31 @@ class OutputHead:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Within the block the model's logits are what its output embedding would read, [..., hidden]."""
-        module = self._module
-        module.__dict__["forward"] = lambda states: states
+        """Within the block, in this thread, the model's logits are what its output embedding would read, [..., hidden].
+
+        Other threads may run the model meanwhile, as it is.
+        """
+        module, here = self._module, threading.get_ident()
+        with _lock:
+            threads = module.__dict__.setdefault("_t2_left_out_by", list[int]())
+            threads.append(here)
+            module.__dict__["forward"] = functools.partial(_unless_left_out, module, threads)
         try:
             yield
         finally:
-            del module.__dict__["forward"]
+            with _lock:
+                threads.remove(here)
+                if not threads:
+                    del module.__dict__["forward"], module.__dict__["_t2_left_out_by"]
 
     def __call__(self, states: Tensor) -> Tensor:
         logits: Tensor = self._module(states)
         return logits
+
+
+_lock = threading.Lock()
+
+
+def _unless_left_out(module: nn.Module, threads: list[int], states: Tensor) -> Tensor:
+    logits: Tensor = states if threading.get_ident() in threads else type(module).forward(module, states)
+    return logits

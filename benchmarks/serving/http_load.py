@@ -1,0 +1,291 @@
+"""`t2 serve` under load: many clients, an expert each, some that go away, experts that are replaced meanwhile.
+
+    python -m benchmarks.serving.http_load [--requests 2000] [--clients 200]
+
+SmolLM2-135M-Instruct with bfloat16 factors and products, greedy. Requests name one of 32 experts, mixes of two, the
+base or auto; lengths are 4 to 400 tokens, as many short as long ones by their logarithm; a tenth of the clients goes
+away in the middle. One expert is replaced every second, its answers may be either version's. A sample of the answers is
+compared with those of `svf.generate` alone. Then the same requests run on the engine without HTTP. Writes
+benchmarks/results/http-load.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import torch
+import tyro
+from tqdm import tqdm
+from tqdm.asyncio import tqdm as tqdm_async
+
+import t2
+from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
+from t2.adaptation.bank_folder import SHIPPED
+from t2.demo.run import QUESTIONS
+from t2.generation.engine import Engine, Finished, Token
+from t2.generation.prompts import encode, eos_ids_of
+from t2.tasks.base import Problem, user_message
+from t2.weights.machine import machine
+
+MODEL = "smollm2-135m-instruct"
+ROWS, MOST, EXPERTS = 32, 640, 32
+SWAPPED = "swapped"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: what it names, its words, its length, and after how many pieces its client goes away."""
+
+    model: str
+    words: str
+    tokens: int
+    leaves: int | None
+
+
+def requests_of(count: int, names: Sequence[str], seed: int) -> list[Asked]:
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        kind = draw.random()
+        one, two = draw.sample(list(names), 2)
+        model = f"{one}:0.5+{two}:0.5" if kind < 0.1 else "auto" if kind < 0.2 else "base" if kind < 0.3 else one
+        model = SWAPPED if 0.3 <= kind < 0.35 else model
+        tokens = round(math.exp(draw.uniform(math.log(4), math.log(400))))
+        leaves = draw.randrange(1, 10) if draw.random() < 0.1 else None
+        found.append(Asked(model, draw.choice(QUESTIONS), tokens, leaves))
+    return found
+
+
+def bank_of(folder: Path, svf: t2.SVFModel) -> tuple[list[str], list[bytes]]:
+    """Fills a folder; returns the names of its experts and both versions of the one that is replaced."""
+    shutil.copytree(SHIPPED / MODEL, folder)
+    names = [path.stem for path in folder.glob("*.safetensors") if path.stem != "classifier"]
+    for i in range(EXPERTS - len(names)):
+        names.append(f"random-{i}")
+        t2.Expert.random(svf.layout, std=0.03, seed=i).save(folder / f"random-{i}.safetensors")
+    versions = []
+    for seed in (1000, 1001):
+        t2.Expert.random(svf.layout, std=0.05, seed=seed).save(folder / f"{SWAPPED}.safetensors")
+        versions.append((folder / f"{SWAPPED}.safetensors").read_bytes())
+    return names, versions
+
+
+def memory_of(process: int) -> int:
+    """Resident bytes."""
+    line = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+async def ask(client: openai.AsyncOpenAI, asked: Asked) -> dict[str, Any]:
+    started = time.perf_counter()
+    first, text, usage, expert = None, "", None, None
+    stream = await client.chat.completions.create(
+        model=asked.model,
+        messages=[{"role": "user", "content": asked.words}],
+        max_tokens=asked.tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    pieces = 0
+    async for event in stream:
+        expert = (event.model_extra or {})["t2"]["expert"]
+        piece = event.choices[0].delta.content if event.choices else None
+        usage = event.usage or usage
+        if piece:
+            first = time.perf_counter() - started if first is None else first
+            text += piece
+            pieces += 1
+        if asked.leaves is not None and pieces >= asked.leaves:
+            await stream.close()
+            return {"left": True}
+    made = None if usage is None else usage.completion_tokens
+    return {"text": text, "first": first, "tokens": made, "expert": expert, "seconds": time.perf_counter() - started}
+
+
+async def load(url: str, asked: Sequence[Asked], clients: int) -> list[dict[str, Any]]:
+    room = asyncio.Semaphore(clients)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600) as client:
+
+        async def one(each: Asked) -> dict[str, Any]:
+            async with room:
+                try:
+                    return await ask(client, each)
+                except openai.OpenAIError as error:
+                    return {"error": str(error)}
+
+        return list(await tqdm_async.gather(*map(one, asked), desc="requests"))
+
+
+def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequence[bytes]) -> dict[str, Any]:
+    """Results of all requests, and the server's memory before, halfway and after."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "t2", "serve", MODEL, "--bank", str(folder), "--port", str(port)]
+    command += ["--max-rows", str(ROWS), "--max-tokens", str(MOST), "--max-waiting", "100000"]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=log)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_for(port, process)
+            ended, swaps = threading.Event(), 0
+
+            def swap() -> None:
+                nonlocal swaps
+                while not ended.wait(1.0):
+                    swaps += 1
+                    temporary = folder / "new.tmp"
+                    temporary.write_bytes(versions[swaps % 2])
+                    os.replace(temporary, folder / f"{SWAPPED}.safetensors")
+
+            swapping = threading.Thread(target=swap)
+            swapping.start()
+            half = len(asked) // 2
+            memory, results, started = [memory_of(process.pid)], list[dict[str, Any]](), time.perf_counter()
+            try:
+                for part in (asked[:half], asked[half:]):
+                    results += asyncio.run(load(url, part, clients))
+                    memory.append(memory_of(process.pid))
+            finally:
+                ended.set()
+                swapping.join()
+            return {"results": results, "seconds": time.perf_counter() - started, "memory": memory, "swaps": swaps}
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with exit code {process.returncode}") from None
+            time.sleep(0.1)
+
+
+def engine_alone(svf: t2.SVFModel, tokenizer: Any, asked: Sequence[Asked], experts: Sequence[str]) -> float:
+    """Tokens a second of the same requests without HTTP and pass one."""
+    engine = Engine(svf, eos_ids=eos_ids_of(svf.model, tokenizer), max_rows=ROWS, max_tokens=MOST, max_waiting=10**6)
+    left = len(asked)
+
+    def event(found: Token | Finished) -> None:
+        nonlocal left
+        left -= isinstance(found, Finished)
+
+    for each, expert in zip(asked, experts, strict=True):
+        prompt = encode(Problem((user_message(each.words),)), tokenizer).tolist()
+        choice: Any = None if expert == "base" else expert
+        if ":" in expert:
+            choice = {part.partition(":")[0]: float(part.partition(":")[2]) for part in expert.split("+")}
+        engine.submit(prompt, event, max_tokens=each.tokens, expert=choice)
+    started = time.perf_counter()
+    with tqdm(total=len(asked), desc="engine alone") as bar:
+        while engine.step():
+            bar.update(len(asked) - left - bar.n)
+    assert left == 0
+    return engine.tokens_made / (time.perf_counter() - started)
+
+
+def alone(svf: t2.SVFModel, tokenizer: Any, asked: Asked, expert: Any) -> str:
+    prompt = encode(Problem((user_message(asked.words),)), tokenizer)[None]
+    out = svf.generate(prompt, experts=[expert], max_new_tokens=asked.tokens, do_sample=False)
+    return str(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))
+
+
+def load_table(results: Any) -> Table:
+    """What clients saw."""
+    first, machine_ = results["first_token_seconds"], results["machine"]
+    rows = [
+        ["answered, left by their client, lost", f"{results['answered']:,}, {results['left']:,}, {results['lost']:,}"],
+        ["the answer of `generate` alone", f"{results['same']} of {results['checked']}"],
+        ["tokens/s", f"{results['tokens_per_second']:.0f}"],
+        ["the engine without HTTP", f"{results['engine_tokens_per_second']:.0f}"],
+        ["time to the first token, p50 and p99", f"{first['p50']:.1f} s, {first['p99']:.1f} s"],
+        ["memory before, halfway, after", ", ".join(f"{value / 1e6:,.0f} MB" for value in results["memory"])],
+        ["replacements of an expert meanwhile", str(results["swaps"])],
+    ]
+    return Table(
+        f"{results['requests']:,} requests of {results['clients']} clients, {ROWS} in the batch, "
+        f"{machine_['threads']} cores of {machine_['processor']} (`python -m benchmarks.serving.http_load`):",
+        ["", ""],
+        rows,
+    )
+
+
+def main(requests: int = 2000, clients: int = 200, check: int = 60, results: Path = RESULTS / "http-load.json") -> None:
+    """Args:
+    requests: Number of requests.
+    clients: Requests that are open at a time.
+    check: Answers to compare with `generate`.
+    results: File for the results as JSON.
+    """
+    model, tokenizer = t2.load(MODEL)
+    svf = t2.SVFModel(model, t2.SVFConfig(dtype=torch.bfloat16, bf16_products=True, progress=False))
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "bank"
+        names, versions = bank_of(folder, svf)
+        asked = requests_of(requests, names, 0)
+        found = served(folder, asked, clients, versions)
+        for path in folder.glob("*.safetensors"):
+            svf.add_expert(path.stem, t2.Expert.load(path))
+        swapped = []
+        for content in versions:
+            (folder / "version.safetensors").write_bytes(content)
+            swapped.append(t2.Expert.load(folder / "version.safetensors"))
+    whole = [(each, got) for each, got in zip(asked, found["results"], strict=True) if "text" in got]
+    sample = random.Random(1).sample(whole, min(check, len(whole)))
+    same = 0
+    for each, got in tqdm(sample, desc="alone"):
+        expert = got["expert"] if each.model == "auto" else each.model
+        choices: list[Any] = swapped if expert == SWAPPED else [None if expert == "base" else expert]
+        if ":" in expert:
+            choices = [{part.partition(":")[0]: float(part.partition(":")[2]) for part in expert.split("+")}]
+        same += any(alone(svf, tokenizer, each, choice) == got["text"] for choice in choices)
+    first = sorted(got["first"] for _, got in whole if got["first"] is not None)
+    tokens = sum(got["tokens"] or 0 for _, got in whole)
+    experts = [got["expert"] if each.model == "auto" else each.model for each, got in whole]
+    write_results(
+        results,
+        {
+            "machine": machine(),
+            "requests": requests,
+            "clients": clients,
+            "answered": len(whole),
+            "left": sum("left" in got for got in found["results"]),
+            "lost": sum("error" in got for got in found["results"]),
+            "errors": sorted({got["error"] for got in found["results"] if "error" in got})[:5],
+            "checked": len(sample),
+            "same": same,
+            "tokens_per_second": tokens / found["seconds"],
+            "engine_tokens_per_second": engine_alone(svf, tokenizer, [each for each, _ in whole], experts),
+            "first_token_seconds": {"p50": statistics.median(first), "p99": first[int(0.99 * len(first))]},
+            "memory": found["memory"],
+            "swaps": found["swaps"],
+        },
+    )
+    load_table(json.loads(results.read_text())).show()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
