@@ -97,11 +97,11 @@ METHODS = {
     "lora-4": f"{LORA} 4",
     "lora-16": f"{LORA} 16",
 }
-SLOW, FAST, FASTER = ("4e-3", "1e-3"), ("8e-3", "3e-3"), ("1.2e-2", "3e-3")
+SLOW, FAST, FASTER, FASTEST = ("4e-3", "1e-3"), ("8e-3", "3e-3"), ("1.2e-2", "3e-3"), ("2.4e-2", "6e-3")
 RATES = {
     "svf": (SLOW, FAST),
     "support-128": (FAST,),
-    "support-64": (FAST, FASTER),
+    "support-64": (FAST, FASTER, FASTEST),
     "support-32": (FASTER,),
     "support-16": (FASTER,),
     "support-8": (FASTER,),
@@ -112,6 +112,7 @@ RATES = {
 """Learning rates that were tried with seed 0, of the cold start and of the rewards."""
 BEST: dict[tuple[str, str], tuple[str, str]] = {
     ("sums", "svf"): FAST,
+    ("reading", "svf"): FAST,
     ("logic", "svf"): FAST,
     ("sums", "support-64"): FASTER,
     ("reading", "support-64"): FASTER,
