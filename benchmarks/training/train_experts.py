@@ -114,6 +114,7 @@ BEST: dict[tuple[str, str], tuple[str, str]] = {
     ("sums", "svf"): FAST,
     ("reading", "svf"): FAST,
     ("logic", "svf"): FAST,
+    ("reading", "lora-16"): ("1e-3", "3e-4"),
     ("sums", "support-64"): FASTER,
     ("reading", "support-64"): FASTER,
 }
