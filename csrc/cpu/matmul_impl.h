@@ -297,9 +297,11 @@ void micro_tiles(const bf16* x, const float*, const bf16* w, int64_t w_stride, i
   });
 }
 
+constexpr bool uses_registers(Arithmetic kind) { return kTileRegisters && kind == Arithmetic::bf16; }
+
 // Panels that a tile of so many rows spans.
 constexpr int64_t span_of(Arithmetic kind, int64_t rows) {
-  if (kTileRegisters && kind == Arithmetic::bf16) return rows <= kTileRows ? 4 : 2;
+  if (uses_registers(kind)) return rows <= kTileRows ? 4 : 2;
   return panels_per_tile(static_cast<int>(rows));
 }
 
@@ -329,7 +331,7 @@ struct Tiles {
   int64_t total, largest, count, small, large_count;
   Tiles(int64_t n, Arithmetic kind)
       : kind(kind),
-        registers(kTileRegisters && kind == Arithmetic::bf16),
+        registers(uses_registers(kind)),
         total(n),
         largest(registers ? 2 * kTileRows : kMaxRows),
         count((n + largest - 1) / largest),
@@ -358,11 +360,10 @@ struct PackedRows {
   float* scale;  // i16: [ceil(k / kBlock)][rows]
 
   Tiles tiles() const { return {rows, arithmetic}; }
-  bool registers() const { return kTileRegisters && arithmetic == Arithmetic::bf16; }
-  int64_t depth() const { return whole(k, registers() ? kTileTerms : 2); }
+  int64_t depth() const { return whole(k, uses_registers(arithmetic) ? kTileTerms : 2); }
   int64_t element_bytes() const { return arithmetic == Arithmetic::f32 ? 4 : 2; }
   int64_t data_bytes() const {
-    return whole((registers() ? whole(rows, kTileRows) : rows) * depth() * element_bytes(), 64);
+    return whole((uses_registers(arithmetic) ? whole(rows, kTileRows) : rows) * depth() * element_bytes(), 64);
   }
   int64_t scale_bytes() const {
     return arithmetic == Arithmetic::i16 ? whole((k + kBlock - 1) / kBlock * rows * 4, 64) : 0;

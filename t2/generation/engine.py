@@ -1,8 +1,8 @@
 """Continuous batching: requests join and leave the running batch at any step, each with an expert of its own.
 
 A step is one pass over tokens of many requests, each of which is a row of it: the last token of every running answer,
-and up to a limit the next tokens of prompts that are being read, beginning behind what another prompt with the same
-expert began with. Keys and values stay in the request's row of the cache, which all its tokens look at. Products, the
+and up to a limit the next tokens of prompts that are being read. What an earlier prompt with the same expert began with
+is not read again. Keys and values stay in the request's row of the cache, which all its tokens look at. Products, the
 attention kernel and draws give a token the same bits whoever runs beside it and however its prompt is divided.
 """
 
@@ -151,7 +151,7 @@ class Engine:
         self.cache = RowCache.of(svf.model, max_rows)
         self.head = OutputHead.of(SVFRunner(svf))
         self.prefixes = PrefixStore(prefix_bytes)
-        self.steps = self.tokens_read = self.tokens_made = 0
+        self.tokens_made = 0
         self._running: list[Request] = []
         self._free = list(range(max_rows))
         self._waiting: deque[Request] = deque()
@@ -207,36 +207,38 @@ class Engine:
         if likeliest is not None and not 0 <= likeliest <= self.vocabulary:
             raise ValueError(f"likeliest: expected None or a number from 0 to {self.vocabulary}, got {likeliest}")
         sampling = sampling or Sampling()
-        with self._changed:
-            if self.failure is not None or self._closing:
-                raise RuntimeError("engine: expected one that runs, got one that has ended") from self.failure
-            if len(self._waiting) >= self.max_waiting:
-                raise QueueFull(f"engine: {len(self._waiting)} requests wait, as many as may")
-        registry, held = self.svf.bank, ExitStack()
-        z = registry.z_of(expert).detach()
-        (slot,) = registry.hold_slots([expert], held)
-        request = Request(
-            tokens,
-            max_tokens,
-            sampling,
-            likeliest,
-            events,
-            slot,
-            b"" if expert is None else xxhash.xxh3_128(z.cpu().contiguous().numpy().tobytes()).digest(),
-            held,
-            numpy.random.default_rng(sampling.seed),
-        )
-        with self._changed:
-            self._waiting.append(request)
-            self._changed.notify()
+        with ExitStack() as held:
+            (slot,) = self.svf.bank.hold_slots([expert], held)
+            scales = self.svf.slot_table.table[slot].cpu().numpy()  # nobody writes to a slot that is held
+            request = Request(
+                tokens,
+                max_tokens,
+                sampling,
+                likeliest,
+                events,
+                slot,
+                xxhash.xxh3_128(scales.tobytes()).digest(),
+                held,
+                numpy.random.default_rng(sampling.seed),
+            )
+            with self._changed:
+                self._check_open()
+                if len(self._waiting) >= self.max_waiting:
+                    raise QueueFull(f"engine: {len(self._waiting)} requests wait, as many as may")
+                request.held = held.pop_all()
+                self._waiting.append(request)
+                self._changed.notify()
         return request
+
+    def _check_open(self) -> None:
+        if self.failure is not None or self._closing:
+            raise RuntimeError("engine: expected one that runs, got one that has ended") from self.failure
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Runs other work with the model between two steps, in the thread that makes them."""
         made: Future[T] = Future()
         with self._changed:
-            if self.failure is not None or self._closing:
-                raise RuntimeError("engine: expected one that runs, got one that has ended") from self.failure
+            self._check_open()
             self._calls.append((work, cast("Future[object]", made)))
             self._changed.notify()
         return made
@@ -280,7 +282,8 @@ class Engine:
                 self._running = []
                 self._waiting.clear()
                 for _, made in self._calls:
-                    made.set_exception(error)
+                    if made.set_running_or_notify_cancel():
+                        made.set_exception(error)
                 return
 
     def _all(self) -> list[Request]:
@@ -300,7 +303,6 @@ class Engine:
         self._admit()
         if self._running:
             self._pass()
-        self.steps += 1
         return bool(self._running or self._waiting)
 
     def _drop_cancelled(self) -> None:
@@ -332,45 +334,42 @@ class Engine:
             room -= 0 if request.is_read else len(tokens)
             if tokens:
                 parts.append((request, tokens))
+        each = [(request, i, token) for request, tokens in parts for i, token in enumerate(tokens)]
+        longest = max(request.read + len(tokens) for request, tokens in parts)
         device = self.svf.sigma.device
-        rows, places, slots, ids = (
+        rows, positions, ids = (
             torch.tensor(values, device=device)
-            for values in zip(
-                *(
-                    (request.row, request.read + i, request.slot, token)
-                    for request, tokens in parts
-                    for i, token in enumerate(tokens)
-                ),
-                strict=True,
+            for values in (
+                [request.row for request, _, _ in each],
+                [request.read + i for request, i, _ in each],
+                [token for _, _, token in each],
             )
         )
-        length = min(-(-(int(places.max()) + 1) // SPAN) * SPAN, self.cache.capacity)
-        self.cache.places = Places(rows, places, length)
+        length = min(-(-longest // SPAN) * SPAN, self.cache.capacity)
+        self.cache.places = Places(rows, positions, length)
         ends, last = [], -1
         for request, tokens in parts:
             last += len(tokens)
-            self.tokens_read += 0 if request.is_read else len(tokens)
             request.read += len(tokens)
             if request.is_read:
                 ends.append((last, request))
-        with routed_slots(self.svf.decomposed, slots.tolist()), shared_keys(rows):
-            logits = self._logits(
-                ids, places, length, torch.tensor([end for end, _ in ends], dtype=torch.int64, device=device)
-            )
+        wanted = torch.tensor([end for end, _ in ends], dtype=torch.int64, device=device)
+        with routed_slots(self.svf.decomposed, [request.slot for request, _, _ in each]), shared_keys(rows):
+            logits = self._logits(ids, positions, length, wanted)
         for _, request in ends:
             if not request.tokens:
                 self.prefixes.save(request.expert, request.prompt, self.cache, request.row)
         if ends:
             self._choose(logits, [request for _, request in ends])
 
-    def _logits(self, ids: Tensor, places: Tensor, length: int, wanted: Tensor) -> Tensor:
+    def _logits(self, ids: Tensor, positions: Tensor, length: int, wanted: Tensor) -> Tensor:
         """Logits [wanted, vocabulary] after those of the tokens [tokens], each of which is a row."""
-        mask = torch.arange(length, device=ids.device) <= places[:, None]
+        mask = torch.arange(length, device=ids.device) <= positions[:, None]
         with nullcontext() if self.head is None else self.head.left_out():
             states: Tensor = self.svf.model(
                 input_ids=ids[:, None],
                 attention_mask=mask[:, None, None],
-                position_ids=places[:, None],
+                position_ids=positions[:, None],
                 past_key_values=self.cache,
                 use_cache=True,
             ).logits[:, -1]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from t2.generation.cached_batch import Runner
 from t2.weights.targets import output_embedding
 
+_lock = threading.Lock()
+
 
 class OutputHead:
     """The output embedding of a model whose logits are its output as it is. Make one with `OutputHead.of`."""
@@ -73,9 +75,6 @@ class OutputHead:
     def __call__(self, states: Tensor) -> Tensor:
         logits: Tensor = self._module(states)
         return logits
-
-
-_lock = threading.Lock()
 
 
 def _unless_left_out(module: nn.Module, threads: list[int], states: Tensor) -> Tensor:

@@ -108,27 +108,25 @@ class RowCache(Cache):
         """Makes room for so many tokens in every row. `filled`: tokens by row; nothing else is kept."""
         if tokens > self.capacity:
             self.capacity = max(-(-tokens // SPAN) * SPAN, 2 * self.capacity)
-            for layer in self._rows():
+            for layer in self._layers():
                 layer.grow(self.capacity, filled)
 
     def block(self, row: int, start: int) -> list[Tensor]:
         """A copy of one block of a row: keys and values of all layers."""
         part = slice(start, start + BLOCK)
-        return [buffer[row, :, part].clone() for layer in self._rows() for buffer in (layer.keys, layer.values)]  # type: ignore[index]
+        return [buffer[row, :, part].clone() for layer in self._layers() for buffer in (layer.keys, layer.values)]  # type: ignore[index]
 
     def set_block(self, row: int, start: int, block: Sequence[Tensor]) -> None:
-        buffers = [(layer, name) for layer in self._rows() for name in ("keys", "values")]
+        buffers = [(layer, name) for layer in self._layers() for name in ("keys", "values")]
         for (layer, name), part in zip(buffers, block, strict=True):
-            if not layer.is_initialized:
-                layer.lazy_initialization(block[0][None], block[1][None])
             getattr(layer, name)[row, :, start : start + BLOCK] = part
 
-    def _rows(self) -> list[RowLayer]:
+    def _layers(self) -> list[RowLayer]:
         return cast(list[RowLayer], self.layers)
 
     @property
     def nbytes(self) -> int:
-        tensors = [buffer for layer in self._rows() for buffer in (layer.keys, layer.values) if buffer is not None]
+        tensors = [buffer for layer in self._layers() for buffer in (layer.keys, layer.values) if buffer is not None]
         return sum(buffer.numel() * buffer.element_size() for buffer in tensors)
 
 

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from t2.generation.engine import Engine, Finished, QueueFull, Request, Sampling, Token
+from t2.generation.prompts import encode
 from t2.server.errors import ApiError
 from t2.server.experts import Chosen
 from t2.server.text import GrowingText
+from t2.tasks.base import Problem
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], str]:
+    """Token ids of a conversation, and the user's last words, which pass one reads.
+
+    Raises:
+        ApiError: 400 for messages that the chat template refuses.
+    """
+    said = tuple({"role": message["role"], "content": message["content"]} for message in messages)
+    try:
+        tokens = [int(token) for token in encode(Problem(said), tokenizer)]
+    except (TemplateError, ValueError) as error:
+        raise ApiError(400, f"messages: the model's chat template refuses them: {error}", "messages") from error
+    return tokens, next((message["content"] for message in reversed(said) if message["role"] == "user"), "")
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ class Answer:
                 400,
                 f"max_tokens: expected at most {max(room, 0)} behind this prompt of {len(prompt)} tokens, of "
                 f"{engine.max_tokens} in all; got {max_tokens}",
-                "max_tokens" if room > 0 else "messages",
+                "max_tokens",
                 "context_length_exceeded",
             )
         try:
@@ -89,7 +106,7 @@ class Answer:
             status = 404 if isinstance(chosen.choice, str) and chosen.choice not in engine.svf.bank else 400
             raise ApiError(status, str(error), "model" if status == 404 else "prompt") from error
         except RuntimeError as error:
-            raise ApiError(503, "the server is shutting down") from error
+            raise ApiError(503, "the engine has ended") from error
         return cls(engine, tokenizer, request, events, GrowingText(tokenizer, stops), seconds)
 
     async def pieces(self) -> AsyncIterator[Piece]:

@@ -17,19 +17,16 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
-from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from t2.experts.expert import Expert
-from t2.generation.prompts import encode
-from t2.server.answers import Answer
+from t2.server.answers import Answer, chat_prompt
 from t2.server.errors import ApiError
 from t2.server.experts import SUFFIX, Chosen, Experts
 from t2.server.metrics import Metrics
 from t2.server.opened import Opened
 from t2.server.schema import Body, ChatBody, CompletionBody, parsed
-from t2.tasks.base import Problem
 from t2kernels.files import replacing
 
 log = logging.getLogger("t2.server")
@@ -67,18 +64,19 @@ class Server:
 
     # Requests
 
-    async def body(self, request: Request) -> bytes:
-        """The body, within the limits of size and time."""
+    async def body(self, request: Request, most: int | None = None) -> bytes:
+        """The body, within the limits of size, `most` bytes in place of the option's, and of time."""
+        most = self.options.max_body if most is None else most
         announced = request.headers.get("content-length", "0")
-        too_large = ApiError(413, f"body: expected at most {self.options.max_body} bytes", code="body_too_large")
-        if not announced.isdigit() or int(announced) > self.options.max_body:
+        too_large = ApiError(413, f"body: expected at most {most} bytes", code="body_too_large")
+        if not announced.isdigit() or int(announced) > most:
             raise too_large
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.options.body_seconds):
                 async for part in request.stream():
                     size += len(part)
-                    if size > self.options.max_body:
+                    if size > most:
                         raise too_large
                     parts.append(part)
         except TimeoutError as error:
@@ -89,15 +87,6 @@ class Server:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not any(hmac.compare_digest(given.encode(), key.encode()) for key in keys):
             raise ApiError(401, "expected a valid key as Authorization: Bearer KEY", code="invalid_api_key")
-
-    def chat_prompt(self, body: ChatBody) -> list[int]:
-        messages = tuple(
-            {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages
-        )
-        try:
-            return [int(token) for token in encode(Problem(messages), self.tokenizer)]
-        except (TemplateError, ValueError) as error:
-            raise ApiError(400, f"messages: the model's chat template refuses them: {error}", "messages") from error
 
     def completion_prompts(self, body: CompletionBody) -> list[tuple[list[int], str]]:
         """Token ids of each prompt, and its words."""
@@ -162,7 +151,7 @@ class Server:
     def note(self, made: Reply, status: int, error: str | None = None) -> None:
         """Counts and logs a request that has ended."""
         expert = made.chosen[0].name if made.chosen else ""
-        known = expert if expert in (*self.experts.names, "base") else "mix"
+        known = expert if expert in (*self.experts.names, "base", "") else "mix"
         tokens = sum(answer.made for answer in made.answers)
         self.metrics.requests.labels(known, status).inc()
         self.metrics.prompt_tokens.labels(known).inc(made.prompt_tokens)
@@ -269,6 +258,9 @@ class Reply:
         except asyncio.CancelledError:
             status = 499
             raise
+        except Exception as failed:
+            status, error = 500, str(failed)
+            raise
         finally:
             self.cancel()
             self.server.note(self, status, error)
@@ -284,6 +276,9 @@ class Reply:
                     pieces.put_nowait((index, piece))
             except ApiError as failed:
                 pieces.put_nowait((index, failed))
+            except Exception as failed:  # without a word the stream would wait for ever
+                log.error("failure", exc_info=failed)
+                pieces.put_nowait((index, ApiError(500, "the server failed on this answer; its log says why")))
 
         try:
             await self.begin()
@@ -327,9 +322,9 @@ class ChatReply(Reply):
     body: ChatBody
 
     async def begin(self) -> None:
-        words = next((m.text for m in reversed(self.body.messages) if m.role == "user"), "")
+        prompt = chat_prompt(self.server.tokenizer, [message.plain for message in self.body.messages])
         likeliest = (self.body.top_logprobs or 0) if self.body.logprobs else None
-        await self._begin([(self.server.chat_prompt(self.body), words)], self.body.limit, likeliest)
+        await self._begin([prompt], self.body.limit, likeliest)
 
     def openings(self) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
@@ -457,7 +452,7 @@ def make_app(server: Server) -> FastAPI:
     @app.put("/v1/experts/{name}")
     async def put_expert(name: str, request: Request) -> Any:
         path = _expert_file(experts, name)
-        content = await server.body(request)
+        content = await server.body(request, 8 * experts.svf.layout.R + server.options.max_body)
 
         def write() -> None:
             with replacing(path) as temporary:
@@ -468,7 +463,7 @@ def make_app(server: Server) -> FastAPI:
 
         try:
             await asyncio.to_thread(write)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ApiError(400, f"expert: {error}") from error
         await asyncio.to_thread(experts.look)
         return {"id": name, "object": "model"}
@@ -504,6 +499,8 @@ def make_app(server: Server) -> FastAPI:
 def _expert_file(experts: Experts, name: str) -> Path:
     if experts.folder is None:
         raise ApiError(403, "experts: expected a server with a bank's folder")
+    if experts.is_reserved(name):
+        raise ApiError(400, f"expert: expected another name than the base's or of a choice, got {name!r}")
     if Path(name).name != name or name.startswith(".") or "\0" in name or len(name) > 128:
         raise ApiError(400, f"expert: expected a name that is a file name, got {name!r:.200}")
     return experts.folder / f"{name}{SUFFIX}"

@@ -15,13 +15,11 @@ from rich.console import Console
 from tqdm import tqdm
 
 from t2.generation.engine import Engine
-from t2.generation.prompts import encode
-from t2.server.answers import Answer
+from t2.server.answers import Answer, chat_prompt
 from t2.server.errors import ApiError
 from t2.server.experts import Experts
 from t2.server.opened import Opened
 from t2.server.schema import Body, Message, parsed
-from t2.tasks.base import Problem
 from t2.weights.files import FileFormatError, parse_json
 
 
@@ -44,10 +42,10 @@ class Line(Body):
         return self
 
     @property
-    def problem(self) -> Problem:
+    def said(self) -> list[dict[str, str]]:
         if self.messages is None:
-            return Problem(({"role": "user", "content": self.prompt or ""},))
-        return Problem(tuple({"role": message.role, "content": message.text} for message in self.messages))
+            return [{"role": "user", "content": self.prompt or ""}]
+        return [message.plain for message in self.messages]
 
 
 def read_lines(path: Path) -> list[tuple[str, Line]]:
@@ -136,13 +134,13 @@ async def _answer_all(
 
 
 async def _answer(experts: Experts, engine: Engine, line: Line, max_tokens: int) -> dict[str, Any]:
-    words = line.prompt or next((m.text for m in reversed(line.messages or []) if m.role == "user"), "")
     try:
+        prompt, words = chat_prompt(experts.tokenizer, line.said)
         chosen = await experts.choose(line.model, words)
         answer = Answer.begin(
             engine,
             experts.tokenizer,
-            [int(token) for token in encode(line.problem, experts.tokenizer)],
+            prompt,
             chosen,
             max_tokens=line.max_tokens or max_tokens,
             sampling=line.sampling(0),

@@ -7,12 +7,10 @@ import asyncio
 from rich.console import Console
 
 from t2.generation.engine import Sampling
-from t2.generation.prompts import encode
-from t2.server.answers import Answer
+from t2.server.answers import Answer, chat_prompt
 from t2.server.errors import ApiError
 from t2.server.experts import Experts
 from t2.server.opened import Opened
-from t2.tasks.base import Problem
 
 HELP = "/expert NAME, /experts, /reset, /quit"
 
@@ -57,9 +55,9 @@ def chat(opened: Opened, expert: str, sampling: Sampling, new_tokens: int, conso
 async def _answer(
     experts: Experts, expert: str, said: list[dict[str, str]], sampling: Sampling, new_tokens: int, console: Console
 ) -> str:
-    """Prints the answer as it comes, then whose it was and how fast."""
-    chosen = await experts.choose(expert, said[-1]["content"])
-    prompt = [int(token) for token in encode(Problem(tuple(said)), experts.tokenizer)]
+    """Prints the answer as it comes, then whose it was and its length."""
+    prompt, words = chat_prompt(experts.tokenizer, said)
+    chosen = await experts.choose(expert, words)
     answer = Answer.begin(
         experts.engine,
         experts.tokenizer,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import logging
 import math
 import re
+import threading
 import time
 import warnings
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 
 from t2.adaptation.bank_folder import CLASSIFIER, load_bank_folder
 from t2.adaptation.base import Strategy, mixed
-from t2.adaptation.strategies import pass_one
+from t2.adaptation.strategies import PassOne, pass_one
 from t2.experts.expert import Expert
 from t2.model.svf_model import ExpertChoice
 from t2.server.errors import ApiError
@@ -52,7 +53,8 @@ class Experts:
         self.model, self.folder = opened.model, opened.folder
         self._seen: dict[str, tuple[int, int]] = {}
         self._strategy: Strategy | None = None
-        self._asked: deque[tuple[str, asyncio.Future[Chosen], asyncio.AbstractEventLoop]] = deque()
+        self._asked: deque[tuple[str, Future[Chosen]]] = deque()
+        self._looking = threading.Lock()
 
     @property
     def names(self) -> list[str]:
@@ -60,15 +62,22 @@ class Experts:
         experts = [name for name in self.svf.bank if name != CLASSIFIER]
         return [self.model, *([AUTO] if self._strategy is not None else []), *experts]
 
+    def is_reserved(self, name: str) -> bool:
+        """Whether an expert of this name could not be asked for."""
+        return name in (self.model, BASE, AUTO)
+
     # The folder
 
     def look(self) -> None:
         """Takes over what has changed in the folder. A file that cannot be read leaves the expert as it was."""
-        if self.folder is None:
-            return
-        paths = [path for path in self.folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+        with self._looking:
+            if self.folder is not None:
+                self._look(self.folder)
+
+    def _look(self, folder: Path) -> None:
+        paths = [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
         files = {path.name.removesuffix(SUFFIX): path for path in paths}
-        described = self.folder / "domains.json"
+        described = folder / "domains.json"
         changed = False
         for name, path in {**files, "": described}.items():
             try:
@@ -89,12 +98,12 @@ class Experts:
                 self.svf.remove_expert(name)
                 log.info("expert removed", extra={"fields": {"expert": name}})
         if changed:
-            self._choose_strategy()
+            self._strategy = self._strategy_of(folder)
 
     def _add(self, name: str, path: Path) -> None:
         replaced = name in self.svf.bank
         try:
-            if name in (self.model, BASE, AUTO):
+            if self.is_reserved(name):
                 raise ValueError(f"name: expected another than the base's, {BASE!r} and {AUTO!r}, got {name!r}")
             self.svf.add_expert(name, Expert.load(path), replace=True)
         except (OSError, ValueError, TypeError) as error:
@@ -102,21 +111,25 @@ class Experts:
         else:
             log.info("expert replaced" if replaced else "expert added", extra={"fields": {"expert": name}})
 
-    def _choose_strategy(self) -> None:
+    def _strategy_of(self, folder: Path) -> Strategy | None:
         """Pass one by the classification expert, or by the prompt, if the folder says what its experts are for."""
-        self._strategy = None
-        if self.folder is None or not (self.folder / "domains.json").is_file():
-            return
+        if not (folder / "domains.json").is_file():
+            return None
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                bank = load_bank_folder(self.folder)
-            if all(domain.name in self.svf.bank for domain in bank.domains):
-                kind = CLASSIFIER if bank.classifier is not None and CLASSIFIER in self.svf.bank else "prompt"
-                own = copy.deepcopy(self.tokenizer)  # one that two threads use at a time fails
-                self._strategy = pass_one(kind, self.svf, own, bank.domains)
-        except (OSError, ValueError, json.JSONDecodeError) as error:
+            with warnings.catch_warnings(record=True) as noted:
+                warnings.simplefilter("always")
+                bank = load_bank_folder(folder)
+            for warning in noted:
+                log.warning("bank", extra={"fields": {"warning": str(warning.message)}})
+            kind: PassOne = "prompt" if bank.classifier is None else "classifier"
+            needed = {domain.name for domain in bank.domains} | ({CLASSIFIER} if bank.classifier else set())
+            if missing := sorted(needed - set(self.svf.bank)):
+                raise ValueError(f"bank: expected the experts {', '.join(missing)}, which were refused")
+            own = copy.deepcopy(self.tokenizer)  # one that two threads use at a time fails
+            return pass_one(kind, self.svf, own, bank.domains)
+        except (OSError, ValueError) as error:
             log.error("no automatic choice", extra={"fields": {"error": str(error)}})
+            return None
 
     async def watch(self, seconds: float = 1.0) -> None:
         """Looks again and again."""
@@ -173,37 +186,36 @@ class Experts:
     async def _chosen(self, words: str) -> Chosen:
         if self._strategy is None:
             raise self._unknown(AUTO)
-        loop = asyncio.get_running_loop()
-        chosen: asyncio.Future[Chosen] = loop.create_future()
-        self._asked.append((words, chosen, loop))
-        self.engine.call(self._adapt)
-        return await chosen
+        chosen: Future[Chosen] = Future()
+        self._asked.append((words, chosen))
+        try:
+            ran = self.engine.call(self._adapt)
+        except RuntimeError as error:
+            raise ApiError(503, "the engine has ended") from error
+        ran.add_done_callback(lambda ended: self._give_up(chosen) if ended.exception() is not None else None)
+        return await asyncio.wrap_future(chosen)
+
+    @staticmethod
+    def _give_up(chosen: Future[Chosen]) -> None:
+        if not chosen.done() and chosen.set_running_or_notify_cancel():
+            chosen.set_exception(ApiError(503, "the engine has ended"))
 
     def _adapt(self) -> None:
         """Pass one for all that wait for it, in the engine's thread."""
         asked = [self._asked.popleft() for _ in range(len(self._asked))]
-        strategy = self._strategy
+        asked = [(words, chosen) for words, chosen in asked if chosen.set_running_or_notify_cancel()]
         if not asked:
             return
-
-        def tell(future: asyncio.Future[Chosen], result: Chosen | BaseException) -> None:
-            if future.done():
-                return
-            if isinstance(result, Chosen):
-                future.set_result(result)
-            else:
-                future.set_exception(result)
-
-        started, results = time.perf_counter(), list[Chosen | BaseException]()
+        strategy, started = self._strategy, time.perf_counter()
         try:
             if strategy is None:
                 raise self._unknown(AUTO)
-            found = strategy.adapt([words for words, _, _ in asked])
-            seconds = time.perf_counter() - started
-            for choice, row, reason in zip(found.choices(self.svf), found.alpha, found.reasons, strict=True):
-                name = found.names[int(row.argmax())] if row.dim() == 1 else "mix"
-                results.append(Chosen(name, choice, reason, seconds))
+            found = strategy.adapt([words for words, _ in asked])
+            seconds, choices = time.perf_counter() - started, found.choices(self.svf)
+            names = [found.names[int(row.argmax())] if row.dim() == 1 else "mix" for row in found.alpha]
         except Exception as error:
-            results = [error] * len(asked)
-        for (_, future, loop), result in zip(asked, results, strict=True):
-            loop.call_soon_threadsafe(tell, future, result)
+            for _, chosen in asked:
+                chosen.set_exception(error)
+            return
+        for (_, chosen), name, choice, reason in zip(asked, names, choices, found.reasons, strict=True):
+            chosen.set_result(Chosen(name, choice, reason, seconds))

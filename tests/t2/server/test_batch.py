@@ -69,6 +69,18 @@ def test_a_run_goes_on_where_it_was_cut_short(bank, tmp_path):
         assert run(bank, source, output) == whole
 
 
+def test_messages_that_the_template_refuses_are_one_lines_error(bank, tmp_path):
+    model = opened(bank)
+    model.tokenizer.chat_template = (
+        "{{ raise_exception('no system') if messages[0]['role'] == 'system' else 'say red' }}"
+    )
+    said = [{"role": role, "content": "say"} for role in ("system", "user")]
+    source = write(tmp_path / "in.jsonl", [{"messages": said}, {"messages": said[1:]}])
+    assert answer_file(model, source, tmp_path / "out.jsonl", max_tokens=3, console=Console(quiet=True))
+    found = {e["index"]: e for e in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
+    assert "no system" in found[0]["error"]["message"] and found[1]["tokens"]
+
+
 def test_answers_to_other_requests_are_refused(bank, tmp_path):
     source, output = write(tmp_path / "in.jsonl", REQUESTS), tmp_path / "out.jsonl"
     run(bank, source, output)

@@ -85,6 +85,36 @@ def test_experts_over_http_need_the_admin_key(serving, bank, tmp_path):
     assert ask(running.url, "/v1/experts/e9", None, "DELETE", **root)[0] == 404
 
 
+def test_names_that_nobody_could_ask_for_are_refused(serving, bank, tmp_path):
+    running = serving(admin_key="root", max_body=2000)
+    content = expert_bytes(running, tmp_path, 7)
+    root = {"Authorization": "Bearer root"}
+    for name in ("toy", "base", "auto"):
+        assert ask(running.url, f"/v1/experts/{name}", content, "PUT", **root)[0] == 400
+        assert not (bank / f"{name}.safetensors").exists()
+    assert len(content) > 2000  # the limit is of requests: an expert may be as large as the model's are
+    assert ask(running.url, "/v1/experts/large", content, "PUT", **root)[0] == 200
+
+
+def test_auto_is_there_while_experts_are_replaced(serving, bank, tmp_path, monkeypatch):
+    running = serving()
+    experts, seen = running.server.experts, []
+    of = experts._strategy_of
+    monkeypatch.setattr(experts, "_strategy_of", lambda folder: (seen.append("auto" in experts.names), of(folder))[1])
+    (bank / "red.safetensors").write_bytes(expert_bytes(running, tmp_path, 5))
+    wait_for(lambda: seen)
+    assert all(seen) and "auto" in experts.names
+
+
+def test_who_waits_for_pass_one_hears_that_the_engine_failed(serving, monkeypatch):
+    running = serving(eos_ids=())
+    monkeypatch.setattr(running.engine, "_drop_cancelled", lambda: 1 / 0)  # before calls are made again
+    call = running.engine.call
+    monkeypatch.setattr(running.engine, "call", lambda work: call(lambda: 1 / 0))
+    status, _ = ask(running.url, "/v1/completions", {"model": "auto", "prompt": "say red"})
+    assert status == 503
+
+
 def test_without_an_admin_key_nobody_changes_experts(serving, tmp_path):
     running = serving()
     assert ask(running.url, "/v1/experts/e9", expert_bytes(running, tmp_path, 7), "PUT")[0] == 403
