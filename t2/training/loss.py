@@ -96,27 +96,16 @@ class _PolicyLoss(torch.autograd.Function):
         gradient = torch.empty_like(states)
         for start in range(0, states.shape[0], chunk):
             rows = slice(start, start + chunk)
-            with torch.enable_grad():
-                own = states[rows].detach().requires_grad_(head is not None)
-                logits = own if head is None else head(own)
-            index, weight = tokens[rows].unsqueeze(1), weights[rows].unsqueeze(1).float()
-            count = counts[rows].unsqueeze(1).float()
-            log_p = torch.log_softmax(logits.detach().float(), dim=-1)
-            p = log_p.exp()
-            chosen = log_p.gather(1, index)
-            entropy = -(p * log_p).sum(dim=1, keepdim=True)
-            change = weight * p
-            change.scatter_add_(1, index, -weight)
-            kl = torch.zeros_like(entropy)
-            if base is not None:
-                of_base = base[rows] if head is None else head(base[rows])
-                ratio = log_p.sub_(torch.log_softmax(of_base.float(), dim=-1))
-                kl = (p * ratio).sum(dim=1, keepdim=True)
-                change.addcmul_(p, ratio.sub_(kl).mul_(count), value=kl_weight)
-            change = change.to(logits.dtype)
-            gradient[rows] = change if head is None else torch.autograd.grad(logits, own, change)[0]
-            loss = (kl_weight * count * kl - weight * chosen).sum()
-            sums += torch.stack([loss, *((count * value).sum() for value in (chosen, kl, entropy))]).double()
+            gradient[rows], part = _chunk(
+                states[rows],
+                tokens[rows, None],
+                weights[rows, None].float(),
+                counts[rows, None].float(),
+                None if base is None else base[rows],
+                kl_weight,
+                head,
+            )
+            sums += part
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums)
         return sums[0].to(states.dtype), sums
@@ -125,6 +114,38 @@ class _PolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient if grad_loss == 1 else gradient * grad_loss, None, None, None, None, None, None, None
+
+
+def _chunk(
+    states: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    counts: Tensor,
+    base: Tensor | None,
+    kl_weight: float,
+    head: Head | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of some rows, and their sums. All but `states` and `base` are [rows, 1]."""
+    with torch.enable_grad():
+        own = states.detach().requires_grad_(head is not None)
+        logits = own if head is None else head(own)
+    log_p = torch.log_softmax(logits.detach().float(), dim=-1)
+    p = log_p.exp()
+    chosen = log_p.gather(1, tokens)
+    entropy = -(p * log_p).sum(dim=1, keepdim=True)
+    change = weights * p
+    change.scatter_add_(1, tokens, -weights)
+    kl = torch.zeros_like(entropy)
+    if base is not None:
+        of_base = base if head is None else head(base)
+        ratio = log_p.sub_(torch.log_softmax(of_base.float(), dim=-1))
+        kl = (p * ratio).sum(dim=1, keepdim=True)
+        change.addcmul_(p, ratio.sub_(kl).mul_(counts), value=kl_weight)
+    change = change.to(logits.dtype)
+    gradient = change if head is None else torch.autograd.grad(logits, own, change)[0]
+    loss = (kl_weight * counts * kl - weights * chosen).sum()
+    sums = torch.stack([loss, *((counts * value).sum() for value in (chosen, kl, entropy))])
+    return gradient, sums.double()
 
 
 def policy_loss(

@@ -167,26 +167,29 @@ class ModelEstimate:
     def update(self, work: StepSizes, prompts: int, answers: int, *, checkpointing: bool = False) -> float:
         """Most that a micro-batch of the update holds (`Trainer._update`).
 
-        When the loss is taken, that is what the forward pass kept and the logits; later, of the backward pass, what a
-        layer needs for a moment, and with checkpointing its activations.
+        When the loss is taken, that is what the forward pass kept and what the loss needs; later, of the backward pass,
+        what a layer needs for a moment, and with checkpointing its activations.
         """
         width, length = work.prompt_tokens, work.new_tokens
-        logits = self._logits(answers * length)
+        loss = self._loss(answers * length)
         if checkpointing:  # every answer with a prompt of its own
             rows, new = answers, width + length
             kept = self.activations(rows, new, new, checkpointing=True)
             moment = self._layer(rows, new, new) + self.architecture.transient(rows * new, self.dtype)
-            return kept + max(logits, moment)
+            return kept + max(loss, moment)
         kept = self.activations(prompts, width, width) + self.activations(answers, length, width + length)
         kept += answers * (width + length) * self.cache
-        return kept + max(logits, self.architecture.transient(answers * length, self.dtype))
+        return kept + max(loss, self.architecture.transient(answers * length, self.dtype))
 
-    def _logits(self, tokens: int) -> float:
-        """Bytes of logits held at once: the base's, the policy's before and after joining and choosing tokens; or, in
-        the loss, base, policy and gradient with its float32 temporaries of some rows."""
-        row, e = self.architecture.vocabulary, self.dtype.itemsize
-        temporaries = (5 if e == 4 else 6) * 4 * min(tokens, LOSS_ROWS)
-        return row * max(4 * tokens * e, 3 * tokens * e + temporaries)
+    def _loss(self, tokens: int) -> float:
+        """Bytes that `policy_loss` holds: hidden states of base and policy and their gradient, and of some rows the
+        logits of both and float32 temporaries."""
+        e = self.dtype.itemsize
+        temporaries = 4 * (4 if e == 4 else 5)
+        return 3 * tokens * self.architecture.hidden * e + self._chunk(tokens) * (2 * e + temporaries)
+
+    def _chunk(self, tokens: int) -> int:
+        return self.architecture.vocabulary * min(tokens, LOSS_ROWS)
 
     def rollout(self, work: StepSizes) -> float:
         """Most that drawing a step's answers holds: the cache, one token's logits, the reading of the prompts."""
