@@ -82,6 +82,12 @@ EARLIER = "runs/{}-0/best.safetensors"
 """Experts on all components, which the supports are taken from: what they change most."""
 SHARED_SUPPORT = ("--support", "128", "--support-from", BANK)
 """The components of each matrix that the experts of a bank change most: those of the next one share them."""
+OF_BANK = {
+    "sums": "--cold-start-learning-rate 1.2e-2 --learning-rate 3e-3",
+    "reading": "--cold-start-learning-rate 1.2e-2 --learning-rate 3e-3",
+    "logic": "--cold-start-learning-rate 8e-3 --learning-rate 3e-3",
+}
+"""Rates of the experts of a bank: those that were best in the comparison, or between two of them."""
 COMPARED = "--cold-start-steps 36 --steps 48 --prompts-per-step 32 --validate-every 12"
 """Options of every run of the comparison: the same solutions, the same number of completions."""
 TOKENS = {"sums": 6, "reading": 8, "logic": 4}
@@ -153,7 +159,7 @@ def runs() -> dict[str, tuple[str, list[str]]]:
         made[f"{name}-support-64"] = name, [*EXPERTS[name].split(), *FACTORS, *chosen]
     made["classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS]
     made["all-lora"] = "all", OF_ALL["all-lora"].split()
-    for name, rates in SUPPORTED.items():
+    for name, rates in OF_BANK.items():
         made[f"bank-{name}"] = name, [*EXPERTS[name].split(), *FACTORS, *SHARED_SUPPORT, *rates.split()]
     made["bank-classifier"] = "classifier", [*OF_ALL["classifier"].split(), *FACTORS, *SHARED_SUPPORT]
     made["rewards-alone"] = "sums", [*REWARDS_ALONE.split(), *FACTORS]
