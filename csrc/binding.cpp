@@ -417,6 +417,22 @@ std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Ten
   return ys;
 }
 
+// The same with all lists in one, of which `counts` says the lengths: AOTInductor's executor takes no empty ones.
+std::vector<Tensor> factored_linear_group_flat(const Tensor& x, const Tensor& slots, const std::vector<Tensor>& tensors,
+                                               const std::vector<int64_t>& counts,
+                                               const std::vector<int64_t>& out_features, bool bf16_products) {
+  std::vector<std::vector<Tensor>> lists;
+  auto next = tensors.begin();
+  for (const int64_t count : counts) {
+    STD_TORCH_CHECK(count >= 0 && count <= tensors.end() - next, "counts: expected a sum of ", tensors.size());
+    lists.emplace_back(next, next + count);
+    next += count;
+  }
+  STD_TORCH_CHECK(lists.size() == 7 && next == tensors.end(), "counts: expected 7 that add up to ", tensors.size());
+  return factored_linear_group(x, lists[0], lists[1], lists[2], lists[3], slots, lists[4], out_features, bf16_products,
+                               lists[5], lists[6]);
+}
+
 Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& row_scale, const OptionalTensor& bias,
                     int64_t out_features, bool bf16_products) {
   const int64_t in_features = x.size(x.dim() - 1);
@@ -527,6 +543,7 @@ void read_bytes(uint64_t address, int64_t bytes, int64_t threads) {
 STABLE_TORCH_LIBRARY_IMPL(t2kernels, CPU, m) {
   m.impl("factored_linear", TORCH_BOX(&factored_linear));
   m.impl("factored_linear_group", TORCH_BOX(&factored_linear_group));
+  m.impl("factored_linear_group_flat", TORCH_BOX(&factored_linear_group_flat));
   m.impl("factored_linear_backward", TORCH_BOX(&factored_linear_backward));
   m.impl("dense_linear", TORCH_BOX(&dense_linear));
   m.impl("dense_linear_backward", TORCH_BOX(&dense_linear_backward));

@@ -23,7 +23,8 @@ The output is rounded to the dtype of x. Sums are float32, or exact.
 
 `factored_linear_group` is the same for several layers that share x and slots, in one call and without t or gradients:
 u and vh hold the parts of all layers one after the other; component_scales, biases, bases and base_scales are empty or
-have one entry per layer (a bias without elements is none).
+have one entry per layer (a bias without elements is none). `factored_linear_group_flat` is that with all lists in one,
+in the order of these arguments, for programs of AOTInductor, whose executor takes no empty lists; on a CPU only.
 
 Gradients (with g = dL/dy, h = g U):
 
@@ -68,6 +69,10 @@ _library.define(
     "factored_linear_group(Tensor x, Tensor[] u, Tensor[] vh, Tensor[] component_scales, Tensor[] scales, "
     "Tensor slots, Tensor[] biases, SymInt[] out_features, bool bf16_products, Tensor[] bases, "
     "Tensor[] base_scales) -> Tensor[]"
+)
+_library.define(
+    "factored_linear_group_flat(Tensor x, Tensor slots, Tensor[] tensors, int[] counts, SymInt[] out_features, "
+    "bool bf16_products) -> Tensor[]"
 )
 _library.define(
     "factored_linear_backward(Tensor grad_y, Tensor t, Tensor[] u, Tensor[] vh, Tensor? component_scale, "
@@ -135,6 +140,11 @@ def _(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_product
 
 @torch.library.register_fake("t2kernels::factored_linear_group")
 def _(x, u, vh, component_scales, scales, slots, biases, out_features, bf16_products, bases=(), base_scales=()):  # type: ignore[no-untyped-def]
+    return [x.new_empty(*x.shape[:-1], features) for features in out_features]
+
+
+@torch.library.register_fake("t2kernels::factored_linear_group_flat")
+def _(x, slots, tensors, counts, out_features, bf16_products):  # type: ignore[no-untyped-def]
     return [x.new_empty(*x.shape[:-1], features) for features in out_features]
 
 
@@ -287,6 +297,7 @@ torch.library.register_autograd("t2kernels::dense_linear", _dense_backward, setu
 
 factored_linear = torch.ops.t2kernels.factored_linear.default
 factored_linear_group = torch.ops.t2kernels.factored_linear_group.default
+factored_linear_group_flat = torch.ops.t2kernels.factored_linear_group_flat.default
 factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default
 dense_linear = torch.ops.t2kernels.dense_linear.default
 dense_linear_backward = torch.ops.t2kernels.dense_linear_backward.default

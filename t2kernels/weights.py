@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from t2kernels import checks, ops
-from t2kernels.backends import device_of, triton_kernels
+from t2kernels.backends import device_of, extension, triton_kernels
 from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, PANEL, STORAGE_DTYPES, lay_out, matrix_of, quantize
 
 
@@ -426,6 +426,11 @@ def _run_group(
                     base_scales,
                 )
             return ys
+    if torch.compiler.is_exporting() and x.device.type == "cpu" and extension is not None:
+        u, vh, component_scales, out_features, bases, base_scales, _ = operands
+        lists = (u, vh, component_scales, scales, given, bases, base_scales)
+        tensors, counts = [t for each in lists for t in each], [len(each) for each in lists]
+        return ops.factored_linear_group_flat(x, slots, tensors, counts, out_features, bf16_products)
     return ops.call(
         ops.factored_linear_group,
         x,

@@ -27,6 +27,7 @@ def run(
     api_keys: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,
     admin_key: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,
     log_prompts: bool = False,
+    compiled: bool = True,
 ) -> int:
     """Answer over HTTP as OpenAI's API does: /v1/models, /v1/completions, /v1/chat/completions, and a page at /.
 
@@ -49,6 +50,7 @@ def run(
         api_keys: File with the keys that clients may send, one a line; without it everybody may ask.
         admin_key: File with the key that may add and remove experts over HTTP; without it nobody may.
         log_prompts: Write prompts to the log.
+        compiled: Compile the model, on a CPU: the same answers, faster; kept for the next start. Needs a C++ compiler.
     """
     import torch
 
@@ -75,6 +77,7 @@ def run(
         max_tokens=max_tokens,
         max_waiting=max_waiting,
         max_connections=max_connections,
+        compiled=compiled,
     )
 
 

@@ -24,9 +24,8 @@ from torch import Tensor
 from t2.experts.registry import ExpertChoice
 from t2.generation.cached_batch import SVFRunner
 from t2.generation.head import OutputHead
-from t2.generation.row_cache import SPAN, Places, PrefixStore, RowCache
+from t2.generation.row_cache import SPAN, Places, PrefixStore, RowCache, run_pass
 from t2.generation.sampling import draw_tokens, without_tail
-from t2.model.attention import shared_keys
 from t2.model.requests import routed_slots
 from t2.model.svf_model import SVFModel
 
@@ -72,6 +71,8 @@ class Finished:
 
 
 Events = Callable[[Token | Finished], None]
+Pass = Callable[[Tensor, Places, Tensor], Tensor]
+"""What a pass computes: (ids, places, slots), all [tokens], to what goes into the output embedding, or to logits."""
 
 
 class QueueFull(RuntimeError):
@@ -118,8 +119,8 @@ class Engine:
         svf: a wrapped transformers model on any device.
         eos_ids: tokens that end an answer.
         max_rows: requests that run at a time.
-        max_tokens: most tokens of a request, prompt and answer together. A row's keys and values take so much room at
-            most; buffers grow to the longest request there was.
+        max_tokens: most tokens of a request, prompt and answer together. Every row has room for as many keys and
+            values; on a CPU memory is taken when that room is first used.
         max_waiting: requests that may wait for a row.
         chunk: most tokens of prompts that a step reads beside the running answers.
         prefix_bytes: memory for beginnings of prompts.
@@ -148,9 +149,12 @@ class Engine:
         self.svf, self.eos_ids = svf, frozenset(eos_ids)
         self.max_rows, self.max_tokens, self.max_waiting, self.chunk = max_rows, max_tokens, max_waiting, chunk
         self.vocabulary = int(svf.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        self.cache = RowCache.of(svf.model, max_rows)
+        capacity = -(-max_tokens // SPAN) * SPAN
+        self.cache = RowCache.of(svf.model, max_rows + 1, capacity)  # the last row is for warming up and checks
         self.head = OutputHead.of(SVFRunner(svf))
         self.prefixes = PrefixStore(prefix_bytes)
+        self.compiled: Pass | None = None
+        """Runs passes in place of the model (`t2.generation.compiled_pass`)."""
         self.tokens_made = 0
         self._running: list[Request] = []
         self._free = list(range(max_rows))
@@ -320,8 +324,6 @@ class Engine:
         while self._free and self._waiting:
             with self._changed:
                 request = self._waiting.popleft()
-            filled = {running.row: running.read for running in self._running}
-            self.cache.reserve(len(request.prompt) + request.max_tokens, filled)
             request.row = self._free.pop()
             request.read = request.cached = self.prefixes.load(request.expert, request.prompt, self.cache, request.row)
             self._running.append(request)
@@ -346,7 +348,6 @@ class Engine:
             )
         )
         length = min(-(-longest // SPAN) * SPAN, self.cache.capacity)
-        self.cache.places = Places(rows, positions, length)
         ends, last = [], -1
         for request, tokens in parts:
             last += len(tokens)
@@ -354,26 +355,24 @@ class Engine:
             if request.is_read:
                 ends.append((last, request))
         wanted = torch.tensor([end for end, _ in ends], dtype=torch.int64, device=device)
-        with routed_slots(self.svf.decomposed, [request.slot for request, _, _ in each]), shared_keys(rows):
-            logits = self._logits(ids, positions, length, wanted)
+        slots = torch.tensor([request.slot for request, _, _ in each], device=device)
+        states = (self.compiled or self.run_model)(ids, Places(rows, positions, length), slots)[wanted]
+        logits = states if self.head is None or not len(ends) else self.head(states)
         for _, request in ends:
             if not request.tokens:
                 self.prefixes.save(request.expert, request.prompt, self.cache, request.row)
         if ends:
             self._choose(logits, [request for _, request in ends])
 
-    def _logits(self, ids: Tensor, positions: Tensor, length: int, wanted: Tensor) -> Tensor:
-        """Logits [wanted, vocabulary] after those of the tokens [tokens], each of which is a row."""
-        mask = torch.arange(length, device=ids.device) <= positions[:, None]
-        with nullcontext() if self.head is None else self.head.left_out():
-            states: Tensor = self.svf.model(
-                input_ids=ids[:, None],
-                attention_mask=mask[:, None, None],
-                position_ids=positions[:, None],
-                past_key_values=self.cache,
-                use_cache=True,
-            ).logits[:, -1]
-        return states[wanted] if self.head is None or not len(wanted) else self.head(states[wanted])
+    def run_model(self, ids: Tensor, places: Places, slots: Tensor) -> Tensor:
+        """One pass of the model as it is: what goes into the output embedding, or the logits, [tokens, ...]."""
+        with routed_slots(self.svf.decomposed, slots), nullcontext() if self.head is None else self.head.left_out():
+            return run_pass(self.svf.model, self.cache, places, ids)
+
+    def warm_up(self) -> None:
+        """A pass of one token in a row that no request has."""
+        one = torch.zeros(1, dtype=torch.int64, device=self.svf.sigma.device)
+        self.run_model(one, Places(one + self.max_rows, one, SPAN), one)
 
     def _choose(self, logits: Tensor, requests: Sequence[Request]) -> None:
         """Gives these requests their next token, and lets those go that end with it."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy
 import torch
 import xxhash
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from t2.model.attention import shared_keys
 from t2.model.kv_cache import new_cache
 
 BLOCK = 32
@@ -43,7 +46,7 @@ class RowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, capacity = self._owner.rows, self._owner.capacity
         self.keys, self.values = (
-            states.new_zeros(rows, states.shape[1], capacity, states.shape[-1]) for states in (key_states, value_states)
+            _zeros(states, (rows, states.shape[1], capacity, states.shape[-1])) for states in (key_states, value_states)
         )
         self.is_initialized = True
 
@@ -65,30 +68,29 @@ class RowLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self._owner.capacity
 
-    def grow(self, capacity: int, filled: Mapping[int, int]) -> None:
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            if old is not None:
-                new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                for row, length in filled.items():
-                    new[row, :, :length] = old[row, :, :length]
-                setattr(self, name, new)
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros; on a CPU of memory that the system hands out when it is first written to."""
+    with torch.inference_mode(False):
+        if like.device.type != "cpu":
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        flat = torch.from_numpy(numpy.zeros(math.prod(shape) * like.dtype.itemsize, dtype=numpy.uint8))
+        return flat.view(like.dtype).view(shape)
 
 
 class RowCache(Cache):
     """The buffers [rows, heads, capacity, head_dim] of all layers. `places` says what the next forward pass writes.
 
-    A pass has one token in each of its rows (`t2.model.attention.shared_keys`). The buffers move where `reserve` makes
-    room.
+    A pass has one token in each of its rows (`t2.model.attention.shared_keys`).
     """
 
-    def __init__(self, layers: int, rows: int) -> None:
-        self.rows, self.capacity = rows, 4 * SPAN
+    def __init__(self, layers: int, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
         self.places: Places | None = None
         super().__init__(layers=[RowLayer(self) for _ in range(layers)])
 
     @classmethod
-    def of(cls, model: nn.Module, rows: int) -> RowCache:
+    def of(cls, model: nn.Module, rows: int, capacity: int) -> RowCache:
         """The cache of a transformers model.
 
         Raises:
@@ -102,32 +104,52 @@ class RowCache(Cache):
         attention = getattr(model.config, "_attn_implementation", None)
         if attention != "sdpa":
             raise TypeError(f"model: expected attn_implementation 'sdpa', got {attention!r} in {kind}")
-        return cls(len(usual.layers), rows)
+        return cls(len(usual.layers), rows, capacity)
 
-    def reserve(self, tokens: int, filled: Mapping[int, int]) -> None:
-        """Makes room for so many tokens in every row. `filled`: tokens by row; nothing else is kept."""
-        if tokens > self.capacity:
-            self.capacity = max(-(-tokens // SPAN) * SPAN, 2 * self.capacity)
-            for layer in self._layers():
-                layer.grow(self.capacity, filled)
+    def names(self) -> list[str]:
+        """The names of all buffers."""
+        return [f"{part}{i}" for i in range(len(self.layers)) for part in ("keys", "values")]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers by name; there are none before the first pass."""
+        found = (buffer for layer in self._layers() for buffer in (layer.keys, layer.values))
+        return {name: buffer for name, buffer in zip(self.names(), found, strict=True) if buffer is not None}
+
+    def take(self, buffers: Mapping[str, Tensor]) -> None:
+        """Goes on with these buffers."""
+        for i, layer in enumerate(self._layers()):
+            layer.keys, layer.values, layer.is_initialized = buffers[f"keys{i}"], buffers[f"values{i}"], True
 
     def block(self, row: int, start: int) -> list[Tensor]:
         """A copy of one block of a row: keys and values of all layers."""
-        part = slice(start, start + BLOCK)
-        return [buffer[row, :, part].clone() for layer in self._layers() for buffer in (layer.keys, layer.values)]  # type: ignore[index]
+        return [buffer[row, :, start : start + BLOCK].clone() for buffer in self.buffers().values()]
 
     def set_block(self, row: int, start: int, block: Sequence[Tensor]) -> None:
-        buffers = [(layer, name) for layer in self._layers() for name in ("keys", "values")]
-        for (layer, name), part in zip(buffers, block, strict=True):
-            getattr(layer, name)[row, :, start : start + BLOCK] = part
+        for buffer, part in zip(self.buffers().values(), block, strict=True):
+            buffer[row, :, start : start + BLOCK] = part
 
     def _layers(self) -> list[RowLayer]:
         return cast(list[RowLayer], self.layers)
 
     @property
     def nbytes(self) -> int:
-        tensors = [buffer for layer in self._layers() for buffer in (layer.keys, layer.values) if buffer is not None]
-        return sum(buffer.numel() * buffer.element_size() for buffer in tensors)
+        return sum(buffer.nbytes for buffer in self.buffers().values())
+
+
+def run_pass(model: nn.Module, cache: RowCache, places: Places, ids: Tensor) -> Tensor:
+    """The model's output [tokens, ...] for ids [tokens], each a row with a place in the cache, in the route of now."""
+    rows, positions = places.rows, places.positions
+    mask = torch.arange(places.length, device=ids.device) <= positions[:, None]
+    cache.places = places
+    with shared_keys(rows):
+        logits: Tensor = model(
+            input_ids=ids[:, None],
+            attention_mask=mask[:, None, None],
+            position_ids=positions[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+    return logits[:, -1]
 
 
 class PrefixStore:

@@ -88,7 +88,7 @@ def _decodes(
         and head_dim % 16 == 0
         and query.dtype == key.dtype == value.dtype
         and key.shape == value.shape
-        and (key.shape[0] if key_rows is None else len(key_rows)) == rows
+        and (key if key_rows is None else key_rows).shape[0] == rows
         and key.shape[-1] == head_dim
         and heads % key.shape[1] == 0
         and (mask is None or (mask.dtype == torch.bool and mask.shape == (rows, 1, 1, key.shape[2])))

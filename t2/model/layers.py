@@ -177,7 +177,8 @@ class SharedInput:
         if route.is_base and isinstance(member.weight, DeltaWeight):
             own, *others = self._group.base_unchecked(x, route.slots, biases)
         else:
-            scales = self._scales if route.is_plain else [route.scales_of(m) for m in self.members]
+            kept = route.is_plain and not torch.compiler.is_compiling()  # torch.export looks for a layer's own buffers
+            scales = self._scales if kept else [route.scales_of(m) for m in self.members]
             own, *others = self._group.linear_unchecked(x, scales, route.slots, biases)
         waiting.update(x=x, route=route, version=_version(x), outputs=dict(enumerate(others, 1)))
         return own

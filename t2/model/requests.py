@@ -44,15 +44,11 @@ def routed(
 
 
 @contextmanager
-def routed_slots(decomposed: DecomposedLayers, slots: Sequence[int]) -> Iterator[None]:
-    """The same for slots that the caller holds, one for each request."""
+def routed_slots(decomposed: DecomposedLayers, slots: Tensor) -> Iterator[None]:
+    """The same for slots [requests] int64 that the caller holds."""
     decomposed.table.wait_for_writes()
-    buffer = decomposed.router.buffers.take(slots)
-    try:
-        with decomposed.router.within(Route(buffer.slots, is_base=not any(slots))):
-            yield
-    finally:
-        decomposed.router.buffers.give_back(buffer)
+    with decomposed.router.within(Route(slots, is_base=not bool(slots.any()))):
+        yield
 
 
 def _resolve(

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from tqdm import tqdm
 
+from t2.generation.compiled_pass import Compilation
 from t2.generation.engine import Engine
 from t2.server.answers import Answer, chat_prompt
 from t2.server.errors import ApiError
@@ -97,7 +98,8 @@ def answer_file(opened: Opened, source: Path, output: Path, *, max_tokens: int, 
     experts.look()
     opened.engine.start()
     try:
-        asyncio.run(_answer_all(experts, lines, done, output, max_tokens, console))
+        with Compilation(opened.engine, lambda _: None):
+            asyncio.run(_answer_all(experts, lines, done, output, max_tokens, console))
     except KeyboardInterrupt:
         console.print(f"Interrupted. The same command goes on with {output}.")
         return False

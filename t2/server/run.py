@@ -6,11 +6,13 @@ import ipaddress
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import uvicorn
 
+from t2.generation.compiled_pass import Compilation
 from t2.server.app import Server, ServerOptions, make_app
 from t2.server.opened import open_engine
 
@@ -52,10 +54,12 @@ def serve(
     form: str,
     support: Path | None,
     max_connections: int,
+    compiled: bool,
     **limits: int,
 ) -> int:
     """Loads everything, then answers until SIGINT or SIGTERM, after which running answers are finished.
 
+    compiled: lets passes run compiled (`t2.generation.compiled_pass`).
     limits: of the engine.
 
     Raises:
@@ -68,16 +72,18 @@ def serve(
     engine = opened.engine
     server = Server(opened, options)
     names = ", ".join(server.experts.names)
-    logging.getLogger("t2.server").info(f"answering on http://{host}:{port}", extra={"fields": {"models": names}})
-    uvicorn.run(
-        make_app(server),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=max_connections,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=int(options.answer_seconds),
-    )
+    log = logging.getLogger("t2.server")
+    log.info(f"answering on http://{host}:{port}", extra={"fields": {"models": names}})
+    with Compilation(engine, log.info) if compiled else nullcontext():
+        uvicorn.run(
+            make_app(server),
+            host=host,
+            port=port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=max_connections,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=int(options.answer_seconds),
+        )
     return 1 if engine.failure is not None else 0

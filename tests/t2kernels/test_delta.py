@@ -121,6 +121,12 @@ def test_opcheck(storage):
     group = (p.x, weight.change.u, weight.change.vh, [], [p.scales], p.ids, [], [20], False, [base[0]], scales)
     torch.library.opcheck(ops.factored_linear_group, group)
     assert torch.equal(ops.factored_linear_group(*group)[0], weight.linear(p.x, p.scales, p.ids))
+    lists = [group[i] for i in (1, 2, 3, 4, 6, 9, 10)]
+    flat = (p.x, p.ids, [t for each in lists for t in each], [len(each) for each in lists], [20], False)
+    torch.library.opcheck(ops.factored_linear_group_flat, flat)
+    assert torch.equal(ops.factored_linear_group_flat(*flat)[0], weight.linear(p.x, p.scales, p.ids))
+    with pytest.raises(RuntimeError, match="counts: expected"):
+        ops.factored_linear_group_flat(*flat[:3], [len(flat[2])], *flat[4:])
 
 
 def test_any_module_may_compute_the_base():

@@ -1,0 +1,257 @@
+"""A pass of the engine without Python: traced by torch.export, compiled by AOTInductor, and kept on disk.
+
+One program serves any number of tokens. It calls the package's kernels for products and attention; what lies between
+them, norms and rotation and sums, becomes a few loops. All operators that are not exactly rounded, and all sums, run as
+the very functions that run without it, so a pass gives the same bits either way. That is checked when a program is
+loaded, and one that gives others is not used.
+
+The compiler runs in a process of its own and never sees a weight. Programs are kept below `cache_root() / "passes"`,
+by a hash of all they depend on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+import xxhash
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from t2.generation.row_cache import Places, RowCache, run_pass
+from t2.model.routing import Route
+from t2.model.svf_model import SVFModel
+from t2kernels.backends import extension
+from t2kernels.files import cache_root, replacing
+
+if TYPE_CHECKING:
+    from t2.generation.engine import Engine
+
+SMALL = 64
+"""Tensors of at most so many numbers may become constants of a program, which then depends on their values."""
+CHECKED_ROWS = (1, 2, 7, 32)
+"""Numbers of tokens with which a program is compared with the model."""
+FAITHFUL = (
+    *("mean", "sum", "prod", "var", "var_mean", "std", "cumsum", "logsumexp", "linalg_vector_norm"),
+    *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "softmax", "_softmax", "_log_softmax"),
+    *("silu", "gelu", "tanh", "sigmoid", "softplus", "elu", "mish", "hardswish", "erf"),
+    *("exp", "exp2", "expm1", "log", "log2", "log1p", "sin", "cos", "tan", "atan", "sinh", "cosh"),
+)
+"""aten operators that stay what they are: inductor's own code for them rounds otherwise."""
+
+
+class PassModule(nn.Module):
+    """`run_pass` as a module of which the cache's buffers are a part."""
+
+    def __init__(self, svf: SVFModel, cache: RowCache) -> None:
+        super().__init__()
+        self.svf, self._cache = svf, RowCache(len(cache.layers), cache.rows, cache.capacity)
+        for name, buffer in cache.buffers().items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def forward(self, ids: Tensor, positions: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+        self._cache.take({name: getattr(self, name) for name in self._cache.names()})
+        with self.svf.router.within(Route(slots)):
+            return run_pass(self.svf.model, self._cache, Places(rows, positions, self._cache.capacity), ids)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights and buffers, by every name that they have."""
+        named = self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False)
+        return {name: tensor for each in named for name, tensor in each}
+
+
+class Compilation:
+    """Lets an engine's passes run as a compiled program as soon as there is one; until then they run as they are.
+
+    The engine's thread traces the model, unless the program is on disk, and loads the program, both between two steps.
+    The compiler takes a core for a minute or so meanwhile.
+
+    Args:
+        news: is given one line: that passes run compiled, or why they go on without.
+    """
+
+    def __init__(self, engine: Engine, news: Callable[[str], None]) -> None:
+        self._engine, self._news = engine, news
+        self._compiler: subprocess.Popen[str] | None = None
+        self._cancelled = False
+        self.thread = threading.Thread(target=self._run, name="t2-compile", daemon=True)
+        self.thread.start()
+
+    def __enter__(self) -> Compilation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cancelled = True
+        if self._compiler is not None:
+            self._compiler.kill()
+
+    def _run(self) -> None:
+        engine = self._engine
+        try:
+            if engine.svf.sigma.device.type != "cpu" or extension is None:
+                raise RuntimeError("programs are for CPUs with the package's kernels")
+            with tempfile.TemporaryDirectory() as folder:
+                traced = Path(folder) / "traced.pt2"
+                path = engine.call(lambda: prepare(engine, traced)).result()
+                if traced.is_file():
+                    self._compile(traced, path)
+            engine.call(lambda: load(engine, path)).result()
+        except Exception as error:
+            if not self._cancelled:
+                self._news(f"passes are not compiled: {type(error).__name__}: {error}")
+        else:
+            self._news("passes run compiled")
+
+    def _compile(self, traced: Path, path: Path) -> None:
+        """Compiles a traced model. Raises RuntimeError with the last line of what the compiler printed."""
+        with replacing(path) as temporary:
+            program = traced.with_name("program.pt2")
+            command = [sys.executable, "-m", "t2.generation.compiled_pass", str(traced), str(program)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            self._compiler = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+            printed, _ = self._compiler.communicate()
+            if self._compiler.returncode:
+                lines = printed.strip().splitlines() or [f"exit code {self._compiler.returncode}"]
+                raise RuntimeError(f"the compiler failed: {lines[-1]}")
+            shutil.copyfile(program, temporary)
+
+
+def prepare(engine: Engine, traced: Path) -> Path:
+    """The path of the engine's program; where there is nothing yet, the traced model is written for the compiler."""
+    engine.warm_up()
+    module = PassModule(engine.svf, engine.cache).eval()
+    path = cache_root() / "passes" / f"{program_key(module)}.pt2"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode(False), torch.no_grad(), _head_left_out(engine):
+            tokens = Dim("tokens", min=2, max=1 << 20)
+            inputs = tuple(torch.arange(3) % engine.cache.rows for _ in range(4))
+            shapes = tuple({0: tokens} for _ in inputs)
+            program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+        _replace_weights(program, "meta")
+        torch.export.save(program, traced)
+    return path
+
+
+def _replace_weights(program: ExportedProgram, device: str) -> None:
+    """Puts tensors without content in place of a program's weights; nothing reads or writes them. Small ones stay."""
+    for tensors in (program._state_dict, program._constants):
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.numel() <= SMALL:
+                continue
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[name] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+
+
+def program_key(module: PassModule) -> str:
+    """A hash of what a program depends on: the sources that are traced, shapes and options, versions, this machine."""
+    svf = module.svf
+    sources = [file for package in ("t2", "t2kernels") for file in _sources(package)]
+    sources.append(Path(inspect.getfile(type(svf.model))))
+    weights = [
+        (name, tuple(t.shape), t.stride(), str(t.dtype), t.tolist() if t.numel() <= SMALL else None)
+        for name, t in module.tensors().items()
+    ]
+    digest = xxhash.xxh3_128()
+    for part in (
+        *(file.read_bytes() for file in sources),
+        str(weights).encode(),
+        svf.model.config.to_json_string(use_diff=False).encode(),  # type: ignore[operator, union-attr]
+        str((svf.svf_config.bf16_products, torch.__version__, transformers.__version__, platform.machine())).encode(),
+        _processor().encode(),
+    ):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _sources(package: str) -> list[Path]:
+    file = sys.modules[package].__file__
+    assert file is not None
+    folder = Path(file).parent
+    return sorted(path for path in folder.rglob("*.py") if "server" not in path.parts and "cli" not in path.parts)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+@contextmanager
+def _head_left_out(engine: Engine) -> Iterator[None]:
+    with nullcontext() if engine.head is None else engine.head.left_out():
+        yield
+
+
+def load(engine: Engine, path: Path) -> None:
+    """Lets the engine's passes run on the program, if it gives the bits that the model gives."""
+    program = CompiledPass(engine.svf, engine.cache, path)
+    cache, used = engine.cache, min(engine.svf.slot_table.in_use, 3)
+    for count in CHECKED_ROWS:
+        each = torch.arange(count)
+        places = Places(torch.full((count,), engine.max_rows), each % cache.capacity, cache.capacity)
+        results = []
+        for run in (engine.run_model, program):
+            states = run(each % engine.vocabulary, places, each % used)
+            results.append([states, *(buffer[engine.max_rows].clone() for buffer in cache.buffers().values())])
+        if not all(torch.equal(*(t.view(torch.uint8) for t in pair)) for pair in zip(*results, strict=True)):
+            raise RuntimeError(f"the program gives other bits than the model for {count} tokens")
+    engine.compiled = program
+
+
+class CompiledPass:
+    """A program with a model's weights, which it shares, and with its cache."""
+
+    def __init__(self, svf: SVFModel, cache: RowCache, path: Path) -> None:
+        self._svf, self._cache = svf, cache
+        self._program: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        self._take_weights()
+
+    def _take_weights(self) -> None:
+        tensors = PassModule(self._svf, self._cache).tensors()
+        self._weights = {name: tensors[name] for name in self._program.get_constant_fqns()}
+        self._program.load_constants(self._weights, check_full_update=True, user_managed=True)
+        self._generation = self._svf.table_generation
+
+    def __call__(self, ids: Tensor, places: Places, slots: Tensor) -> Tensor:
+        """`run_pass` with a slot [tokens] for each token."""
+        if self._svf.table_generation != self._generation:
+            self._take_weights()
+        states: Tensor = self._program(ids, places.positions, places.rows, slots)
+        return states
+
+
+def main(traced: str, path: str) -> None:
+    """The compiler's process."""
+    import os
+
+    from torch._inductor import decomposition, lowering
+
+    import t2kernels  # noqa: F401 — its operators
+
+    os.nice(10)
+    for packet in (getattr(torch.ops.aten, name) for name in FAITHFUL):
+        for operator in (getattr(packet, overload) for overload in packet.overloads()):
+            decomposition.decompositions.pop(operator, None)
+            lowering.lowerings.pop(operator, None)
+            lowering.make_fallback(operator, warn=False)
+    program = torch.export.load(traced)
+    _replace_weights(program, "cpu")
+    options = {"emulate_precision_casts": True, "aot_inductor.package_constants_in_so": False}
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
