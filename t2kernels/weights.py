@@ -190,7 +190,14 @@ class FactoredWeight(_WithOperands, _FrozenWeight):
 
     @classmethod
     def pack(
-        cls, u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype = torch.float32, *, bf16_products: bool = False
+        cls,
+        u: Tensor,
+        s: Tensor,
+        vh: Tensor,
+        dtype: torch.dtype = torch.float32,
+        *,
+        bf16_products: bool = False,
+        float16_head: bool = True,
     ) -> FactoredWeight:
         """Packs factors for this machine's kernels.
 
@@ -204,6 +211,7 @@ class FactoredWeight(_WithOperands, _FrozenWeight):
             dtype: storage of u and vh: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn, with int8's scales.
             bf16_products: lets float32 and float16 activations be rounded to bfloat16 before they meet bfloat16
                 factors, where the processor has that dot product (twice the multiply-adds of float32).
+            float16_head: whether int8 keeps leading components in float16.
         """
         u = _check_matrix("u", u, "[out, r]")
         _check_storage(dtype, u.device)
@@ -220,7 +228,7 @@ class FactoredWeight(_WithOperands, _FrozenWeight):
             checks.check_device(name, value, u, "u")
         component_scale = None
         if dtype in EIGHT_BITS:
-            head = float16_rank(len(s))
+            head = float16_rank(len(s)) if float16_head else 0
             u_tail, u_scale = quantize(u[:, head:], 1, dtype)
             vh_tail, vh_scale = quantize(vh[head:], 0, dtype)
             component_scale = torch.cat([u_scale.new_ones(head), u_scale * vh_scale])
@@ -542,12 +550,12 @@ class DeltaWeight(_WithOperands):
         Args:
             base: W [out, in], or a module that computes W x + b.
             u: [out, k], s: [k], vh: [k, in] of the support's k >= 1 components.
-            dtype: storage of W and of the components, these as bfloat16 where W has 8 bits; of the components alone
-                where a module keeps W.
+            dtype: storage of W and of the components, these as bfloat16 where W is float8; of the components alone
+                where a module keeps W. int8 rounds what an expert changes by half a percent.
             bf16_products: as in `FactoredWeight.pack`.
         """
-        pair = torch.bfloat16 if dtype in EIGHT_BITS else dtype
-        change = FactoredWeight.pack(u, s, vh, dtype=pair, bf16_products=bf16_products)
+        pair = torch.bfloat16 if dtype in EIGHT_BITS and dtype != torch.int8 else dtype
+        change = FactoredWeight.pack(u, s, vh, dtype=pair, bf16_products=bf16_products, float16_head=False)
         if isinstance(base, Tensor):
             checks.check_shape("base", base, (change.out_features, change.in_features), "out of u, in of vh")
             checks.check_device("base", base, u, "u")

@@ -26,7 +26,7 @@ class SVFConfig:
         name), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"]. In a
         model that reads images, only layers of its language model count.
     dtype: storage of the factors: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn; None keeps each
-        weight's own. In the delta form also of W; beside W in 8 bits the components are bfloat16.
+        weight's own. In the delta form also of W; beside W in float8 the components are bfloat16.
     bf16_products: rounds activations to bfloat16 before they meet bfloat16 factors, where the processor has that dot
         product: twice the arithmetic, for a drift that `docs/cpu.md` shows.
     pack_others: also runs linear layers beside the targets, the output embedding first of all, on the same kernels,

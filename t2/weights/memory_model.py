@@ -37,9 +37,9 @@ def dense_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
 
 def delta_bytes(out_features: int, in_features: int, components: int, dtype: torch.dtype) -> int:
     """Bytes of `DeltaWeight.pack(...)`: W, and both factors and the singular values of the support's components."""
-    pair = torch.bfloat16 if dtype == torch.int8 else dtype
-    factors = _panel_bytes(out_features, components, pair) + _panel_bytes(components, in_features, pair)
-    return dense_bytes(out_features, in_features, dtype) + factors + 4 * components
+    factors = _panel_bytes(out_features, components, dtype) + _panel_bytes(components, in_features, dtype)
+    scales = 4 * components * (2 if dtype == torch.int8 else 1)
+    return dense_bytes(out_features, in_features, dtype) + factors + scales
 
 
 def _panel_bytes(n: int, k: int, dtype: torch.dtype) -> int:

@@ -1,0 +1,76 @@
+"""llama.cpp's side of `engine_peers`, for a Python that has llama-cpp-python and nothing of this package.
+
+    python llama_cpp_worker.py MODEL.gguf THREADS
+
+Reads requests as JSON lines, {"prompts": [[token, ...], ...], "new_tokens": N}, and prints the seconds that prompts and
+answers took. All sequences are one batch of llama.cpp; every step is one `llama_decode`, greedy, without an end token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+
+import llama_cpp as llama
+import numpy
+
+
+def main(path: str, threads: int) -> None:
+    llama.llama_backend_init()
+    silent = llama.llama_log_callback(lambda level, text, data: None)
+    llama.llama_log_set(silent, ctypes.c_void_p(0))
+    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
+    print(json.dumps({"llama_cpp": llama.__version__, "system": llama.llama_print_system_info().decode()}), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        prompts, new_tokens = request["prompts"], request["new_tokens"]
+        params = llama.llama_context_default_params()
+        params.n_ctx = len(prompts) * (max(map(len, prompts)) + new_tokens + 32)
+        params.n_batch = params.n_ubatch = 2048
+        params.n_seq_max = len(prompts)
+        params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = True
+        context = llama.llama_init_from_model(model, params)
+        batch = llama.llama_batch_init(sum(map(len, prompts)), 0, 1)
+
+        def add(token: int, position: int, row: int, wanted: bool) -> None:
+            i = batch.n_tokens
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0], batch.logits[i] = row, wanted
+            batch.n_tokens += 1
+
+        def decode() -> None:
+            if llama.llama_decode(context, batch):
+                raise RuntimeError("llama_decode failed")
+
+        start = time.perf_counter()
+        ends = []
+        for row, prompt in enumerate(prompts):
+            for position, token in enumerate(prompt):
+                add(token, position, row, position + 1 == len(prompt))
+            ends.append(batch.n_tokens - 1)
+        decode()
+        made: list[list[int]] = [[] for _ in prompts]
+        read = time.perf_counter()
+        for step in range(new_tokens):
+            tokens = [int(numpy.ctypeslib.as_array(llama.llama_get_logits_ith(context, end), (vocabulary,)).argmax()) for end in ends]  # fmt: skip
+            for row, token in enumerate(tokens):
+                made[row].append(token)
+            if step + 1 == new_tokens:
+                break
+            batch.n_tokens = 0
+            for row, token in enumerate(tokens):
+                add(token, len(prompts[row]) + step, row, True)
+            ends = list(range(len(prompts)))
+            decode()
+        end = time.perf_counter()
+        llama.llama_batch_free(batch)
+        llama.llama_free(context)
+        print(json.dumps({"seconds": end - start, "prompt_seconds": read - start, "first": made[0][:8]}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
