@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import openai
 import torch
@@ -39,6 +39,7 @@ import t2
 from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
 from t2.adaptation.bank_folder import SHIPPED
 from t2.demo.run import QUESTIONS
+from t2.generation.compiled_pass import Compilation
 from t2.generation.engine import Engine, Finished, Token
 from t2.generation.prompts import encode, eos_ids_of
 from t2.tasks.base import Problem, user_message
@@ -145,7 +146,7 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
         process = subprocess.Popen(command, cwd=ROOT, stderr=log)
         url = f"http://127.0.0.1:{port}"
         try:
-            _wait_for(port, process)
+            wait_for(log, process, b"passes run compiled")
             ended, swaps = threading.Event(), 0
 
             def swap() -> None:
@@ -173,20 +174,27 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
             process.wait(60)
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with exit code {process.returncode}") from None
-            time.sleep(0.1)
+def wait_for(log: IO[bytes], process: subprocess.Popen[bytes], line: bytes) -> None:
+    """Until the server has written a line. RuntimeError if it ends before."""
+    while line not in os.pread(log.fileno(), 1 << 20, 0):
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with exit code {process.returncode}")
+        time.sleep(0.1)
+
+
+def compiled_engine(svf: t2.SVFModel, tokenizer: Any) -> Engine:
+    """An engine like the server's, when its passes run compiled."""
+    engine = Engine(svf, eos_ids=eos_ids_of(svf.model, tokenizer), max_rows=ROWS, max_tokens=MOST, max_waiting=10**6)
+    with Compilation(engine, tqdm.write) as compilation:
+        while compilation.thread.is_alive():
+            engine.step()
+            time.sleep(0.01)
+    return engine
 
 
 def engine_alone(svf: t2.SVFModel, tokenizer: Any, asked: Sequence[Asked], experts: Sequence[str]) -> float:
     """Tokens a second of the same requests without HTTP and pass one."""
-    engine = Engine(svf, eos_ids=eos_ids_of(svf.model, tokenizer), max_rows=ROWS, max_tokens=MOST, max_waiting=10**6)
+    engine = compiled_engine(svf, tokenizer)
     left = len(asked)
 
     def event(found: Token | Finished) -> None:
@@ -243,6 +251,7 @@ def main(requests: int = 2000, clients: int = 200, check: int = 60, results: Pat
     model, tokenizer = t2.load(MODEL)
     svf = t2.SVFModel(model, t2.SVFConfig(dtype=torch.bfloat16, bf16_products=True, progress=False))
     with tempfile.TemporaryDirectory() as parent:
+        compiled_engine(svf, tokenizer)  # the server finds the program
         folder = Path(parent) / "bank"
         names, versions = bank_of(folder, svf)
         asked = requests_of(requests, names, 0)

@@ -17,13 +17,33 @@ import llama_cpp as llama
 import numpy
 
 
+def add(batch: llama.llama_batch, token: int, position: int, row: int, wanted: bool) -> None:
+    i = batch.n_tokens
+    batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+    batch.seq_id[i][0], batch.logits[i] = row, wanted
+    batch.n_tokens += 1
+
+
+def decode(context: object, batch: llama.llama_batch) -> None:
+    if llama.llama_decode(context, batch):
+        raise RuntimeError("llama_decode failed")
+
+
+def likeliest(context: object, place: int, vocabulary: int) -> int:
+    logits = llama.llama_get_logits_ith(context, place)
+    return int(numpy.ctypeslib.as_array(logits, (vocabulary,)).argmax())
+
+
 def main(path: str, threads: int) -> None:
     llama.llama_backend_init()
     silent = llama.llama_log_callback(lambda level, text, data: None)
     llama.llama_log_set(silent, ctypes.c_void_p(0))
     model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-    print(json.dumps({"llama_cpp": llama.__version__, "system": llama.llama_print_system_info().decode()}), flush=True)
+    print(
+        json.dumps({"llama_cpp": llama.__version__, "system": llama.llama_print_system_info().decode()}),
+        flush=True,
+    )
     for line in sys.stdin:
         request = json.loads(line)
         prompts, new_tokens = request["prompts"], request["new_tokens"]
@@ -36,36 +56,26 @@ def main(path: str, threads: int) -> None:
         context = llama.llama_init_from_model(model, params)
         batch = llama.llama_batch_init(sum(map(len, prompts)), 0, 1)
 
-        def add(token: int, position: int, row: int, wanted: bool) -> None:
-            i = batch.n_tokens
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-            batch.seq_id[i][0], batch.logits[i] = row, wanted
-            batch.n_tokens += 1
-
-        def decode() -> None:
-            if llama.llama_decode(context, batch):
-                raise RuntimeError("llama_decode failed")
-
         start = time.perf_counter()
         ends = []
         for row, prompt in enumerate(prompts):
             for position, token in enumerate(prompt):
-                add(token, position, row, position + 1 == len(prompt))
+                add(batch, token, position, row, position + 1 == len(prompt))
             ends.append(batch.n_tokens - 1)
-        decode()
+        decode(context, batch)
         made: list[list[int]] = [[] for _ in prompts]
         read = time.perf_counter()
         for step in range(new_tokens):
-            tokens = [int(numpy.ctypeslib.as_array(llama.llama_get_logits_ith(context, end), (vocabulary,)).argmax()) for end in ends]  # fmt: skip
+            tokens = [likeliest(context, end, vocabulary) for end in ends]
             for row, token in enumerate(tokens):
                 made[row].append(token)
             if step + 1 == new_tokens:
                 break
             batch.n_tokens = 0
             for row, token in enumerate(tokens):
-                add(token, len(prompts[row]) + step, row, True)
+                add(batch, token, len(prompts[row]) + step, row, True)
             ends = list(range(len(prompts)))
-            decode()
+            decode(context, batch)
         end = time.perf_counter()
         llama.llama_batch_free(batch)
         llama.llama_free(context)

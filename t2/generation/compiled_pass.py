@@ -12,12 +12,14 @@ by a hash of all they depend on.
 from __future__ import annotations
 
 import inspect
+import math
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -43,7 +45,7 @@ SMALL = 64
 CHECKED_ROWS = (1, 2, 7, 32)
 """Numbers of tokens with which a program is compared with the model."""
 FAITHFUL = (
-    *("mean", "sum", "prod", "var", "var_mean", "std", "cumsum", "logsumexp", "linalg_vector_norm"),
+    *("sum", "prod", "var", "var_mean", "std", "cumsum", "logsumexp", "linalg_vector_norm"),
     *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "softmax", "_softmax", "_log_softmax"),
     *("silu", "gelu", "tanh", "sigmoid", "softplus", "elu", "mish", "hardswish", "erf"),
     *("exp", "exp2", "expm1", "log", "log2", "log1p", "sin", "cos", "tan", "atan", "sinh", "cosh"),
@@ -56,7 +58,7 @@ class PassModule(nn.Module):
 
     def __init__(self, svf: SVFModel, cache: RowCache) -> None:
         super().__init__()
-        self.svf, self._cache = svf, RowCache(len(cache.layers), cache.rows, cache.capacity)
+        self.svf, self._cache = svf, RowCache(cache.windows, cache.rows, cache.capacity)
         for name, buffer in cache.buffers().items():
             self.register_buffer(name, buffer, persistent=False)
 
@@ -129,15 +131,15 @@ class Compilation:
 
 def prepare(engine: Engine, traced: Path) -> Path:
     """The path of the engine's program; where there is nothing yet, the traced model is written for the compiler."""
-    engine.warm_up()
     module = PassModule(engine.svf, engine.cache).eval()
     path = cache_root() / "passes" / f"{program_key(module)}.pt2"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode(False), torch.no_grad(), _head_left_out(engine):
+        with torch.inference_mode(False), torch.no_grad(), _head_left_out(engine), warnings.catch_warnings():
             tokens = Dim("tokens", min=2, max=1 << 20)
             inputs = tuple(torch.arange(3) % engine.cache.rows for _ in range(4))
             shapes = tuple({0: tokens} for _ in inputs)
+            warnings.simplefilter("ignore")
             program = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         _replace_weights(program, "meta")
         torch.export.save(program, traced)
@@ -229,8 +231,16 @@ class CompiledPass:
         """`run_pass` with a slot [tokens] for each token."""
         if self._svf.table_generation != self._generation:
             self._take_weights()
-        states: Tensor = self._program(ids, places.positions, places.rows, slots)
+        states: Tensor
+        (states,) = self._program.loader.boxed_run([ids, places.positions, places.rows, slots])
         return states
+
+
+def _mean(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """As torch computes it on a CPU: a sum, divided."""
+    dims = range(x.dim()) if not dim else dim
+    total = torch.ops.aten.sum.dim_IntList(x, list(dims), keepdim, dtype=dtype)
+    return total / math.prod(x.shape[d] for d in dims)
 
 
 def main(traced: str, path: str) -> None:
@@ -247,9 +257,10 @@ def main(traced: str, path: str) -> None:
             decomposition.decompositions.pop(operator, None)
             lowering.lowerings.pop(operator, None)
             lowering.make_fallback(operator, warn=False)
+    decomposition.decompositions[torch.ops.aten.mean.dim] = _mean
     program = torch.export.load(traced)
     _replace_weights(program, "cpu")
-    options = {"emulate_precision_casts": True, "aot_inductor.package_constants_in_so": False}
+    options = {"emulate_precision_casts": True, "aot_inductor.package_constants_in_so": False, "cpp.threads": 1}
     torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
 
 

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from t2.model.attention import shared_keys
 from t2.model.kv_cache import new_cache
@@ -84,27 +84,45 @@ class RowCache(Cache):
     A pass has one token in each of its rows (`t2.model.attention.shared_keys`).
     """
 
-    def __init__(self, layers: int, rows: int, capacity: int) -> None:
-        self.rows, self.capacity = rows, capacity
+    def __init__(self, windows: Sequence[int | None], rows: int, capacity: int) -> None:
+        """windows: for each layer the keys that a token looks back at, itself included, or None for all."""
+        self.windows, self.rows, self.capacity = tuple(windows), rows, capacity
         self.places: Places | None = None
-        super().__init__(layers=[RowLayer(self) for _ in range(layers)])
+        super().__init__(layers=[RowLayer(self) for _ in windows])
 
     @classmethod
     def of(cls, model: nn.Module, rows: int, capacity: int) -> RowCache:
         """The cache of a transformers model.
 
         Raises:
-            TypeError: a model whose cache holds anything but keys and values, or windows of them, or whose attention
-                is not torch's "sdpa".
+            TypeError: a model whose cache holds anything but keys and values, or whose attention is not torch's "sdpa".
         """
         usual = new_cache(model)
         kind = type(model).__name__
-        if usual is None or any(type(layer) is not DynamicLayer for layer in usual.layers):
+        if usual is None:
             raise TypeError(f"model: expected one whose cache is all keys and values, got {kind}")
+        text = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+        named = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        windows = [getattr(layer, "sliding_window", None) for layer in usual.layers]
+        if named or len({window for window in windows if window is not None}) > 1:
+            found = ", ".join(sorted(named)) or "windows of several lengths"
+            raise TypeError(
+                f"model: expected layers that look at all keys or at one window of them, got {found} in {kind}"
+            )
         attention = getattr(model.config, "_attn_implementation", None)
         if attention != "sdpa":
             raise TypeError(f"model: expected attn_implementation 'sdpa', got {attention!r} in {kind}")
-        return cls(len(usual.layers), rows, capacity)
+        return cls(windows, rows, capacity)
+
+    def masks(self, places: Places) -> Tensor | dict[str, Tensor]:
+        """What the model takes for `attention_mask`: bool [tokens, 1, 1, length], by kind of layer if there are two."""
+        keys, positions = torch.arange(places.length, device=places.rows.device), places.positions[:, None]
+        mask = (keys <= positions)[:, None, None]
+        window = next((window for window in self.windows if window is not None), None)
+        if window is None:
+            return mask
+        near = mask & (keys > positions - window)[:, None, None]
+        return {"full_attention": mask, "sliding_attention": near} if None in self.windows else near
 
     def names(self) -> list[str]:
         """The names of all buffers."""
@@ -138,14 +156,12 @@ class RowCache(Cache):
 
 def run_pass(model: nn.Module, cache: RowCache, places: Places, ids: Tensor) -> Tensor:
     """The model's output [tokens, ...] for ids [tokens], each a row with a place in the cache, in the route of now."""
-    rows, positions = places.rows, places.positions
-    mask = torch.arange(places.length, device=ids.device) <= positions[:, None]
     cache.places = places
-    with shared_keys(rows):
+    with shared_keys(places.rows):
         logits: Tensor = model(
             input_ids=ids[:, None],
-            attention_mask=mask[:, None, None],
-            position_ids=positions[:, None],
+            attention_mask=cache.masks(places),
+            position_ids=places.positions[:, None],
             past_key_values=cache,
             use_cache=True,
         ).logits

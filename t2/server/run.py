@@ -54,7 +54,7 @@ def serve(
     form: str,
     support: Path | None,
     max_connections: int,
-    compiled: bool,
+    compiled: bool = True,
     **limits: int,
 ) -> int:
     """Loads everything, then answers until SIGINT or SIGTERM, after which running answers are finished.

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+)
 
 import t2
 from t2.generation.engine import Engine, Finished, QueueFull, Sampling, Token
@@ -218,12 +226,56 @@ def test_what_is_refused(svf):
         engine.submit([5], Answer(), max_tokens=1)
 
 
-def test_models_whose_cache_is_more_than_keys_and_values_are_refused():
-    sizes = dict(vocab_size=14, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    windows = MistralForCausalLM(MistralConfig(num_key_value_heads=2, sliding_window=8, **sizes))
-    with pytest.raises(TypeError, match="all keys and values, got MistralForCausalLM"):
-        Engine(t2.SVFModel(windows, t2.SVFConfig(progress=False)), eos_ids=(2,))
+SIZES = dict(vocab_size=14, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+WINDOWS = {
+    "one kind": MistralConfig(num_key_value_heads=2, sliding_window=8, **SIZES),
+    "two kinds": Gemma3TextConfig(
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        **SIZES,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_windows_of_keys(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(WINDOWS[kind]).eval()
+    svf = t2.SVFModel(model, t2.SVFConfig(progress=False))
+    svf.add_expert("e0", t2.Expert.random(svf.layout, std=0.5))
+    engine, given = engine_of(svf), []
+    for i, prompt in enumerate(prompts(8)):
+        given.append((prompt, (None, "e0")[i % 2], Answer()))
+        engine.submit(prompt, given[-1][2], max_tokens=12, expert=given[-1][1])
+    while engine.step():
+        pass
+    assert any(len(prompt) > 30 for prompt, _, _ in given)
+    for prompt, expert, answer in given:
+        assert answer.ids == alone(svf, prompt, expert, 12)
+
+
+def test_models_that_the_engine_can_not_run_are_refused():
+    state = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=14, hidden_size=32, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(TypeError, match="all keys and values, got MambaForCausalLM"):
+        Engine(t2.SVFModel(state, t2.SVFConfig(progress=False)), eos_ids=(2,))
     eager = toy_model()
     eager.config._attn_implementation = "eager"
     with pytest.raises(TypeError, match="'sdpa', got 'eager'"):
         Engine(t2.SVFModel(eager, t2.SVFConfig(progress=False)), eos_ids=(2,))
+
+
+def test_a_model_that_reads_single_tokens_otherwise_is_refused(monkeypatch):
+    svf = t2.SVFModel(toy_model(), t2.SVFConfig(progress=False))
+    run = svf.model.forward
+
+    @functools.wraps(run)
+    def forward(*args, position_ids=None, **kwargs):
+        return run(*args, position_ids=None if position_ids is None else position_ids * 0, **kwargs)
+
+    monkeypatch.setattr(svf.model, "forward", forward)
+    with pytest.raises(TypeError, match="the same logits for tokens one by one and together, got others from Llama"):
+        engine_of(svf)
