@@ -4,7 +4,8 @@
 
 The paths are Pythons of environments in which `pip install llama-cpp-python` and vLLM's CPU build were installed.
 SmolLM2-135M-Instruct: llama.cpp runs the GGUF file of 4 bits that this package reads its weights from, vLLM the same
-weights as bfloat16. Prompts of 40 tokens, greedy, no end token. Processes whose turn it is not are stopped. Writes benchmarks/results/engine-peers.json.
+weights as bfloat16. Prompts of 40 tokens, greedy, no end token. Processes whose turn it is not are stopped. Writes
+benchmarks/results/engine-peers.json.
 """
 
 from __future__ import annotations
