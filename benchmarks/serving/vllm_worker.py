@@ -2,8 +2,8 @@
 
     python vllm_worker.py MODEL_FOLDER
 
-Reads requests as JSON lines, {"prompts": [[token, ...], ...], "new_tokens": N}, and prints the seconds that prompts with
-one token each took, and that all took when they were asked for again. Greedy, bfloat16, without prefix cache.
+Reads requests as JSON lines, {"prompts": [[token, ...], ...], "new_tokens": N}, and prints the seconds that prompts
+with one token each took, and that all took when they were asked for again. Greedy, bfloat16, without prefix cache.
 """
 
 from __future__ import annotations

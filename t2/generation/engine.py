@@ -385,7 +385,8 @@ class Engine:
         except Exception as error:
             raise TypeError(f"model: expected one that reads single tokens of a batch, got {kind}: {error}") from error
         got = states if self.head is None else self.head(states)
-        if not (got - want).abs().max() <= 0.05 * (want.max() - want.min()):  # also where there is NaN
+        spread = (want - want.mean(-1, keepdim=True)).float().norm()
+        if not (got - want).float().norm() <= 0.25 * spread:  # bfloat16 differs by 0.1; also where there is NaN
             raise TypeError(
                 f"model: expected the same logits for tokens one by one and together, got others from {kind}"
             )
