@@ -238,8 +238,8 @@ class CompiledPass:
 
 def _mean(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """As torch computes it on a CPU: a sum, divided."""
-    dims = range(x.dim()) if not dim else dim
-    total = torch.ops.aten.sum.dim_IntList(x, list(dims), keepdim, dtype=dtype)
+    dims = dim or list(range(x.dim()))
+    total = torch.ops.aten.sum.dim_IntList(x, dims, keepdim, dtype=dtype)
     return total / math.prod(x.shape[d] for d in dims)
 
 

@@ -329,13 +329,15 @@ class Engine:
             with self._changed:
                 request = self._waiting.popleft()
             request.row = self._free.pop()
-            request.read = request.cached = self.prefixes.load(request.expert, request.prompt, self.cache, request.row)
             self._running.append(request)
 
     def _pass(self) -> None:
         """Reads a token of each answer, and prompts in the order they came, as far as there is room for them."""
         room, parts = self.chunk, list[tuple[Request, list[int]]]()
         for request in self._running:
+            if not request.read and room:
+                known = self.prefixes.load(request.expert, request.prompt, self.cache, request.row)
+                request.read = request.cached = known
             tokens = request.next_tokens(room)
             room -= 0 if request.is_read else len(tokens)
             if tokens:
@@ -361,9 +363,9 @@ class Engine:
         if len(ends) < len(each):
             states = states[torch.tensor([end for end, _ in ends], dtype=torch.int64, device=device)]
         logits = states if self.head is None or not len(ends) else self.head(states)
-        for _, request in ends:
+        for request, _ in parts:
             if not request.tokens:
-                self.prefixes.save(request.expert, request.prompt, self.cache, request.row)
+                self.prefixes.save(request.expert, request.prompt[: request.read], self.cache, request.row)
         if ends:
             self._choose(logits, [request for _, request in ends])
 

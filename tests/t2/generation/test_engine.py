@@ -279,3 +279,14 @@ def test_a_model_that_reads_single_tokens_otherwise_is_refused(monkeypatch):
     monkeypatch.setattr(svf.model, "forward", forward)
     with pytest.raises(TypeError, match="the same logits for tokens one by one and together, got others from Llama"):
         engine_of(svf)
+
+
+def test_prompts_that_begin_alike_and_come_together_are_read_once(svf):
+    engine = engine_of(svf, chunk=36)
+    prompt, given = [3 + i % 11 for i in range(50)], [Answer() for _ in range(3)]
+    for answer in given:
+        engine.submit(prompt, answer, max_tokens=5, expert="e0")
+    while engine.step():
+        pass
+    assert engine.prefixes.hits == 2 * 32
+    assert [answer.ids for answer in given] == 3 * [alone(svf, prompt, "e0", 5)]
