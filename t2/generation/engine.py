@@ -378,7 +378,7 @@ class Engine:
     def _check_model(self) -> None:
         """Compares a pass of single tokens, in a row that no request has, with the model's own way to read them."""
         each = torch.arange(CHECKED, device=self.svf.sigma.device)
-        ids, kind = each % self.vocabulary, type(self.svf.model).__name__
+        ids, kind = (each * 97 + self.vocabulary // 3) % self.vocabulary, type(self.svf.model).__name__
         try:
             states = self.run_model(
                 ids, Places(torch.full_like(each, self.max_rows), each, SPAN), torch.zeros_like(each)
@@ -387,8 +387,9 @@ class Engine:
         except Exception as error:
             raise TypeError(f"model: expected one that reads single tokens of a batch, got {kind}: {error}") from error
         got = states if self.head is None else self.head(states)
-        spread = (want - want.mean(-1, keepdim=True)).float().norm()
-        if not (got - want).float().norm() <= 0.25 * spread:  # bfloat16 differs by 0.1; also where there is NaN
+        got, want = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (got, want))
+        error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).median()
+        if not error <= 0.25:  # bfloat16 differs by 0.05, most tokens in a wrong order by 1; also where there is NaN
             raise TypeError(
                 f"model: expected the same logits for tokens one by one and together, got others from {kind}"
             )
