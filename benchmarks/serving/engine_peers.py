@@ -46,16 +46,16 @@ class Worker:
 
     def __init__(self, python: Path, script: str, *arguments: str) -> None:
         command = [str(python), str(Path(__file__).with_name(script)), *arguments]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which can be stopped
+        }
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 — as long as the process
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._process = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
         self.about = self._read()
+        os.killpg(self._process.pid, signal.SIGSTOP)
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -63,17 +63,18 @@ class Worker:
             if line.startswith("{"):
                 found: dict[str, Any] = json.loads(line)
                 return found
-        raise RuntimeError(f"{self._process.args!r} ended with exit code {self._process.wait()}")
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").splitlines() or [""]
+        raise RuntimeError(f"{self._process.args!r} ended with exit code {self._process.wait()}: {lines[-1]}")
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
         assert self._process.stdin is not None
         os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}) + "\n")
         self._process.stdin.flush()
-        try:
-            return self._read()
-        finally:
-            os.killpg(self._process.pid, signal.SIGSTOP)
+        found = self._read()
+        os.killpg(self._process.pid, signal.SIGSTOP)
+        return found
 
     def close(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
