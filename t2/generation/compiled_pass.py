@@ -11,6 +11,7 @@ by a hash of all they depend on.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import platform
@@ -40,6 +41,7 @@ from t2kernels.files import cache_root, replacing
 if TYPE_CHECKING:
     from t2.generation.engine import Engine
 
+RUNNER, RUNNER_SOURCE = "t2_pass_runner", Path(__file__).with_name("pass_runner.cpp")
 SMALL = 64
 """Tensors of at most so many numbers may become constants of a program, which then depends on their values."""
 CHECKED_ROWS = (1, 2, 7, 32)
@@ -119,7 +121,8 @@ class Compilation:
         """Compiles a traced model. Raises RuntimeError with the last line of what the compiler printed."""
         with replacing(path) as temporary:
             program = traced.with_name("program.pt2")
-            command = [sys.executable, "-m", "t2.generation.compiled_pass", str(traced), str(program)]
+            command = [sys.executable, "-m", "t2.generation.compiled_pass"]
+            command += [str(traced), str(program), str(runner_file())]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             self._compiler = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
             printed, _ = self._compiler.communicate()
@@ -133,7 +136,7 @@ def prepare(engine: Engine, traced: Path) -> Path:
     """The path of the engine's program; where there is nothing yet, the traced model is written for the compiler."""
     module = PassModule(engine.svf, engine.cache).eval()
     path = cache_root() / "passes" / f"{program_key(module)}.pt2"
-    if not path.is_file():
+    if not path.is_file() or not runner_file().is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(False), torch.no_grad(), _head_left_out(engine), warnings.catch_warnings():
             tokens = Dim("tokens", min=2, max=1 << 20)
@@ -155,6 +158,13 @@ def _replace_weights(program: ExportedProgram, device: str) -> None:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
             is_parameter = isinstance(tensor, nn.Parameter)
             tensors[name] = nn.Parameter(empty, requires_grad=False) if is_parameter else empty
+
+
+def runner_file() -> Path:
+    """The built `pass_runner.cpp`, for this Python and torch."""
+    digest = xxhash.xxh3_64(RUNNER_SOURCE.read_bytes())
+    digest.update(f"{sys.version} {torch.__version__} {platform.machine()}".encode())
+    return cache_root() / "passes" / f"runner-{digest.hexdigest()}.so"
 
 
 def program_key(module: PassModule) -> str:
@@ -218,13 +228,17 @@ class CompiledPass:
 
     def __init__(self, svf: SVFModel, cache: RowCache, path: Path) -> None:
         self._svf, self._cache = svf, cache
-        self._program: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
+        found = importlib.util.spec_from_file_location(RUNNER, runner_file())
+        assert found is not None and found.loader is not None
+        runner: Any = importlib.util.module_from_spec(found)
+        found.loader.exec_module(runner)
+        self._program = runner.Program(str(path))
         self._take_weights()
 
     def _take_weights(self) -> None:
         tensors = PassModule(self._svf, self._cache).tensors()
-        self._weights = {name: tensors[name] for name in self._program.get_constant_fqns()}
-        self._program.load_constants(self._weights, check_full_update=True, user_managed=True)
+        self._weights = {name: tensors[name] for name in self._program.weights()}
+        self._program.take_weights(self._weights)
         self._generation = self._svf.table_generation
 
     def __call__(self, ids: Tensor, places: Places, slots: Tensor) -> Tensor:
@@ -232,7 +246,7 @@ class CompiledPass:
         if self._svf.table_generation != self._generation:
             self._take_weights()
         states: Tensor
-        (states,) = self._program.loader.boxed_run([ids, places.positions, places.rows, slots])
+        (states,) = self._program.run([ids, places.positions, places.rows, slots])
         return states
 
 
@@ -243,15 +257,21 @@ def _mean(x: Tensor, dim: list[int] | None, keepdim: bool = False, *, dtype: tor
     return total / math.prod(x.shape[d] for d in dims)
 
 
-def main(traced: str, path: str) -> None:
+def main(traced: str, path: str, runner: str) -> None:
     """The compiler's process."""
     import os
 
     from torch._inductor import decomposition, lowering
+    from torch.utils import cpp_extension
 
     import t2kernels  # noqa: F401 — its operators
 
     os.nice(10)
+    if not Path(runner).is_file():
+        folder = Path(traced).parent
+        cpp_extension.load(RUNNER, [str(RUNNER_SOURCE)], build_directory=str(folder), with_cuda=False)
+        with replacing(Path(runner)) as temporary:
+            shutil.copyfile(folder / f"{RUNNER}.so", temporary)
     for packet in (getattr(torch.ops.aten, name) for name in FAITHFUL):
         for operator in (getattr(packet, overload) for overload in packet.overloads()):
             decomposition.decompositions.pop(operator, None)
