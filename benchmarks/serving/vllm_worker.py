@@ -25,7 +25,7 @@ def main(folder: str) -> None:
         def seconds(tokens: int, prompts: list[dict[str, list[int]]] = prompts) -> float:
             options = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
             start = time.perf_counter()
-            model.generate(prompts, options, use_tqdm=False)  # type: ignore[arg-type]
+            model.generate(prompts, options, use_tqdm=False)
             return time.perf_counter() - start
 
         print(json.dumps({"prompt_seconds": seconds(1), "seconds": seconds(request["new_tokens"])}), flush=True)

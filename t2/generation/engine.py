@@ -388,8 +388,8 @@ class Engine:
             raise TypeError(f"model: expected one that reads single tokens of a batch, got {kind}: {error}") from error
         got = states if self.head is None else self.head(states)
         got, want = (logits.float() - logits.float().mean(-1, keepdim=True) for logits in (got, want))
-        error = ((got - want).norm(dim=-1) / want.norm(dim=-1)).median()
-        if not error <= 0.25:  # bfloat16 differs by 0.05, most tokens in a wrong order by 1; also where there is NaN
+        distance = ((got - want).norm(dim=-1) / want.norm(dim=-1)).median()
+        if not distance <= 0.25:  # bfloat16 differs by 0.05, most tokens in a wrong order by 1; also where there is NaN
             raise TypeError(
                 f"model: expected the same logits for tokens one by one and together, got others from {kind}"
             )
