@@ -551,7 +551,7 @@ class DeltaWeight(_WithOperands):
             base: W [out, in], or a module that computes W x + b.
             u: [out, k], s: [k], vh: [k, in] of the support's k >= 1 components.
             dtype: storage of W and of the components, these as bfloat16 where W is float8; of the components alone
-                where a module keeps W. int8 rounds what an expert changes by half a percent.
+                where a module keeps W.
             bf16_products: as in `FactoredWeight.pack`.
         """
         pair = torch.bfloat16 if dtype in EIGHT_BITS and dtype != torch.int8 else dtype

@@ -93,9 +93,7 @@ class Ours:
         self.engine = Engine(self.svf, eos_ids=(), max_rows=max(BATCHES), max_tokens=512, chunk=1024, prefix_bytes=0)
         news: list[str] = []
         with Compilation(self.engine, news.append) as compilation:
-            while compilation.thread.is_alive():
-                self.engine.step()
-                time.sleep(0.01)
+            compilation.finish()
         if self.engine.compiled is None:
             raise RuntimeError(news[0])
 

@@ -186,9 +186,7 @@ def compiled_engine(svf: t2.SVFModel, tokenizer: Any) -> Engine:
     """An engine like the server's, when its passes run compiled."""
     engine = Engine(svf, eos_ids=eos_ids_of(svf.model, tokenizer), max_rows=ROWS, max_tokens=MOST, max_waiting=10**6)
     with Compilation(engine, tqdm.write) as compilation:
-        while compilation.thread.is_alive():
-            engine.step()
-            time.sleep(0.01)
+        compilation.finish()
     return engine
 
 

@@ -1,8 +1,8 @@
 """A pass of the engine without Python: traced by torch.export, compiled by AOTInductor, and kept on disk.
 
 One program serves any number of tokens. It calls the package's kernels for products and attention; what lies between
-them, norms and rotation and sums, becomes a few loops. All operators that are not exactly rounded, and all sums, run as
-the very functions that run without it, so a pass gives the same bits either way. That is checked when a program is
+them, norms and rotation and sums, becomes a few loops. Sums, and the operators that round in a way of their own
+(`FAITHFUL`), stay torch's functions, so a pass gives the same bits either way. That is checked when a program is
 loaded, and one that gives others is not used.
 
 The compiler runs in a process of its own and never sees a weight. Programs are kept below `cache_root() / "passes"`,
@@ -21,8 +21,8 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,12 @@ class Compilation:
         if self._compiler is not None:
             self._compiler.kill()
 
+    def finish(self) -> None:
+        """Steps an engine without a thread of its own until the news has come."""
+        while self.thread.is_alive():
+            self._engine.step()
+            self.thread.join(0.01)
+
     def _run(self) -> None:
         engine = self._engine
         try:
@@ -125,6 +131,8 @@ class Compilation:
             command += [str(traced), str(program), str(runner_file())]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             self._compiler = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+            if self._cancelled:
+                self._compiler.kill()
             printed, _ = self._compiler.communicate()
             if self._compiler.returncode:
                 lines = printed.strip().splitlines() or [f"exit code {self._compiler.returncode}"]
@@ -138,7 +146,8 @@ def prepare(engine: Engine, traced: Path) -> Path:
     path = cache_root() / "passes" / f"{program_key(module)}.pt2"
     if not path.is_file() or not runner_file().is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.inference_mode(False), torch.no_grad(), _head_left_out(engine), warnings.catch_warnings():
+        left_out = nullcontext() if engine.head is None else engine.head.left_out()
+        with torch.inference_mode(False), torch.no_grad(), left_out, warnings.catch_warnings():
             tokens = Dim("tokens", min=2, max=1 << 20)
             inputs = tuple(torch.arange(3) % engine.cache.rows for _ in range(4))
             shapes = tuple({0: tokens} for _ in inputs)
@@ -199,12 +208,6 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
-
-
-@contextmanager
-def _head_left_out(engine: Engine) -> Iterator[None]:
-    with nullcontext() if engine.head is None else engine.head.left_out():
-        yield
 
 
 def load(engine: Engine, path: Path) -> None:
@@ -280,6 +283,7 @@ def main(traced: str, path: str, runner: str) -> None:
     decomposition.decompositions[torch.ops.aten.mean.dim] = _mean
     program = torch.export.load(traced)
     _replace_weights(program, "cpu")
+    # One thread: waking others costs more than a few rows' loops take. Products and attention have their own.
     options = {"emulate_precision_casts": True, "aot_inductor.package_constants_in_so": False, "cpp.threads": 1}
     torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
 

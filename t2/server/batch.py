@@ -98,7 +98,7 @@ def answer_file(opened: Opened, source: Path, output: Path, *, max_tokens: int, 
     experts.look()
     opened.engine.start()
     try:
-        with Compilation(opened.engine, lambda _: None):
+        with Compilation(opened.engine, console.print):
             asyncio.run(_answer_all(experts, lines, done, output, max_tokens, console))
     except KeyboardInterrupt:
         console.print(f"Interrupted. The same command goes on with {output}.")

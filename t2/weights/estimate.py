@@ -186,10 +186,8 @@ class ModelEstimate:
         logits of both and float32 temporaries."""
         e = self.dtype.itemsize
         temporaries = 4 * (4 if e == 4 else 5)
-        return 3 * tokens * self.architecture.hidden * e + self._chunk(tokens) * (2 * e + temporaries)
-
-    def _chunk(self, tokens: int) -> int:
-        return self.architecture.vocabulary * min(tokens, LOSS_ROWS)
+        chunk = min(tokens, LOSS_ROWS) * self.architecture.vocabulary
+        return 3 * tokens * self.architecture.hidden * e + chunk * (2 * e + temporaries)
 
     def rollout(self, work: StepSizes) -> float:
         """Most that drawing a step's answers holds: the cache, one token's logits, the reading of the prompts."""

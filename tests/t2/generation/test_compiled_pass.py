@@ -38,9 +38,7 @@ def expert_of(svf: t2.SVFModel, seed: int) -> t2.Expert:
 def compiled(engine: Engine) -> list[str]:
     news: list[str] = []
     with Compilation(engine, news.append) as compilation:
-        while compilation.thread.is_alive():
-            engine.step()
-            compilation.thread.join(0.01)
+        compilation.finish()
     return news
 
 
