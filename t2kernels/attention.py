@@ -29,7 +29,8 @@ def decode_attention(
         allowed: bool [rows, length], the keys that a row may look at; None for all.
         scale: default 1 / sqrt(head_dim).
         key_rows: int64 [rows], the row of key and value that each row looks at: several tokens of one request share
-            its keys, which may lie in any row of a cache. Default: each its own.
+            its keys, which may lie in any row of a cache; they are read once for a few of them if they follow each
+            other. Default: each its own.
 
     Returns:
         [rows, 1, heads, head_dim], contiguous, the dtype of query.

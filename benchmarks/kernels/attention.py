@@ -1,4 +1,4 @@
-"""Attention of one decode step with its cache: our kernel against sdpa in transformers.
+"""Attention of one decode step with its cache, and of a prompt: our kernel against sdpa in transformers.
 
 python -m pytest benchmarks/kernels/attention.py --benchmark-json=benchmarks/results/cpu-attention.json
 """
@@ -6,20 +6,27 @@ python -m pytest benchmarks/kernels/attention.py --benchmark-json=benchmarks/res
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.common.interleave import CACHE_BYTES, in_turns
-from t2.model.attention import attention
+from t2.model.attention import attention, take_over
 from t2.model.kv_cache import GrowingLayer
 
 HEADS = {"SmolLM2": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}  # query heads, key heads, head_dim
+
+
+def module_of(model: str) -> nn.Module:
+    heads, key_heads, _ = HEADS[model]
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // key_heads, True  # type: ignore[assignment]
+    take_over([module])
+    return module
 
 
 class Step:
@@ -28,7 +35,7 @@ class Step:
     def __init__(self, model: str, batch: int, length: int) -> None:
         heads, key_heads, head_dim = HEADS[model]
         g = torch.Generator().manual_seed(0)
-        self.module = SimpleNamespace(num_key_value_groups=heads // key_heads, is_causal=True)
+        self.module = module_of(model)
         self.query = torch.randn(batch, heads, 1, head_dim, generator=g)
         self.new = torch.randn(batch, key_heads, 1, head_dim, generator=g)
         self.kept = torch.randn(batch, key_heads, length, head_dim, generator=g)
@@ -69,8 +76,38 @@ def test_decode(benchmark: Any, model: str, batch: int, length: int) -> None:
     in_turns(benchmark, paths, shape=model, batch=batch, length=length, layers=layers, bytes=kept_bytes * layers)
 
 
+class Prompt:
+    """A causal prompt of one row."""
+
+    def __init__(self, model: str, length: int) -> None:
+        heads, key_heads, head_dim = HEADS[model]
+        g = torch.Generator().manual_seed(0)
+        self.module = module_of(model)
+        self.query = torch.randn(1, length, heads, head_dim, generator=g).bfloat16().transpose(1, 2)
+        self.key, self.value = (torch.randn(1, key_heads, length, head_dim, generator=g).bfloat16() for _ in range(2))
+
+    def run(self, function: Any) -> Tensor:
+        y: Tensor = function(self.module, self.query, self.key, self.value, None, scaling=self.query.shape[-1] ** -0.5)[
+            0
+        ]
+        return y
+
+
+@pytest.mark.parametrize("length", (64, 512, 4000))
+@pytest.mark.parametrize("model", HEADS)
+def test_prompt(benchmark: Any, model: str, length: int) -> None:
+    prompt = Prompt(model, length)
+    functions = {"ours": attention, "transformers sdpa": sdpa_attention_forward}
+    paths = {name: lambda function=function: prompt.run(function) for name, function in functions.items()}
+    heads, _, head_dim = HEADS[model]
+    fmas = length * (length + 1) * heads * head_dim  # half of the scores, and half of the values
+    in_turns(benchmark, paths, shape=model, batch=1, length=length, layers=1, fmas=fmas)
+
+
 def test_paths_agree() -> None:
-    """Both timed paths compute the same result."""
+    """The timed paths compute the same result."""
+    prompt = Prompt("SmolLM2", 33)
+    torch.testing.assert_close(prompt.run(attention), prompt.run(sdpa_attention_forward), atol=2e-2, rtol=2e-2)
     step = Step("SmolLM2", 3, 20)
     ours, theirs = (
         step.run(attention, step.cache(GrowingLayer)),

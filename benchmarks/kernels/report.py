@@ -226,18 +226,22 @@ def backward_table(results: Any) -> Table:
 
 
 def attention_table(results: Any) -> Table:
-    """Attention of a decode step against sdpa in transformers."""
+    """Attention of a decode step, and of a prompt, against sdpa in transformers."""
     ours, sdpa, rows = "ours", "transformers sdpa", []
     for result in results["benchmarks"]:
-        pairs = zip(result["seconds"][ours], result["rates"]["read"], strict=True)
-        share = statistics.median(result["bytes"] / s / rate for s, rate in pairs)
+        is_step = "bytes" in result
+        work, rate = (result["bytes"], "read") if is_step else (result["fmas"], "float32")
+        pairs = zip(result["seconds"][ours], result["rates"][rate], strict=True)
+        share = statistics.median(work / s / most for s, most in pairs)
         cells = (f"{seconds(result, path) / result['layers'] * 1e3:.3g}" for path in (ours, sdpa))
-        label = f"{result['shape']}, {result['length']} tokens kept"
-        rows.append([label, str(result["batch"]), *cells, f"{ratio(result, sdpa, ours):.1f}x", f"{share:.0%}"])
+        label = f"{result['shape']}, {result['length']} tokens kept" if is_step else result["shape"]
+        tokens = str(result["batch"]) if is_step else f"prompt of {result['length']}"
+        limit = f"{share:.0%} of {'reading' if is_step else 'arithmetic'}"
+        rows.append([label, tokens, *cells, f"{ratio(result, sdpa, ours):.1f}x", limit])
     return Table(
-        "Attention and cache of a decode step, milliseconds a layer (`benchmarks/kernels/attention.py`). "
-        + machine_and_limits(results["machine_info"], results["benchmarks"]),
-        ["", "rows", ours, sdpa, "sdpa / ours", "share of read bandwidth"],
+        "Attention and cache of a decode step (float32), and attention of a prompt (bfloat16), milliseconds a layer "
+        "(`benchmarks/kernels/attention.py`). " + machine_and_limits(results["machine_info"], results["benchmarks"]),
+        ["", "tokens", ours, sdpa, "sdpa / ours", "share of the limit"],
         rows,
     )
 

@@ -84,7 +84,7 @@ SHARED_SUPPORT = ("--support", "128", "--support-from", BANK)
 """The components of each matrix that the experts of a bank change most: those of the next one share them."""
 OF_BANK = {
     "sums": "--cold-start-learning-rate 1.2e-2 --learning-rate 3e-3",
-    "reading": "--cold-start-learning-rate 1.2e-2 --learning-rate 3e-3",
+    "reading": "--cold-start-learning-rate 2.4e-2 --learning-rate 6e-3",
     "logic": "--cold-start-learning-rate 8e-3 --learning-rate 3e-3",
 }
 """Rates of the experts of a bank: those that were best in the comparison, or between two of them."""

@@ -56,6 +56,23 @@ struct Lane16 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  // out[i] = c[i].sum() for 16 of them: the same halves are added, those of several lanes side by side.
+  static void sums(const Lane16* c, float* out) {
+    for (int i = 0; i < 16; i += 8) {
+      const __m256 a = twos(fours(c[i], c[i + 4]), fours(c[i + 1], c[i + 5]));
+      const __m256 b = twos(fours(c[i + 2], c[i + 6]), fours(c[i + 3], c[i + 7]));
+      _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)));
+    }
+  }
+
+ private:
+  static __m256 fours(const Lane16& x, const Lane16& y) {
+    const __m256 a = _mm256_add_ps(x.lo, x.hi), b = _mm256_add_ps(y.lo, y.hi);
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  }
+  static __m256 twos(__m256 a, __m256 b) {
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  }
 };
 
 struct PairBroadcast {

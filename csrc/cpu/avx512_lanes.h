@@ -36,6 +36,23 @@ struct Lane16 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  // out[i] = c[i].sum() for 16 of them: the same halves are added, those of several lanes side by side.
+  static void sums(const Lane16* c, float* out) {
+    const __m512 a = twos(fours(c), fours(c + 1)), b = twos(fours(c + 2), fours(c + 3));
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)));
+  }
+
+ private:
+  static __m512 eights(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  static __m512 fours(const Lane16* c) {  // of c[0], c[4], c[8], c[12]
+    const __m512 a = eights(c[0].v, c[4].v), b = eights(c[8].v, c[12].v);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  static __m512 twos(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
 };
 
 struct PairBroadcast {

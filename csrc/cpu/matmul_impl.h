@@ -58,6 +58,7 @@ constexpr int64_t kScaleGrain = 64;
 
 // std::min would be emitted for this file's instruction set and shared, by the linker, with everyone.
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t grain(int64_t enough, int64_t each) { return each <= 0 || each >= enough ? 1 : enough / each; }
 inline int64_t whole(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 inline int64_t even(int64_t k) { return whole(k, 2); }

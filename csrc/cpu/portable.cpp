@@ -45,6 +45,10 @@ struct Lane16 {
       for (int i = 0; i < half; ++i) s[i] += s[i + half];
     return s[0];
   }
+  // out[i] = c[i].sum() for 16 of them.
+  static void sums(const Lane16* c, float* out) {
+    for (int i = 0; i < 16; ++i) out[i] = c[i].sum();
+  }
 };
 
 struct PairBroadcast {

@@ -1,9 +1,9 @@
-"""The parts of a decode step besides products, through the hooks that transformers has for them.
+"""The parts of a forward pass besides products, through the hooks that transformers has for them.
 
-`take_over` lets the attention modules of a model run one new token a row on `t2kernels.decode_attention`. The model's
-configuration goes on to say "sdpa": families decide by that name what they compute, so it has to stay true. What the
-kernel does not do runs on the function that "sdpa" stood for before. `GrowingLayer` is a cache layer that writes new
-keys and values behind the old ones instead of copying all of them for each token.
+`take_over` lets the attention modules of a model run on `t2kernels.decode_attention`: new tokens of a decode step, and
+prompts, whose tokens are then rows that share keys. So a token has the same bits in a decode step, in a prompt and in a
+part of one. The model's configuration goes on to say "sdpa": families decide by that name what they compute, so it has
+to stay true. What the kernel does not do runs on the function that "sdpa" stood for before.
 """
 
 from __future__ import annotations
@@ -43,13 +43,45 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [rows, heads, tokens, head_dim] -> [rows, tokens, heads, head_dim]."""
     key_rows: Tensor | None = getattr(_here, "key_rows", None)
-    if hasattr(module, MARK) and _decodes(query, key, value, attention_mask, dropout, kwargs, key_rows):
-        allowed = None if attention_mask is None else attention_mask[:, 0, 0]
+    is_causal = _is_causal(module, query, attention_mask, kwargs.get("is_causal"))
+    if hasattr(module, MARK) and _runs(query, key, value, attention_mask, dropout, kwargs, key_rows, is_causal):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return ops.decode_attention(query, key, value, allowed, scale, key_rows), None
+        return _by_token(query, key, value, attention_mask, scale, key_rows, is_causal), None
     if key_rows is not None:
         key, value = key[key_rows], value[key_rows]
     return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _is_causal(module: nn.Module, query: Tensor, mask: Tensor | None, given: bool | None) -> bool:
+    """As transformers' "sdpa" decides it."""
+    if given is None:
+        given = getattr(module, "is_causal", True)
+    return bool(given) and query.shape[2] > 1 and mask is None
+
+
+def _by_token(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    key_rows: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """The kernel with a row for each token, [rows, tokens, heads, head_dim]."""
+    rows, heads, tokens, head_dim = query.shape
+    if tokens == 1:
+        allowed = None if mask is None else mask[:, 0, 0]
+        return ops.decode_attention(query, key, value, allowed, scale, key_rows)
+    each = query.transpose(1, 2).reshape(rows * tokens, heads, 1, head_dim)
+    if mask is not None:
+        allowed = mask.expand(rows, 1, tokens, -1).reshape(rows * tokens, -1)
+    elif is_causal:
+        allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(rows, 1)
+    else:
+        allowed = None
+    own = torch.arange(rows).repeat_interleave(tokens)
+    return ops.decode_attention(each, key, value, allowed, scale, own).view(rows, tokens, heads, head_dim)
 
 
 _sdpa: Any = AttentionInterface()["sdpa"]
@@ -69,7 +101,7 @@ def shared_keys(key_rows: Tensor) -> Iterator[None]:
         _here.key_rows = None
 
 
-def _decodes(
+def _runs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -77,11 +109,12 @@ def _decodes(
     dropout: float,
     options: dict[str, Any],
     key_rows: Tensor | None,
+    is_causal: bool,
 ) -> bool:
-    """Whether this is what the kernel does: one token a row, a mask of keys at most, no gradient; and it is built."""
+    """Whether this is what the kernel does: a mask of tokens and keys at most, no gradient; and it is built."""
     rows, heads, tokens, head_dim = query.shape
     return (
-        tokens == 1
+        (key_rows is None or tokens == 1)
         and extension is not None
         and query.device.type == "cpu"
         and query.dtype in ACTIVATION_DTYPES
@@ -91,7 +124,8 @@ def _decodes(
         and (key if key_rows is None else key_rows).shape[0] == rows
         and key.shape[-1] == head_dim
         and heads % key.shape[1] == 0
-        and (mask is None or (mask.dtype == torch.bool and mask.shape == (rows, 1, 1, key.shape[2])))
+        and (not is_causal or tokens == key.shape[2])
+        and (mask is None or (mask.dtype == torch.bool and mask.shape in _masks(rows, tokens, key.shape[2])))
         and dropout == 0.0
         and not options.get("output_attentions")
         and all(options.get(name) is None for name in _OTHERS)
@@ -99,8 +133,14 @@ def _decodes(
     )
 
 
+def _masks(rows: int, tokens: int, length: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of masks that the kernel takes: of each row, or one for all rows of several tokens."""
+    own = (rows, 1, tokens, length)
+    return (own,) if tokens == 1 else (own, (1, 1, tokens, length))
+
+
 def take_over(modules: Iterable[nn.Module]) -> None:
-    """Lets these modules' "sdpa" attention, where that is what they use, run decode steps on the kernel."""
+    """Lets these modules' "sdpa" attention, where that is what they use, run on the kernel."""
     AttentionInterface.register("sdpa", attention)
     for module in modules:
         setattr(module, MARK, True)

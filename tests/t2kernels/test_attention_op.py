@@ -157,3 +157,46 @@ def test_rows_may_look_at_any_row_of_keys(instruction_set):
             torch.ops.t2kernels.decode_attention(query, key, value, None, 1.0, wrong)
     with pytest.raises(ValueError, match="key_rows"):
         t2kernels.decode_attention(query, key, value, key_rows=rows[:4])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 64), (5, 48), (13, 32)], ids=str)
+def test_rows_that_share_keys_have_the_bits_of_each_alone(extreme_set, dtype, shape):
+    """Rows that look at ranges of any length, with holes, far from each other, and at nothing."""
+    group, head_dim = shape
+    generator = torch.Generator().manual_seed(group)
+    key, value = (torch.randn(3, 2, 90, head_dim, generator=generator).to(dtype) for _ in range(2))
+    rows = torch.tensor([1] * 20 + [0] + [2] * 3 + [1] * 6)
+    query = torch.randn(len(rows), 2 * group, 1, head_dim, generator=generator).to(dtype)
+    begin = torch.randint(0, 90, (len(rows), 1), generator=generator)
+    length = torch.randint(0, 90, (len(rows), 1), generator=generator)
+    keys = torch.arange(90)
+    allowed = (keys >= begin) & (keys < begin + length)
+    allowed[20:] &= torch.rand(len(rows) - 20, 90, generator=generator) > 0.3
+    allowed[4] = allowed[22] = False
+    together = t2kernels.decode_attention(query, key, value, allowed, key_rows=rows)
+    expected = reference.decode_attention(query.double(), key.double(), value.double(), allowed, head_dim**-0.5, rows)
+    torch.testing.assert_close(together.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+    assert not together[4].any() and not together[22].any()
+    apart = allowed.t().contiguous().t()  # the kernel skips contiguous masks faster
+    assert torch.equal(t2kernels.decode_attention(query, key, value, apart, key_rows=rows), together)
+    for i, row in enumerate(rows.tolist()):
+        places = allowed[i].nonzero()
+        if len(places):
+            inside = slice(int(places.min()), int(places.max()) + 1)
+            one = slice(i, i + 1), slice(row, row + 1)
+            alone = t2kernels.decode_attention(
+                query[one[0]], key[one[1], :, inside], value[one[1], :, inside], allowed[one[0], inside]
+            )
+            assert torch.equal(alone, together[one[0]]), i
+
+
+def test_what_lies_beyond_a_rows_keys_does_not_reach_it(instruction_set):
+    """Rows that share keys look at different parts of them; keys that only others see are not a number."""
+    query, key, value = problem(8, 2, 3, 40, 32)
+    rows = torch.zeros(8, dtype=torch.int64)
+    allowed = torch.arange(40) <= torch.arange(8)[:, None] + 20
+    clean = t2kernels.decode_attention(query, key, value, allowed, key_rows=rows)
+    key[:, :, 25:], value[:, :, 25:] = torch.nan, torch.nan
+    y = t2kernels.decode_attention(query, key, value, allowed, key_rows=rows)
+    assert torch.equal(y[:5], clean[:5]) and y[5:].isnan().all()
