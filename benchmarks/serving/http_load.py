@@ -12,6 +12,7 @@ benchmarks/results/http-load.json.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import os
@@ -24,12 +25,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import openai
+import aiohttp
 import torch
 import tyro
 from tqdm import tqdm
@@ -40,7 +41,7 @@ from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
 from t2.adaptation.bank_folder import SHIPPED
 from t2.demo.run import QUESTIONS
 from t2.generation.compiled_pass import Compilation
-from t2.generation.engine import Engine, Finished, Token
+from t2.generation.engine import Engine, Finished, Request, Token
 from t2.generation.prompts import encode, eos_ids_of
 from t2.tasks.base import Problem, user_message
 from t2.weights.machine import machine
@@ -94,45 +95,69 @@ def memory_of(process: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-async def ask(client: openai.AsyncOpenAI, asked: Asked) -> dict[str, Any]:
+async def ask(session: aiohttp.ClientSession, asked: Asked) -> dict[str, Any]:
+    body = {
+        "model": asked.model,
+        "messages": [{"role": "user", "content": asked.words}],
+        "max_tokens": asked.tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     started = time.perf_counter()
-    first, text, usage, expert = None, "", None, None
-    stream = await client.chat.completions.create(
-        model=asked.model,
-        messages=[{"role": "user", "content": asked.words}],
-        max_tokens=asked.tokens,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    pieces = 0
-    async for event in stream:
-        expert = (event.model_extra or {})["t2"]["expert"]
-        piece = event.choices[0].delta.content if event.choices else None
-        usage = event.usage or usage
-        if piece:
-            first = time.perf_counter() - started if first is None else first
-            text += piece
-            pieces += 1
-        if asked.leaves is not None and pieces >= asked.leaves:
-            await stream.close()
-            return {"left": True}
-    made = None if usage is None else usage.completion_tokens
+    first, text, usage, expert, pieces, ended = None, "", None, None, 0, False
+    async with session.post("/v1/chat/completions", json=body) as response:
+        if response.status != 200:
+            return {"error": f"{response.status}: {await response.text()}"}
+        async for line in response.content:
+            if not line.startswith(b"data: "):
+                continue
+            if line == b"data: [DONE]\n":
+                ended = True
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                return {"error": str(event["error"])}
+            expert, usage = event["t2"]["expert"], event.get("usage") or usage
+            piece = event["choices"][0]["delta"].get("content") if event["choices"] else None
+            if piece:
+                first = time.perf_counter() - started if first is None else first
+                text += piece
+                pieces += 1
+            if asked.leaves is not None and pieces >= asked.leaves:
+                return {"left": True}  # the connection is closed, not all of it was read
+    if usage is None or not ended:
+        return {"error": "the stream ended before its end"}
+    made = usage["completion_tokens"]
     return {"text": text, "first": first, "tokens": made, "expert": expert, "seconds": time.perf_counter() - started}
 
 
-async def load(url: str, asked: Sequence[Asked], clients: int) -> list[dict[str, Any]]:
+async def load(
+    url: str, asked: Sequence[Asked], clients: int, look: Callable[[], object] = lambda: None
+) -> list[dict[str, Any]]:
+    """What every request found; `look` is called before the first, after each quarter of them, and after the last."""
+    looks, ended = [round(len(asked) * quarter / 4) for quarter in range(5)], 0
     room = asyncio.Semaphore(clients)
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600) as client:
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
 
         async def one(each: Asked) -> dict[str, Any]:
+            nonlocal ended
             async with room:
+                if not ended and looks[0] == 0:
+                    look()
+                    looks.pop(0)
                 try:
-                    return await ask(client, each)
-                except openai.OpenAIError as error:
-                    return {"error": str(error)}
+                    return await ask(session, each)
+                except aiohttp.ClientError as error:
+                    return {"error": f"{type(error).__name__}: {error}"}
+                finally:
+                    ended += 1
+                    if looks and ended >= looks[0]:
+                        look()
+                        looks.pop(0)
 
-        return list(await tqdm_async.gather(*map(one, asked), desc="requests"))
+        return list(await tqdm_async.gather(*map(one, asked), desc="requests", mininterval=5))
 
 
 def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequence[bytes]) -> dict[str, Any]:
@@ -159,12 +184,9 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
 
             swapping = threading.Thread(target=swap)
             swapping.start()
-            half = len(asked) // 2
-            memory, results, started = [memory_of(process.pid)], list[dict[str, Any]](), time.perf_counter()
+            memory, started = list[int](), time.perf_counter()
             try:
-                for part in (asked[:half], asked[half:]):
-                    results += asyncio.run(load(url, part, clients))
-                    memory.append(memory_of(process.pid))
+                results = asyncio.run(load(url, asked, clients, lambda: memory.append(memory_of(process.pid))))
             finally:
                 ended.set()
                 swapping.join()
@@ -191,26 +213,32 @@ def compiled_engine(svf: t2.SVFModel, tokenizer: Any) -> Engine:
 
 
 def engine_alone(svf: t2.SVFModel, tokenizer: Any, asked: Sequence[Asked], experts: Sequence[str]) -> float:
-    """Tokens a second of the same requests without HTTP and pass one."""
+    """Tokens a second of the answers that no client leaves, of the same requests without HTTP and pass one."""
     engine = compiled_engine(svf, tokenizer)
-    left = len(asked)
+    left, made = len(asked), [0] * len(asked)
+    given: list[Request] = []
 
-    def event(found: Token | Finished) -> None:
+    def event(place: int, found: Token | Finished) -> None:
         nonlocal left
         left -= isinstance(found, Finished)
+        made[place] += isinstance(found, Token)
+        if made[place] == asked[place].leaves:
+            given[place].cancel()
 
     for each, expert in zip(asked, experts, strict=True):
         prompt = encode(Problem((user_message(each.words),)), tokenizer).tolist()
         choice: Any = None if expert == "base" else expert
         if ":" in expert:
             choice = {part.partition(":")[0]: float(part.partition(":")[2]) for part in expert.split("+")}
-        engine.submit(prompt, event, max_tokens=each.tokens, expert=choice)
+        heard = functools.partial(event, len(given))
+        given.append(engine.submit(prompt, heard, max_tokens=each.tokens, expert=choice))
     started = time.perf_counter()
     with tqdm(total=len(asked), desc="engine alone") as bar:
         while engine.step():
             bar.update(len(asked) - left - bar.n)
     assert left == 0
-    return engine.tokens_made / (time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return sum(count for count, each in zip(made, asked, strict=True) if each.leaves is None) / seconds
 
 
 def alone(svf: t2.SVFModel, tokenizer: Any, asked: Asked, expert: Any) -> str:
@@ -228,7 +256,10 @@ def load_table(results: Any) -> Table:
         ["tokens/s", f"{results['tokens_per_second']:.0f}"],
         ["the engine without HTTP", f"{results['engine_tokens_per_second']:.0f}"],
         ["time to the first token, p50 and p99", f"{first['p50']:.1f} s, {first['p99']:.1f} s"],
-        ["memory before, halfway, after", ", ".join(f"{value / 1e6:,.0f} MB" for value in results["memory"])],
+        [
+            "memory before, after each quarter of the requests",
+            ", ".join(f"{value / 1e6:,.0f} MB" for value in results["memory"]),
+        ],
         ["replacements of an expert meanwhile", str(results["swaps"])],
     ]
     return Table(
@@ -271,7 +302,10 @@ def main(requests: int = 2000, clients: int = 200, check: int = 60, results: Pat
         same += any(alone(svf, tokenizer, each, choice) == got["text"] for choice in choices)
     first = sorted(got["first"] for _, got in whole if got["first"] is not None)
     tokens = sum(got["tokens"] or 0 for _, got in whole)
-    experts = [got["expert"] if each.model == "auto" else each.model for each, got in whole]
+    experts = [
+        got.get("expert", "base") if each.model == "auto" else each.model
+        for each, got in zip(asked, found["results"], strict=True)
+    ]
     write_results(
         results,
         {
@@ -285,7 +319,7 @@ def main(requests: int = 2000, clients: int = 200, check: int = 60, results: Pat
             "checked": len(sample),
             "same": same,
             "tokens_per_second": tokens / found["seconds"],
-            "engine_tokens_per_second": engine_alone(svf, tokenizer, [each for each, _ in whole], experts),
+            "engine_tokens_per_second": engine_alone(svf, tokenizer, asked, experts),
             "first_token_seconds": {"p50": statistics.median(first), "p99": first[int(0.99 * len(first))]},
             "memory": found["memory"],
             "swaps": found["swaps"],

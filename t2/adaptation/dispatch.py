@@ -64,7 +64,7 @@ class PromptStrategy(Strategy):
         self.token_budget = token_budget
         self.prior: Tensor | None = None
         """log prior(label) [labels]; `calibrate` sets it."""
-        self._label_tokens = label_tokens(self.labels, tokenizer)
+        self.label_tokens = label_tokens(self.labels, tokenizer)
 
     @property
     def expert(self) -> ExpertChoice:
@@ -77,7 +77,7 @@ class PromptStrategy(Strategy):
         return label_scores(
             self.svf,
             encoded,
-            self._label_tokens,
+            self.label_tokens,
             pad_token=int(self.tokenizer.pad_token_id),
             expert=self.expert,
             token_budget=self.token_budget,
@@ -96,7 +96,11 @@ class PromptStrategy(Strategy):
             ValueError: calibration "batch" has fewer than two prompts for a prior, and `calibrate` gave none.
         """
         start = time.perf_counter()
-        probabilities = self.probabilities(self.label_scores(prompts))
+        return self.adaptation(self.label_scores(prompts), start)
+
+    def adaptation(self, scores: Tensor, start: float) -> Adaptation:
+        """The choice by the scores that `label_scores` gives; `start`: when pass one began."""
+        probabilities = self.probabilities(scores)
         if self.mixed:
             alpha = probabilities
         else:

@@ -34,6 +34,11 @@ class LabelTokens:
     tokens: tuple[tuple[int, ...], ...]
     permitted: tuple[tuple[tuple[int, ...], ...], ...]
 
+    @property
+    def first(self) -> tuple[int, ...] | None:
+        """The first token of each label, if these are all different: what a prompt's last logits decide."""
+        return tuple(ids[0] for ids in self.tokens) if all(len(ids) == 1 for ids in self.tokens) else None
+
 
 def label_tokens(labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> LabelTokens:
     """The labels' tokens, each ended by the EOS id, so that none is a prefix of another.

@@ -8,13 +8,16 @@ attention kernel and draws give a token the same bits whoever runs beside it and
 
 from __future__ import annotations
 
+import asyncio
+import signal
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy
 import torch
@@ -70,6 +73,8 @@ class Finished:
     error: str = ""
 
 
+SWITCH_SECONDS = 5e-4
+"""How long the thread beside an engine's may keep the interpreter's lock while the engine waits for it."""
 CHECKED = 12
 """Tokens with which a model is checked; no longer than the shortest cache."""
 Events = Callable[[Token | Finished], None]
@@ -88,7 +93,7 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
-    likeliest: int | None
+    likeliest: int | Sequence[int] | None
     events: Events
     slot: int
     expert: bytes
@@ -115,7 +120,7 @@ class Request:
 
 
 class Engine:
-    """Runs requests on a wrapped model; `step` by `step`, or in a thread of its own between `start` and `close`.
+    """Runs requests on a wrapped model; `step` by `step`, or in a thread that calls `run`.
 
     Args:
         svf: a wrapped transformers model on any device.
@@ -158,13 +163,17 @@ class Engine:
         self.prefixes = PrefixStore(prefix_bytes)
         self.compiled: Pass | None = None
         """Runs passes in place of the model (`t2.generation.compiled_pass`)."""
+        self.after_events: Callable[[], object] = lambda: None
+        """Is called by the thread that steps, once for all events of a step."""
+        self._told = False
         self.tokens_made = 0
         self._running: list[Request] = []
         self._free = list(range(max_rows))
         self._waiting: deque[Request] = deque()
         self._calls: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()  # no `run` is going on
+        self._ended.set()
         self._closing = False
         self.failure: BaseException | None = None
         """What ended the engine, if anything did."""
@@ -188,7 +197,8 @@ class Engine:
         max_tokens: int,
         expert: ExpertChoice = None,
         sampling: Sampling | None = None,
-        likeliest: int | None = None,
+        likeliest: int | Sequence[int] | None = None,
+        ahead: bool = False,
     ) -> Request:
         """Hands in a request, which keeps the expert that it names now. Any thread may.
 
@@ -196,8 +206,9 @@ class Engine:
             prompt: token ids.
             events: is given each token, then the end, by the thread that steps; it must not take long.
             max_tokens: most tokens of the answer.
-            likeliest: how many of the likeliest tokens' log-probabilities come with each token; None is no
-                log-probabilities at all.
+            likeliest: how many of the likeliest tokens' log-probabilities come with each token, or of which tokens;
+                None is no log-probabilities at all.
+            ahead: takes the next free row, before all that wait.
 
         Raises:
             TypeError, ValueError: a prompt that is empty, too long or not of this vocabulary, or an expert that the
@@ -212,8 +223,10 @@ class Engine:
                 f"max_tokens: expected at least 1, and prompt and answer of at most {self.max_tokens} tokens together, "
                 f"got {len(tokens)} and {max_tokens}"
             )
-        if likeliest is not None and not 0 <= likeliest <= self.vocabulary:
+        if isinstance(likeliest, int) and not 0 <= likeliest <= self.vocabulary:
             raise ValueError(f"likeliest: expected None or a number from 0 to {self.vocabulary}, got {likeliest}")
+        if isinstance(likeliest, Sequence) and not all(0 <= token < self.vocabulary for token in likeliest):
+            raise ValueError(f"likeliest: expected tokens from 0 to {self.vocabulary - 1}, got {list(likeliest)}")
         sampling = sampling or Sampling()
         with ExitStack() as held:
             (slot,) = self.svf.bank.hold_slots([expert], held)
@@ -234,7 +247,7 @@ class Engine:
                 if len(self._waiting) >= self.max_waiting:
                     raise QueueFull(f"engine: {len(self._waiting)} requests wait, as many as may")
                 request.held = held.pop_all()
-                self._waiting.append(request)
+                (self._waiting.appendleft if ahead else self._waiting.append)(request)
                 self._changed.notify()
         return request
 
@@ -253,46 +266,116 @@ class Engine:
 
     # Steps
 
-    def start(self) -> None:
-        """Steps in a thread, whenever there is something to do."""
-        if self._thread is not None:
-            raise RuntimeError("start: expected an engine without a thread, got one that was started")
-        self._thread = threading.Thread(target=self._loop, name="t2-engine", daemon=True)
-        self._thread.start()
+    def run(self, until: threading.Event | None = None) -> None:
+        """Steps in this thread, whenever there is something to do, until `close`, or until the event and a `wake`."""
+        until = until or threading.Event()
+        self._ended.clear()
+        try:
+            while True:
+                with self._changed:
+                    while not (until.is_set() or self._closing or self._waiting or self._calls or self.running):
+                        self._changed.wait()
+                if until.is_set() or (not self.step() and self._closing):
+                    return
+        except Exception as error:
+            with self._changed:
+                self.failure = error
+            for request in self._all():
+                self._finish(request, "error", f"{type(error).__name__}: {error}")
+            self._running = []
+            self._waiting.clear()
+            for _, made in self._calls:
+                if made.set_running_or_notify_cancel():
+                    made.set_exception(error)
+            self._end_step()
+        finally:
+            self._ended.set()
+
+    def wake(self) -> None:
+        """Lets `run` look at its event."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def alongside(
+        self,
+        work: Coroutine[Any, Any, T],
+        on_signal: Callable[[int, Any], object] | None = None,
+        new_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    ) -> T:
+        """Runs `work` in an event loop in a thread of its own, and steps in this one until it is done.
+
+        This thread keeps the threads of parallel loops that it has from loading the model. Those of a second one would
+        make all of them sleep between loops: OpenMP lets threads wait actively only while they are no more than cores.
+        So `work`, and threads that it starts, compute with one.
+
+        Args:
+            on_signal: handles SIGINT and SIGTERM meanwhile; by default SIGINT cancels `work`, and KeyboardInterrupt is
+                raised when it has ended.
+            new_loop: makes the event loop.
+
+        Raises:
+            What `work` raises.
+        """
+        threads, done, result = torch.get_num_threads(), threading.Event(), Future[T]()
+        interval = sys.getswitchinterval()
+        cancel: list[Callable[[], object]] = []
+        interrupted = False
+
+        async def cancellable() -> T:
+            task, loop = asyncio.current_task(), asyncio.get_running_loop()
+            assert task is not None
+            cancel.append(lambda: loop.call_soon_threadsafe(task.cancel))
+            if interrupted:
+                work.close()
+                raise asyncio.CancelledError
+            return await work
+
+        def aside() -> None:
+            torch.set_num_threads(1)  # of this thread and of new ones
+            try:
+                with asyncio.Runner(loop_factory=new_loop) as runner:
+                    result.set_result(runner.run(cancellable()))
+            except BaseException as error:
+                result.set_exception(error)
+            done.set()
+            self.wake()
+
+        def interrupt(*_: object) -> None:
+            nonlocal interrupted
+            interrupted = True
+            for each in cancel:
+                each()
+
+        thread = threading.Thread(target=aside, name="t2-loop", daemon=True)
+        signals = (signal.SIGINT,) if on_signal is None else (signal.SIGINT, signal.SIGTERM)
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, on_signal or interrupt) for number in signals} if is_main else {}
+        try:
+            sys.setswitchinterval(SWITCH_SECONDS)
+            thread.start()
+            self.run(done)
+            thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            torch.set_num_threads(threads)
+        if interrupted:
+            raise KeyboardInterrupt
+        return result.result()
 
     def close(self, *, drain: bool = False) -> None:
-        """Ends the thread: after the step that runs or, with `drain`, when all requests have their answer."""
+        """Ends `run`, after its step or, with `drain`, when all have their answer; without one it steps itself."""
         with self._changed:
             self._closing = True
             if not drain:
                 for request in self._all():
                     request.cancel()
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
-        else:
-            while self.step():
-                pass
-
-    def _loop(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._closing or self._waiting or self._calls or self.running):
-                    self._changed.wait()
-            try:
-                if not self.step() and self._closing:
-                    return
-            except BaseException as error:
-                with self._changed:
-                    self.failure = error
-                for request in self._all():
-                    self._finish(request, "error", f"{type(error).__name__}: {error}")
-                self._running = []
-                self._waiting.clear()
-                for _, made in self._calls:
-                    if made.set_running_or_notify_cancel():
-                        made.set_exception(error)
-                return
+            self._changed.notify_all()
+        if not self._ended.is_set():
+            self._ended.wait()
+        while self.failure is None and self.step():
+            pass
 
     def _all(self) -> list[Request]:
         return [*self._running, *self._waiting]
@@ -311,7 +394,17 @@ class Engine:
         self._admit()
         if self._running:
             self._pass()
+        self._end_step()
         return bool(self._running or self._waiting)
+
+    def _tell(self, request: Request, event: Token | Finished) -> None:
+        request.events(event)
+        self._told = True
+
+    def _end_step(self) -> None:
+        if self._told:
+            self._told = False
+            self.after_events()
 
     def _drop_cancelled(self) -> None:
         with self._changed:
@@ -411,7 +504,7 @@ class Engine:
         self.tokens_made += len(ids)
         for i, (request, token) in enumerate(zip(requests, ids, strict=True)):
             request.tokens.append(token)
-            request.events(_with_log_p(logits[i], token, request.likeliest))
+            self._tell(request, _with_log_p(logits[i], token, request.likeliest))
         for request in requests:
             if request.tokens[-1] in self.eos_ids:
                 self._leave(request, "stop")
@@ -426,13 +519,16 @@ class Engine:
 
     def _finish(self, request: Request, reason: Reason, error: str = "") -> None:
         request.held.close()
-        request.events(Finished(reason, error))
+        self._tell(request, Finished(reason, error))
 
 
-def _with_log_p(logits: Tensor, token: int, likeliest: int | None) -> Token:
+def _with_log_p(logits: Tensor, token: int, likeliest: int | Sequence[int] | None) -> Token:
     if likeliest is None:
         return Token(token)
     log_p = torch.log_softmax(logits.float(), dim=-1)
-    top = log_p.topk(likeliest) if likeliest else None
-    pairs = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return Token(token, float(log_p[token]), pairs)
+    if isinstance(likeliest, int):
+        values, tokens = log_p.topk(likeliest)
+        likeliest = tokens.tolist()
+    else:
+        values = log_p[list(likeliest)]
+    return Token(token, float(log_p[token]), tuple(zip(likeliest, values.tolist(), strict=True)))

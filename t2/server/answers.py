@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,115 +44,88 @@ class Piece:
     tokens: tuple[Token, ...] = ()
     finish: str | None = None
 
+    def __add__(self, later: Piece) -> Piece:
+        return Piece(self.text + later.text, self.tokens + later.tokens, later.finish)
+
+
+class Mail:
+    """Brings the events of an engine's thread to this loop, all of a step at once.
+
+    Waking the loop for each event would make the engine wait for the interpreter's lock each time.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._letters: deque[tuple[Inbox, int, Token | Finished]] = deque()
+        engine.after_events = self._wake
+
+    def post(self, inbox: Inbox, place: int, event: Token | Finished) -> None:
+        """For the engine's thread: leaves an event for the answer at this place."""
+        self._letters.append((inbox, place, event))
+
+    def _wake(self) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        while self._letters:
+            inbox, place, event = self._letters.popleft()
+            inbox.events.setdefault(place, []).append(event)
+            inbox.come.set()
+
+
+@dataclass
+class Inbox:
+    """Events that have come for some answers, by their place."""
+
+    events: dict[int, list[Token | Finished]] = field(default_factory=dict)
+    come: asyncio.Event = field(default_factory=asyncio.Event)
+
 
 @dataclass
 class Answer:
-    """One answer, from the request on. `pieces` may be read once; leaving it early cancels the request.
+    """One answer as it grows."""
 
-    seconds: the longest that it may take.
-    """
-
-    engine: Engine
     tokenizer: PreTrainedTokenizerBase
+    eos_ids: Set[int]
     request: Request
-    events: asyncio.Queue[Token | Finished]
     text: GrowingText
-    seconds: float
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     made: int = 0
     finish: str | None = None
+    _held: list[Token] = field(default_factory=list)
 
-    @classmethod
-    def begin(
-        cls,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt: Sequence[int],
-        chosen: Chosen,
-        *,
-        max_tokens: int,
-        sampling: Sampling,
-        stops: Sequence[str],
-        likeliest: int | None,
-        seconds: float,
-    ) -> Answer:
-        """Hands a request in.
+    def take(self, events: Sequence[Token | Finished]) -> Piece | None:
+        """What these events make certain; None for nothing yet, or after the end.
 
         Raises:
-            ApiError: 400 for a prompt that is too long, 404 for an expert that is gone, 429 where too many wait, 503
-                where the engine has ended.
+            ApiError: 500 where the engine failed.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Token | Finished] = asyncio.Queue()
-
-        def tell(event: Token | Finished) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        room = engine.max_tokens - len(prompt)
-        if room < max_tokens:
-            raise ApiError(
-                400,
-                f"max_tokens: expected at most {max(room, 0)} behind this prompt of {len(prompt)} tokens, of "
-                f"{engine.max_tokens} in all; got {max_tokens}",
-                "max_tokens",
-                "context_length_exceeded",
-            )
-        try:
-            request = engine.submit(
-                prompt, tell, max_tokens=max_tokens, expert=chosen.choice, sampling=sampling, likeliest=likeliest
-            )
-        except QueueFull as error:
-            raise ApiError(429, "the server is busy; try again later", code="queue_full") from error
-        except ValueError as error:
-            status = 404 if isinstance(chosen.choice, str) and chosen.choice not in engine.svf.bank else 400
-            raise ApiError(status, str(error), "model" if status == 404 else "prompt") from error
-        except RuntimeError as error:
-            raise ApiError(503, "the engine has ended") from error
-        return cls(engine, tokenizer, request, events, GrowingText(tokenizer, stops), seconds)
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The answer, piece by piece.
-
-        Raises:
-            ApiError: 500 where the engine failed, 504 after the longest time.
-        """
-        try:
-            held: list[Token] = []
-            while self.finish is None:
-                left = self.started + self.seconds - time.perf_counter()
-                try:
-                    event = await asyncio.wait_for(self.events.get(), max(left, 0.0))
-                except TimeoutError as error:
-                    raise ApiError(504, f"no whole answer in {self.seconds:g} s", code="timeout") from error
-                if isinstance(event, Finished):
-                    if event.reason == "error":
-                        raise ApiError(500, f"the engine failed: {event.error}")
-                    self.finish = event.reason
-                    yield Piece(self.text.end(), tuple(held), self.finish)
-                    return
-                self.made += 1
-                if self.first_token is None:
-                    self.first_token = time.perf_counter() - self.started
-                ends = event.id in self.engine.eos_ids
-                held += [] if ends else [event]
-                text = "" if ends else self.text.add(event.id)
-                if self.text.stopped:
-                    self.finish = "stop"
-                    yield Piece(text, tuple(held), "stop")
-                elif text:
-                    yield Piece(text, tuple(held))
-                    held = []
-        finally:
-            self.request.cancel()
-
-    async def whole(self) -> Piece:
-        """All of it in one piece."""
-        text, tokens = "", list[Token]()
-        async for piece in self.pieces():
-            text, tokens = text + piece.text, tokens + list(piece.tokens)
-        return Piece(text, tuple(tokens), self.finish)
+        if self.finish is not None:
+            return None
+        text = ""
+        for event in events:
+            if isinstance(event, Finished):
+                if event.reason == "error":
+                    raise ApiError(500, f"the engine failed: {event.error}")
+                text, self.finish = text + self.text.end(), event.reason
+                break
+            self.made += 1
+            if self.first_token is None:
+                self.first_token = time.perf_counter() - self.started
+            if event.id in self.eos_ids:
+                continue
+            self._held.append(event)
+            text += self.text.add(event.id)
+            if self.text.stopped:
+                self.finish = "stop"
+                self.request.cancel()
+                break
+        if not text and self.finish is None:
+            return None
+        tokens, self._held = tuple(self._held), []
+        return Piece(text, tokens, self.finish)
 
     def token_text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
@@ -177,3 +153,102 @@ class Answer:
             "top_logprobs": [{self.token_text(other): log_p for other, log_p in token.likeliest} for token in tokens],
             "text_offset": offsets,
         }
+
+
+class Answers:
+    """Some answers that belong together, from their requests on.
+
+    Args:
+        mail: of the loop that reads them.
+        seconds: the longest that all of them may take.
+    """
+
+    def __init__(self, mail: Mail, engine: Engine, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
+        self._mail, self._engine, self._tokenizer, self._seconds = mail, engine, tokenizer, seconds
+        self._inbox = Inbox()
+        self.each: list[Answer] = []
+
+    def begin(
+        self,
+        prompt: Sequence[int],
+        chosen: Chosen,
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stops: Sequence[str] = (),
+        likeliest: int | None = None,
+    ) -> Answer:
+        """Hands a request in.
+
+        Raises:
+            ApiError: 400 for a prompt that is too long, 404 for an expert that is gone, 429 where too many wait, 503
+                where the engine has ended.
+        """
+        engine, place = self._engine, len(self.each)
+        room = engine.max_tokens - len(prompt)
+        if room < max_tokens:
+            raise ApiError(
+                400,
+                f"max_tokens: expected at most {max(room, 0)} behind this prompt of {len(prompt)} tokens, of "
+                f"{engine.max_tokens} in all; got {max_tokens}",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        try:
+            request = engine.submit(
+                prompt,
+                functools.partial(self._mail.post, self._inbox, place),
+                max_tokens=max_tokens,
+                expert=chosen.choice,
+                sampling=sampling,
+                likeliest=likeliest,
+            )
+        except QueueFull as error:
+            raise ApiError(429, "the server is busy; try again later", code="queue_full") from error
+        except ValueError as error:
+            status = 404 if isinstance(chosen.choice, str) and chosen.choice not in engine.svf.bank else 400
+            raise ApiError(status, str(error), "model" if status == 404 else "prompt") from error
+        except RuntimeError as error:
+            raise ApiError(503, "the engine has ended") from error
+        answer = Answer(self._tokenizer, engine.eos_ids, request, GrowingText(self._tokenizer, stops))
+        self.each.append(answer)
+        return answer
+
+    async def pieces(self) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """The answers piece by piece, with their places; may be read once. Leaving it early cancels all requests.
+
+        Raises:
+            ApiError: 500 where the engine failed, 504 after the longest time.
+        """
+        inbox, loop = self._inbox, asyncio.get_running_loop()
+        end = loop.time() + self._seconds
+        timer = loop.call_at(end, inbox.come.set) if self._seconds < float("inf") else None
+        left = len(self.each)
+        try:
+            while left:
+                await inbox.come.wait()
+                inbox.come.clear()
+                events, inbox.events = inbox.events, {}
+                found = [(place, self.each[place].take(each)) for place, each in events.items()]
+                pieces = [(place, piece) for place, piece in found if piece is not None]
+                left -= sum(piece.finish is not None for _, piece in pieces)
+                if pieces:
+                    yield pieces
+                if left and loop.time() >= end:
+                    raise ApiError(504, f"no whole answer in {self._seconds:g} s", code="timeout")
+        finally:
+            if timer is not None:
+                timer.cancel()
+            self.cancel()
+
+    async def whole(self) -> list[Piece]:
+        """All answers, each in one piece."""
+        found = [Piece("") for _ in self.each]
+        async for pieces in self.pieces():
+            for place, piece in pieces:
+                found[place] += piece
+        return found
+
+    def cancel(self) -> None:
+        for answer in self.each:
+            answer.request.cancel()

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -19,9 +19,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from t2.experts.expert import Expert
-from t2.server.answers import Answer, chat_prompt
+from t2.server.answers import Answer, Answers, Mail, Piece, chat_prompt
 from t2.server.errors import ApiError
 from t2.server.experts import SUFFIX, Chosen, Experts
 from t2.server.metrics import Metrics
@@ -60,6 +61,8 @@ class Server:
         self.experts = Experts(opened)
         self.experts.look()
         self.metrics = Metrics(opened.engine)
+        self.mail: Mail | None = None
+        """Of the loop that the application runs in."""
         self.created = int(time.time())
 
     # Requests
@@ -107,28 +110,6 @@ class Server:
             raise ApiError(400, "prompt: expected at least one token, got none", "prompt")
         return found
 
-    def begin(
-        self,
-        body: Body,
-        prompt: Sequence[int],
-        chosen: Chosen,
-        index: int,
-        max_tokens: int | None,
-        likeliest: int | None,
-    ) -> Answer:
-        limit = max(1, self.engine.max_tokens - len(prompt)) if max_tokens is None else max_tokens
-        return Answer.begin(
-            self.engine,
-            self.tokenizer,
-            prompt,
-            chosen,
-            max_tokens=limit,
-            sampling=body.sampling(index),
-            stops=body.stops,
-            likeliest=likeliest,
-            seconds=self.options.answer_seconds,
-        )
-
     # Answers
 
     async def answer(self, request: Request, made: Reply) -> Response:
@@ -152,13 +133,13 @@ class Server:
         """Counts and logs a request that has ended."""
         expert = made.chosen[0].name if made.chosen else ""
         known = expert if expert in (*self.experts.names, "base", "") else "mix"
-        tokens = sum(answer.made for answer in made.answers)
+        tokens = sum(answer.made for answer in made.answers.each)
         self.metrics.requests.labels(known, status).inc()
         self.metrics.prompt_tokens.labels(known).inc(made.prompt_tokens)
         self.metrics.tokens.labels(known).inc(tokens)
         seconds = time.perf_counter() - made.started
         self.metrics.whole.observe(seconds)
-        first = [answer.first_token for answer in made.answers if answer.first_token is not None]
+        first = [answer.first_token for answer in made.answers.each if answer.first_token is not None]
         if first:
             self.metrics.first_token.observe(min(first))
         fields = {
@@ -187,7 +168,8 @@ class Reply:
         self.id = f"{self.kind}-{uuid.uuid4().hex}"
         self.started = time.perf_counter()
         self.chosen: list[Chosen] = []
-        self.answers: list[Answer] = []
+        assert server.mail is not None, "a request came before the application's start"
+        self.answers = Answers(server.mail, server.engine, server.tokenizer, server.options.answer_seconds)
         self.words: list[str] = []
         self.prompt_tokens = 0
 
@@ -203,22 +185,24 @@ class Reply:
         self.prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
         try:
             for (prompt, _), chosen in zip(prompts, self.chosen, strict=True):
+                limit = max(1, self.server.engine.max_tokens - len(prompt)) if max_tokens is None else max_tokens
                 for index in range(self.body.n):
-                    self.answers.append(self.server.begin(self.body, prompt, chosen, index, max_tokens, likeliest))
+                    self.answers.begin(
+                        prompt,
+                        chosen,
+                        max_tokens=limit,
+                        sampling=self.body.sampling(index),
+                        stops=self.body.stops,
+                        likeliest=likeliest,
+                    )
         except BaseException:
-            self.cancel()
+            self.answers.cancel()
             raise
 
-    def cancel(self) -> None:
-        for answer in self.answers:
-            answer.request.cancel()
-
-    def choice(
-        self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None
-    ) -> dict[str, Any]:
+    def choice(self, index: int, answer: Answer, piece: Piece) -> dict[str, Any]:
         raise NotImplementedError
 
-    def delta(self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None) -> dict[str, Any]:
+    def delta(self, index: int, answer: Answer, piece: Piece) -> dict[str, Any]:
         raise NotImplementedError
 
     @property
@@ -233,8 +217,8 @@ class Reply:
 
     @property
     def usage(self) -> dict[str, Any]:
-        made = sum(answer.made for answer in self.answers)
-        known = sum(answer.request.cached for answer in self.answers)
+        made = sum(answer.made for answer in self.answers.each)
+        known = sum(answer.request.cached for answer in self.answers.each)
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": made,
@@ -246,10 +230,10 @@ class Reply:
         status, error = 200, None
         try:
             await self.begin()
-            found = await asyncio.gather(*(answer.whole() for answer in self.answers))
+            found = await self.answers.whole()
             choices = [
-                self.choice(i, answer, piece.text, piece.tokens, piece.finish)
-                for i, (answer, piece) in enumerate(zip(self.answers, found, strict=True))
+                self.choice(i, answer, piece)
+                for i, (answer, piece) in enumerate(zip(self.answers.each, found, strict=True))
             ]
             return self.about | {"object": self.whole_object, "choices": choices, "usage": self.usage}
         except ApiError as refused:
@@ -262,52 +246,39 @@ class Reply:
             status, error = 500, str(failed)
             raise
         finally:
-            self.cancel()
+            self.answers.cancel()
             self.server.note(self, status, error)
 
     async def events(self) -> AsyncIterator[str]:
-        """The reply as server-sent events. The first comes when all requests were handed in."""
-        status, error, tasks = 200, None, list[asyncio.Task[None]]()
-        pieces: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-
-        async def pass_on(index: int, answer: Answer) -> None:
-            try:
-                async for piece in answer.pieces():
-                    pieces.put_nowait((index, piece))
-            except ApiError as failed:
-                pieces.put_nowait((index, failed))
-            except Exception as failed:  # without a word the stream would wait for ever
-                log.error("failure", exc_info=failed)
-                pieces.put_nowait((index, ApiError(500, "the server failed on this answer; its log says why")))
-
+        """The reply as server-sent events. The first, which may be empty, comes when all requests were handed in."""
+        status, error, begun = 200, None, False
         try:
             await self.begin()
-            tasks = [asyncio.create_task(pass_on(i, answer)) for i, answer in enumerate(self.answers)]
-            for event in self.openings():
-                yield _event(event)
-            left = len(self.answers)
-            while left:
-                index, piece = await pieces.get()
-                if isinstance(piece, ApiError):
-                    status, error = piece.status, str(piece)
-                    yield _event(piece.body)
-                    return
-                delta = self.delta(index, self.answers[index], piece.text, piece.tokens, piece.finish)
-                yield _event(self.about | {"object": self.event_object, "choices": [delta]})
-                left -= piece.finish is not None
+            begun = True
+            yield "".join(map(_event, self.openings()))
+            async for pieces in self.answers.pieces():
+                about = self.about | {"object": self.event_object}
+                deltas = [self.delta(index, self.answers.each[index], piece) for index, piece in pieces]
+                yield "".join(_event(about | {"choices": [delta]}) for delta in deltas)
             if self.body.with_usage:
                 yield _event(self.about | {"object": self.event_object, "choices": [], "usage": self.usage})
             yield "data: [DONE]\n\n"
-        except ApiError as refused:
-            status, error = refused.status, str(refused)
-            raise
+        except ApiError as failed:
+            status, error = failed.status, str(failed)
+            if not begun:
+                raise
+            yield _event(failed.body)
         except (asyncio.CancelledError, GeneratorExit):
             status = 499
             raise
+        except Exception as failed:
+            status, error = 500, str(failed)
+            if not begun:
+                raise
+            log.error("failure", exc_info=failed)
+            yield _event(ApiError(500, "the server failed on this answer; its log says why").body)
         finally:
-            for task in tasks:
-                task.cancel()
-            self.cancel()
+            self.answers.cancel()
             self.server.note(self, status, error)
 
     whole_object = event_object = ""
@@ -330,19 +301,17 @@ class ChatReply(Reply):
         delta = {"role": "assistant", "content": ""}
         return [
             self.about | {"object": self.event_object, "choices": [{"index": i, "delta": delta, "finish_reason": None}]}
-            for i in range(len(self.answers))
+            for i in range(len(self.answers.each))
         ]
 
-    def choice(
-        self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None
-    ) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        log_p = answer.chat_log_p(tokens) if self.body.logprobs else None
-        return {"index": index, "message": message, "logprobs": log_p, "finish_reason": finish}
+    def choice(self, index: int, answer: Answer, piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        log_p = answer.chat_log_p(piece.tokens) if self.body.logprobs else None
+        return {"index": index, "message": message, "logprobs": log_p, "finish_reason": piece.finish}
 
-    def delta(self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None) -> dict[str, Any]:
-        log_p = answer.chat_log_p(tokens) if self.body.logprobs else None
-        return {"index": index, "delta": {"content": text}, "logprobs": log_p, "finish_reason": finish}
+    def delta(self, index: int, answer: Answer, piece: Piece) -> dict[str, Any]:
+        log_p = answer.chat_log_p(piece.tokens) if self.body.logprobs else None
+        return {"index": index, "delta": {"content": piece.text}, "logprobs": log_p, "finish_reason": piece.finish}
 
 
 class CompletionReply(Reply):
@@ -352,12 +321,10 @@ class CompletionReply(Reply):
     async def begin(self) -> None:
         await self._begin(self.server.completion_prompts(self.body), self.body.max_tokens, self.body.logprobs)
 
-    def choice(
-        self, index: int, answer: Answer, text: str, tokens: Sequence[Any], finish: str | None
-    ) -> dict[str, Any]:
-        offset = answer.text.length - len(text)
-        log_p = None if self.body.logprobs is None else answer.completion_log_p(tokens, offset)
-        return {"index": index, "text": text, "logprobs": log_p, "finish_reason": finish}
+    def choice(self, index: int, answer: Answer, piece: Piece) -> dict[str, Any]:
+        offset = answer.text.length - len(piece.text)
+        log_p = None if self.body.logprobs is None else answer.completion_log_p(piece.tokens, offset)
+        return {"index": index, "text": piece.text, "logprobs": log_p, "finish_reason": piece.finish}
 
     delta = choice
 
@@ -368,7 +335,8 @@ def _event(content: dict[str, Any]) -> str:
 
 async def _prepended(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
     try:
-        yield first
+        if first:
+            yield first
         async for event in rest:
             yield event
     finally:
@@ -380,35 +348,46 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+class Keys:
+    """Lets requests through that have the key they need."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self._app, self._server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(Request(scope))
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, request: Request) -> None:
+        server, options = self._server, self._server.options
+        if request.method in ("PUT", "DELETE"):
+            if options.admin_key is None:
+                raise ApiError(403, "experts: expected a server that was started with an admin key")
+            server.check_key(request, [options.admin_key])
+        elif request.url.path.startswith("/v1/") and options.api_keys:
+            server.check_key(request, options.api_keys)
+
+
 def make_app(server: Server) -> FastAPI:
-    """The application; its lifetime is the engine's."""
-    options, experts = server.options, server.experts
+    """The application. Whoever makes it lets the engine run (`Engine.alongside`)."""
+    experts = server.experts
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.engine.start()
+        server.mail = Mail(server.engine)
         watching = asyncio.create_task(experts.watch())
         try:
             yield
         finally:
             watching.cancel()
-            await asyncio.to_thread(server.engine.close)
 
     app = FastAPI(title="t2 serve", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.middleware("http")
-    async def keys(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
-        path = request.url.path
-        try:
-            if request.method in ("PUT", "DELETE"):
-                if options.admin_key is None:
-                    raise ApiError(403, "experts: expected a server that was started with an admin key")
-                server.check_key(request, [options.admin_key])
-            elif path.startswith("/v1/") and options.api_keys:
-                server.check_key(request, options.api_keys)
-            return await go_on(request)
-        except ApiError as error:
-            return error.response()
+    app.add_middleware(Keys, server=server)
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:

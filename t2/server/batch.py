@@ -15,8 +15,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from t2.generation.compiled_pass import Compilation
-from t2.generation.engine import Engine
-from t2.server.answers import Answer, chat_prompt
+from t2.server.answers import Answers, Mail, chat_prompt
 from t2.server.errors import ApiError
 from t2.server.experts import Experts
 from t2.server.opened import Opened
@@ -96,10 +95,9 @@ def answer_file(opened: Opened, source: Path, output: Path, *, max_tokens: int, 
         console.print(f"{len(done)} of {len(lines)} are answered in {output}")
     experts = Experts(opened)
     experts.look()
-    opened.engine.start()
     try:
         with Compilation(opened.engine, console.print):
-            asyncio.run(_answer_all(experts, lines, done, output, max_tokens, console))
+            opened.engine.alongside(_answer_all(experts, lines, done, output, max_tokens, console))
     except KeyboardInterrupt:
         console.print(f"Interrupted. The same command goes on with {output}.")
         return False
@@ -111,15 +109,15 @@ def answer_file(opened: Opened, source: Path, output: Path, *, max_tokens: int, 
 async def _answer_all(
     experts: Experts, lines: Sequence[tuple[str, Line]], done: set[int], output: Path, max_tokens: int, console: Console
 ) -> None:
-    engine = experts.engine
-    room = asyncio.Semaphore(2 * engine.max_rows)
+    mail = Mail(experts.engine)
+    room = asyncio.Semaphore(2 * experts.engine.max_rows)
     output.parent.mkdir(parents=True, exist_ok=True)
     every = 0.1 if console.is_terminal else 10.0
     with output.open("ab") as file, tqdm(total=len(lines), initial=len(done), unit="line", mininterval=every) as bar:
 
         async def one(index: int, digest: str, line: Line) -> None:
             try:
-                answer = await _answer(experts, engine, line, max_tokens)
+                answer = await _answer(experts, mail, line, max_tokens)
             finally:
                 room.release()
             entry = {"index": index, "input": digest} | ({} if line.id is None else {"id": line.id}) | answer
@@ -135,22 +133,14 @@ async def _answer_all(
         os.fsync(file.fileno())
 
 
-async def _answer(experts: Experts, engine: Engine, line: Line, max_tokens: int) -> dict[str, Any]:
+async def _answer(experts: Experts, mail: Mail, line: Line, max_tokens: int) -> dict[str, Any]:
     try:
         prompt, words = chat_prompt(experts.tokenizer, line.said)
         chosen = await experts.choose(line.model, words)
-        answer = Answer.begin(
-            engine,
-            experts.tokenizer,
-            prompt,
-            chosen,
-            max_tokens=line.max_tokens or max_tokens,
-            sampling=line.sampling(0),
-            stops=line.stops,
-            likeliest=None,
-            seconds=float("inf"),
-        )
-        piece = await answer.whole()
+        answers = Answers(mail, experts.engine, experts.tokenizer, float("inf"))
+        most = line.max_tokens or max_tokens
+        answer = answers.begin(prompt, chosen, max_tokens=most, sampling=line.sampling(0), stops=line.stops)
+        (piece,) = await answers.whole()
     except ApiError as error:
         if error.status >= 500:
             raise

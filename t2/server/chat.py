@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from rich.console import Console
 
 from t2.generation.engine import Sampling
-from t2.server.answers import Answer, chat_prompt
+from t2.server.answers import Answers, Mail, chat_prompt
 from t2.server.errors import ApiError
 from t2.server.experts import Experts
 from t2.server.opened import Opened
@@ -19,7 +17,6 @@ def chat(opened: Opened, expert: str, sampling: Sampling, new_tokens: int, conso
     """Reads and answers until the input ends."""
     experts = Experts(opened)
     experts.look()
-    opened.engine.start()
     console.print(f"{opened.model}: {', '.join(experts.names)}. {HELP}", style="dim", highlight=False)
     said: list[dict[str, str]] = []
     try:
@@ -42,7 +39,8 @@ def chat(opened: Opened, expert: str, sampling: Sampling, new_tokens: int, conso
             elif words:
                 asked = [*said, {"role": "user", "content": words}]
                 try:
-                    text = asyncio.run(_answer(experts, expert, asked, sampling, new_tokens, console))
+                    answer = _answer(experts, expert, asked, sampling, new_tokens, console)
+                    text = opened.engine.alongside(answer)
                     said = [*asked, {"role": "assistant", "content": text}]
                 except ApiError as error:
                     console.print(str(error), style="red", highlight=False)
@@ -58,21 +56,15 @@ async def _answer(
     """Prints the answer as it comes, then whose it was and its length."""
     prompt, words = chat_prompt(experts.tokenizer, said)
     chosen = await experts.choose(expert, words)
-    answer = Answer.begin(
-        experts.engine,
-        experts.tokenizer,
-        prompt,
-        chosen,
-        max_tokens=max(1, min(new_tokens, experts.engine.max_tokens - len(prompt))),
-        sampling=sampling,
-        stops=(),
-        likeliest=None,
-        seconds=float("inf"),
-    )
+    engine = experts.engine
+    answers = Answers(Mail(engine), engine, experts.tokenizer, float("inf"))
+    most = max(1, min(new_tokens, engine.max_tokens - len(prompt)))
+    answer = answers.begin(prompt, chosen, max_tokens=most, sampling=sampling)
     text = ""
-    async for piece in answer.pieces():
-        text += piece.text
-        console.print(piece.text, end="", markup=False, highlight=False, soft_wrap=True)
+    async for pieces in answers.pieces():
+        for _, piece in pieces:
+            text += piece.text
+            console.print(piece.text, end="", markup=False, highlight=False, soft_wrap=True)
     about = [chosen.name, *([] if chosen.reason is None else [chosen.reason]), f"{answer.made} tokens"]
     console.print(f"\n({'; '.join(about)})", style="dim", highlight=False)
     return text

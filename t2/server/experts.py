@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Awaitable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,16 @@ from pathlib import Path
 import torch
 
 from t2.adaptation.bank_folder import CLASSIFIER, load_bank_folder
-from t2.adaptation.base import Strategy, mixed
+from t2.adaptation.base import Adaptation, Strategy, mixed
+from t2.adaptation.dispatch import PromptStrategy
 from t2.adaptation.strategies import PassOne, pass_one
 from t2.experts.expert import Expert
+from t2.generation.engine import Finished, QueueFull, Token
+from t2.generation.prompts import encode
 from t2.model.svf_model import ExpertChoice
 from t2.server.errors import ApiError
 from t2.server.opened import Opened
+from t2.tasks.classify import adaptation_problem
 
 BASE, AUTO = "base", "auto"
 SUFFIX = ".safetensors"
@@ -53,6 +58,8 @@ class Experts:
         self.model, self.folder = opened.model, opened.folder
         self._seen: dict[str, tuple[int, int]] = {}
         self._strategy: Strategy | None = None
+        self._needed: set[str] | None = None
+        """The experts that pass one chooses among; None where that is not known."""
         self._asked: deque[tuple[str, Future[Chosen]]] = deque()
         self._looking = threading.Lock()
 
@@ -78,7 +85,7 @@ class Experts:
         paths = [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
         files = {path.name.removesuffix(SUFFIX): path for path in paths}
         described = folder / "domains.json"
-        changed = False
+        changed: set[str] = set()
         for name, path in {**files, "": described}.items():
             try:
                 about = path.stat()
@@ -88,16 +95,17 @@ class Experts:
             if self._seen.get(name) == stamp:
                 continue
             self._seen[name] = stamp
-            changed = True
+            changed.add(name)
             if name:
                 self._add(name, path)
-        for name in self._seen.keys() - files.keys() - {""}:
+        for name in self._seen.keys() - files.keys() - ({""} if described.exists() else set()):
             del self._seen[name]
-            changed = True
+            changed.add(name)
             if name in self.svf.bank:
                 self.svf.remove_expert(name)
                 log.info("expert removed", extra={"fields": {"expert": name}})
-        if changed:
+        if changed and (self._needed is None or changed & {"", CLASSIFIER, *self._needed}):
+            self._needed = None
             self._strategy = self._strategy_of(folder)
 
     def _add(self, name: str, path: Path) -> None:
@@ -125,6 +133,7 @@ class Experts:
             needed = {domain.name for domain in bank.domains} | ({CLASSIFIER} if bank.classifier else set())
             if missing := sorted(needed - set(self.svf.bank)):
                 raise ValueError(f"bank: expected the experts {', '.join(missing)}, which were refused")
+            self._needed = needed
             own = copy.deepcopy(self.tokenizer)  # one that two threads use at a time fails
             return pass_one(kind, self.svf, own, bank.domains)
         except (OSError, ValueError) as error:
@@ -186,6 +195,9 @@ class Experts:
     async def _chosen(self, words: str) -> Chosen:
         if self._strategy is None:
             raise self._unknown(AUTO)
+        found = self._as_a_request(words, self._strategy) if isinstance(self._strategy, PromptStrategy) else None
+        if found is not None:
+            return await found
         chosen: Future[Chosen] = Future()
         self._asked.append((words, chosen))
         try:
@@ -194,6 +206,43 @@ class Experts:
             raise ApiError(503, "the engine has ended") from error
         ran.add_done_callback(lambda ended: self._give_up(chosen) if ended.exception() is not None else None)
         return await asyncio.wrap_future(chosen)
+
+    def _as_a_request(self, words: str, strategy: PromptStrategy) -> Awaitable[Chosen] | None:
+        """Pass one as a row of the running batch, which begins like those before it; None where it can't be one."""
+        first, started = strategy.label_tokens.first, time.perf_counter()
+        if first is None or (strategy.calibration != "none" and strategy.prior is None):
+            return None
+        prompt = encode(adaptation_problem(words, strategy.domains), self.tokenizer).tolist()
+        if len(prompt) + 1 > self.engine.max_tokens:
+            return None
+        chosen: Future[Chosen] = Future()
+
+        def event(found: Token | Finished) -> None:
+            if chosen.done() or not chosen.set_running_or_notify_cancel():
+                return
+            if isinstance(found, Finished):
+                chosen.set_exception(ApiError(503, f"the engine has ended: {found.error or found.reason}"))
+                return
+            scores = torch.tensor([[log_p for _, log_p in found.likeliest]])
+            try:
+                chosen.set_result(self._of(strategy.adaptation(scores.log_softmax(-1), started), 0))
+            except Exception as error:
+                chosen.set_exception(error)
+
+        try:
+            self.engine.submit(prompt, event, max_tokens=1, expert=strategy.expert, likeliest=first, ahead=True)
+        except QueueFull as error:
+            raise ApiError(429, "the server is busy; try again later", code="queue_full") from error
+        except ValueError as error:  # its expert has just gone
+            raise self._unknown(AUTO) from error
+        except RuntimeError as error:
+            raise ApiError(503, "the engine has ended") from error
+        return asyncio.wrap_future(chosen)
+
+    def _of(self, found: Adaptation, place: int) -> Chosen:
+        row = found.alpha[place]
+        name = found.names[int(row.argmax())] if row.dim() == 1 else "mix"
+        return Chosen(name, found.choices(self.svf)[place], found.reasons[place], found.seconds)
 
     @staticmethod
     def _give_up(chosen: Future[Chosen]) -> None:
@@ -206,16 +255,15 @@ class Experts:
         asked = [(words, chosen) for words, chosen in asked if chosen.set_running_or_notify_cancel()]
         if not asked:
             return
-        strategy, started = self._strategy, time.perf_counter()
+        strategy = self._strategy
         try:
             if strategy is None:
                 raise self._unknown(AUTO)
             found = strategy.adapt([words for words, _ in asked])
-            seconds, choices = time.perf_counter() - started, found.choices(self.svf)
-            names = [found.names[int(row.argmax())] if row.dim() == 1 else "mix" for row in found.alpha]
+            each = [self._of(found, place) for place in range(len(asked))]
         except Exception as error:
             for _, chosen in asked:
                 chosen.set_exception(error)
             return
-        for (_, chosen), name, choice, reason in zip(asked, names, choices, found.reasons, strict=True):
-            chosen.set_result(Chosen(name, choice, reason, seconds))
+        for (_, chosen), choice in zip(asked, each, strict=True):
+            chosen.set_result(choice)

@@ -74,16 +74,20 @@ def serve(
     names = ", ".join(server.experts.names)
     log = logging.getLogger("t2.server")
     log.info(f"answering on http://{host}:{port}", extra={"fields": {"models": names}})
+    config = uvicorn.Config(
+        make_app(server),
+        host=host,
+        port=port,
+        http="h11",  # has a limit for headers; others that may be installed have none
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=max_connections,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=int(options.answer_seconds),
+    )
+    http = uvicorn.Server(config)
     with Compilation(engine, log.info) if compiled else nullcontext():
-        uvicorn.run(
-            make_app(server),
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            limit_concurrency=max_connections,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=int(options.answer_seconds),
-        )
+        engine.alongside(http.serve(), on_signal=http.handle_exit, new_loop=config.get_loop_factory())
+    engine.close()
     return 1 if engine.failure is not None else 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import os
 import random
+import signal
 import threading
 
 import pytest
@@ -183,12 +186,14 @@ def test_cancelled_requests_leave_at_once(svf):
 
 def test_a_thread_of_its_own(svf):
     engine = engine_of(svf)
-    engine.start()
+    thread = threading.Thread(target=engine.run)
+    thread.start()
     answers = [Answer() for _ in range(12)]
     given = prompts(12, seed=8)
     for i, (prompt, answer) in enumerate(zip(given, answers, strict=True)):
         engine.submit(prompt, answer, max_tokens=7, expert=EXPERTS[i % 5])
     engine.close(drain=True)
+    thread.join()
     for i, (prompt, answer) in enumerate(zip(given, answers, strict=True)):
         assert answer.ids == alone(svf, prompt, EXPERTS[i % 5], 7)
     with pytest.raises(RuntimeError, match="has ended"):
@@ -200,7 +205,7 @@ def test_a_failure_reaches_every_request(svf, monkeypatch):
     monkeypatch.setattr(engine, "_pass", lambda: 1 / 0)
     for answer in answers:
         engine.submit([5, 6], answer, max_tokens=7)
-    engine.start()
+    threading.Thread(target=engine.run).start()
     for answer in answers:
         assert answer.done.wait(20)
         assert answer.end.reason == "error" and "ZeroDivisionError" in answer.end.error
@@ -224,6 +229,76 @@ def test_what_is_refused(svf):
     engine.submit([5], Answer(), max_tokens=1)
     with pytest.raises(QueueFull):
         engine.submit([5], Answer(), max_tokens=1)
+
+
+def test_chosen_tokens_log_probabilities_and_who_goes_ahead(svf):
+    engine, all_tokens, some = engine_of(svf, max_rows=1), Answer(), Answer()
+    last = Answer()
+    engine.submit([4, 5, 6], all_tokens, max_tokens=1, likeliest=14)
+    engine.submit([7, 8], last, max_tokens=1)
+    engine.submit([4, 5, 6], some, max_tokens=1, likeliest=(3, 9), ahead=True)
+    engine.step()
+    assert some.end is not None and last.end is None and all_tokens.end is None
+    while engine.step():
+        pass
+    every = dict(all_tokens.tokens[0].likeliest)
+    assert some.tokens[0].likeliest == ((3, every[3]), (9, every[9]))
+    with pytest.raises(ValueError, match="likeliest: expected tokens from 0 to 13"):
+        engine.submit([5], Answer(), max_tokens=1, likeliest=(14,))
+
+
+def test_events_of_a_step_are_announced_once(svf):
+    engine, announced = engine_of(svf, max_rows=4), []
+    answers = [Answer() for _ in range(4)]
+    engine.after_events = lambda: announced.append(sum(len(answer.tokens) for answer in answers))
+    for i, answer in enumerate(answers):
+        engine.submit([4 + i], answer, max_tokens=2)
+    engine.step()
+    assert announced == [4]
+    while engine.step():
+        pass
+    assert len(announced) == 2 and announced[1] == sum(len(answer.tokens) for answer in answers)
+
+
+def test_work_runs_beside_the_steps(svf):
+    engine = engine_of(svf)
+    threads = torch.get_num_threads()
+
+    async def work(prompt: list[int]) -> list[int]:
+        answer = Answer()
+        engine.submit(prompt, answer, max_tokens=5, expert="e0")
+        while answer.end is None:
+            await asyncio.sleep(0.001)
+        assert torch.get_num_threads() == 1
+        return answer.ids
+
+    for prompt in ([4, 5], [6]):  # twice: the engine goes on to be of use
+        assert engine.alongside(work(prompt)) == alone(svf, prompt, "e0", 5)
+    assert torch.get_num_threads() == threads
+
+    async def failing() -> None:
+        raise LookupError("not here")
+
+    with pytest.raises(LookupError, match="not here"):
+        engine.alongside(failing())
+
+
+def test_an_interrupt_cancels_the_work_and_the_engine_goes_on(svf):
+    engine, cancelled = engine_of(svf), []
+
+    async def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        engine.alongside(work())
+    assert cancelled and signal.getsignal(signal.SIGINT) is before
+    assert engine.alongside(asyncio.sleep(0, "done")) == "done"
 
 
 SIZES = dict(vocab_size=14, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -46,7 +46,8 @@ def serving(bank) -> Iterator[Callable[..., Running]]:
             listening = socket.socket()
             listening.bind(("127.0.0.1", 0))
             http = uvicorn.Server(uvicorn.Config(make_app(server), log_config=None, timeout_graceful_shutdown=5))
-            thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True)
+            serving = http.serve(sockets=[listening])
+            thread = threading.Thread(target=engine.alongside, args=(serving,), daemon=True)
             thread.start()
 
             def stop() -> None:

@@ -106,6 +106,49 @@ def test_auto_is_there_while_experts_are_replaced(serving, bank, tmp_path, monke
     assert all(seen) and "auto" in experts.names
 
 
+def test_pass_one_is_made_anew_when_its_experts_change_and_only_then(serving, bank, tmp_path, monkeypatch):
+    running = serving()
+    experts, made = running.server.experts, []
+    of = experts._strategy_of
+    monkeypatch.setattr(experts, "_strategy_of", lambda folder: (made.append(1), of(folder))[1])
+    (bank / "other.safetensors").write_bytes(expert_bytes(running, tmp_path, 5))
+    experts.look()
+    assert "other" in experts.names and not made
+    (bank / "domains.json").rename(bank / "aside.json")
+    experts.look()
+    assert len(made) == 1 and "auto" not in experts.names
+    (bank / "aside.json").rename(bank / "domains.json")
+    (bank / "red.safetensors").unlink()
+    experts.look()
+    assert len(made) == 2 and "auto" not in experts.names
+    (bank / "red.safetensors").write_bytes(expert_bytes(running, tmp_path, 6))
+    experts.look()
+    assert len(made) == 3 and "auto" in experts.names
+
+
+def test_pass_one_in_the_batch_chooses_as_it_does_alone(serving, monkeypatch):
+    """As a request where the labels' first tokens differ, by a call between steps where they do not."""
+    running = serving()
+    experts = running.server.experts
+    strategy = experts._strategy
+    asked = "say red", "say green two", "say one"
+    strategy.prior = strategy.label_scores(asked).mean(0)  # no flat one, so that words decide
+    expected = strategy.adapt(asked)
+    called = []
+    call = running.engine.call
+    monkeypatch.setattr(running.engine, "call", lambda work: (called.append(1), call(work))[1])
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(type(strategy.label_tokens), "first", None)
+        for words, reason, row in zip(asked, expected.reasons, expected.alpha, strict=True):
+            body = {"model": "auto", "prompt": words, "max_tokens": 2}
+            status, reply = ask(running.url, "/v1/completions", body)
+            found = json.loads(reply)["t2"]
+            assert status == 200 and found["reason"] == reason
+            assert found["expert"] == expected.names[int(row.argmax())]
+    assert len(called) == 3
+
+
 def test_who_waits_for_pass_one_hears_that_the_engine_failed(serving, monkeypatch):
     running = serving(eos_ids=())
     monkeypatch.setattr(running.engine, "_drop_cancelled", lambda: 1 / 0)  # before calls are made again
