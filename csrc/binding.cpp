@@ -466,7 +466,7 @@ Tensor last_contiguous(const Tensor& tensor) {
 t2::HeadStrides head_strides(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
 Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& allowed,
-                        double scale, const OptionalTensor& key_rows) {
+                        double scale, const OptionalTensor& key_rows, const OptionalTensor& key_ranges) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4 && query.size(2) == 1,
                   "query: expected [rows, heads, 1, head_dim], key and value [rows, key heads, length, head_dim]");
   const int64_t rows = query.size(0), heads = query.size(1), dim = query.size(3), key_heads = key.size(1);
@@ -492,6 +492,7 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
                         0,
                         0,
                         nullptr,
+                        nullptr,
                         rows,
                         heads,
                         key_heads,
@@ -514,6 +515,17 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
     for (int64_t row = 0; row < rows; ++row)
       STD_TORCH_CHECK(a.key_rows[row] >= 0 && a.key_rows[row] < key.size(0), "key_rows: entry ", row, " is ",
                       a.key_rows[row], ", expected 0 <= row < ", key.size(0));
+  }
+  if (key_ranges) {
+    STD_TORCH_CHECK(key_ranges->dim() == 2 && key_ranges->size(0) == rows && key_ranges->size(1) == 2 &&
+                        key_ranges->is_contiguous() && key_ranges->scalar_type() == ScalarType::Long,
+                    "key_ranges: expected contiguous int64 [", rows, ", 2]");
+    a.key_ranges = static_cast<const int64_t*>(key_ranges->const_data_ptr());
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t begin = a.key_ranges[2 * row], end = a.key_ranges[2 * row + 1];
+      STD_TORCH_CHECK(0 <= begin && begin <= end && end <= a.length, "key_ranges: entry ", row, " is ", begin, ", ", end,
+                      "; expected 0 <= begin <= end <= ", a.length);
+    }
   }
   if (rows > 0 && heads > 0 && dim > 0) t2::kernels().attend(a, parallel_for);
   return out;

@@ -15,6 +15,7 @@ def decode_attention(
     allowed: Tensor | None = None,
     scale: float | None = None,
     key_rows: Tensor | None = None,
+    key_ranges: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query key^T) value for one new token a row; query heads share key heads in groups, in order.
 
@@ -31,6 +32,8 @@ def decode_attention(
         key_rows: int64 [rows], the row of key and value that each row looks at: several tokens of one request share
             its keys, which may lie in any row of a cache; they are read once for a few of them if they follow each
             other. Default: each its own.
+        key_ranges: int64 [rows, 2], the first key that each row may look at, and the end. Both this and `allowed` hold
+            where both are given.
 
     Returns:
         [rows, 1, heads, head_dim], contiguous, the dtype of query.
@@ -59,6 +62,15 @@ def decode_attention(
         checks.check_device("key_rows", key_rows, query, "query")
         if rows and not (int(key_rows.min()) >= 0 and int(key_rows.max()) < key.shape[0]):
             raise ValueError(f"key_rows: expected 0 <= row < {key.shape[0]}, the rows of key, got {key_rows.tolist()}")
+    if key_ranges is not None:
+        checks.check_dtype("key_ranges", checks.check_tensor("key_ranges", key_ranges, "[rows, 2]"), (torch.int64,))
+        checks.check_shape("key_ranges", key_ranges, (rows, 2), "rows, 2")
+        checks.check_device("key_ranges", key_ranges, query, "query")
+        begin, end = key_ranges.unbind(1)
+        if rows and not bool(((begin >= 0) & (begin <= end) & (end <= key.shape[2])).all()):
+            raise ValueError(
+                f"key_ranges: expected 0 <= begin <= end <= {key.shape[2]}, the length, got {key_ranges.tolist()}"
+            )
     key_count = rows if key_rows is None else key.shape[0]
     checks.check_shape("key", key, (key_count, key.shape[1], key.shape[2], head_dim), meaning)
     checks.check_shape("value", value, tuple(key.shape), "that of key")
@@ -73,4 +85,5 @@ def decode_attention(
                     f"{name}: expected requires_grad=False (inference only), got a tensor that requires grad"
                 )
     scale = head_dim**-0.5 if scale is None else float(scale)
-    return ops.decode_attention(query, key, value, allowed, scale, key_rows)
+    ranges = None if key_ranges is None else key_ranges.contiguous()
+    return ops.decode_attention(query, key, value, allowed, scale, key_rows, ranges)

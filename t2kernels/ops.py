@@ -89,7 +89,7 @@ _library.define(
 )
 _library.define(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? allowed, float scale, "
-    "Tensor? key_rows=None) -> Tensor"
+    "Tensor? key_rows=None, Tensor? key_ranges=None) -> Tensor"
 )
 
 
@@ -179,7 +179,7 @@ def _(grad_y, weight, row_scale, in_features, bf16_products):  # type: ignore[no
 
 
 @torch.library.register_fake("t2kernels::decode_attention")
-def _(query, key, value, allowed, scale, key_rows=None):  # type: ignore[no-untyped-def]
+def _(query, key, value, allowed, scale, key_rows=None, key_ranges=None):  # type: ignore[no-untyped-def]
     return query.new_empty(query.shape[0], 1, query.shape[1], query.shape[3])
 
 

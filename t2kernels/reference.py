@@ -194,8 +194,13 @@ def decode_attention(
     allowed: Tensor | None,
     scale: float,
     key_rows: Tensor | None = None,
+    key_ranges: Tensor | None = None,
 ) -> Tensor:
     """Reference of `torch.ops.t2kernels.decode_attention`; float64 stays float64."""
+    if key_ranges is not None:
+        keys = torch.arange(key.shape[2], device=key.device)
+        inside = (keys >= key_ranges[:, :1]) & (keys < key_ranges[:, 1:])
+        allowed = inside if allowed is None else allowed & inside
     if key_rows is not None:
         key, value = key[key_rows], value[key_rows]
     rows, heads, _, head_dim = query.shape

@@ -24,7 +24,8 @@ struct DecodeAttention {
   HeadStrides query_strides, key_strides, value_strides;
   const uint8_t* allowed;  // [rows, length], nonzero where a row may look, or null for everywhere
   int64_t allowed_row_stride, allowed_stride;
-  const int64_t* key_rows;  // [rows], the row of keys and values that each row looks at, or null for its own
+  const int64_t* key_rows;    // [rows], the row of keys and values that each row looks at, or null for its own
+  const int64_t* key_ranges;  // [rows, 2], the first key that each row looks at and the end, or null for all
   int64_t rows, heads, key_heads, length, head_dim;  // head_dim: a multiple of kPanel
   float scale;
 };

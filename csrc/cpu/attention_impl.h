@@ -116,13 +116,15 @@ void add_values_of_heads(const float* p, int64_t p_stride, const T* v, int64_t v
 
 // scores[head][key] = <query[head], key> for keys in [length, dim] and their float32 copies of kPanel at a time.
 template <class T>
-void score_keys(const float* query, int64_t heads, const T* key, int64_t key_stride, int64_t length, int64_t dim,
-                float* wide, float* scores, int64_t stride) {
+void score_keys(const float* query, int64_t heads, const T* key, int64_t key_stride, const T* value,
+                int64_t value_stride, int64_t length, int64_t dim, float* wide, float* scores, int64_t stride) {
   for (int64_t j = 0; j < length; j += kPanel) {
     const int64_t count = smaller(kPanel, length - j);
-    for (int64_t i = 0; i < count; ++i, key += key_stride) {
-      for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+    for (int64_t i = 0; i < count; ++i, key += key_stride, value += value_stride) {
+      for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
         __builtin_prefetch(key + kKeysAhead * key_stride + d);
+        __builtin_prefetch(value + d);
+      }
       for (int64_t d = 0; d < dim; d += kPanel) {
         Lane16 k;
         load(k, key + d);
@@ -168,6 +170,7 @@ struct KeyRange {
 
 KeyRange keys_of(const t2::DecodeAttention& a, int64_t row) {
   KeyRange range{0, a.length};
+  if (a.key_ranges != nullptr) range = {a.key_ranges[2 * row], a.key_ranges[2 * row + 1]};
   if (a.allowed == nullptr) return range;
   const uint8_t* allowed = a.allowed + row * a.allowed_row_stride;
   const bool whole = a.allowed_stride == 1;  // then 8 at a time
@@ -211,7 +214,8 @@ void attend_job(const t2::DecodeAttention& a, int64_t first, int64_t rows, int64
   const t2::HeadStrides &ks = a.key_strides, &vs = a.value_strides;
   const T* key = static_cast<const T*>(a.keys) + key_row * ks.row + key_head * ks.head;
   const T* value = static_cast<const T*>(a.values) + key_row * vs.row + key_head * vs.head;
-  score_keys(query, heads, key + any.begin * ks.key, ks.key, length, dim, wide, scores, stride);
+  score_keys(query, heads, key + any.begin * ks.key, ks.key, value + any.begin * vs.key, vs.key, length, dim, wide, scores,
+             stride);
   std::memset(sums, 0, static_cast<size_t>(heads * dim) * 4);
   for (int64_t h = 0; h < heads; ++h) {
     const KeyRange& range = own[h / group];

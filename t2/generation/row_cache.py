@@ -60,7 +60,7 @@ class RowLayer(CacheLayerMixin):
         return self.keys[:, :, : places.length], self.values[:, :, : places.length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise RuntimeError("cache: expected a mask [tokens, 1, 1, length] from the engine, got none")
+        raise RuntimeError("cache: expected ranges of keys from the engine, got no mask")
 
     def get_seq_length(self) -> int:
         return 0
@@ -114,15 +114,20 @@ class RowCache(Cache):
             raise TypeError(f"model: expected attn_implementation 'sdpa', got {attention!r} in {kind}")
         return cls(windows, rows, capacity)
 
-    def masks(self, places: Places) -> Tensor | dict[str, Tensor]:
-        """What the model takes for `attention_mask`: bool [tokens, 1, 1, length], by kind of layer if there are two."""
-        keys, positions = torch.arange(places.length, device=places.rows.device), places.positions[:, None]
-        mask = (keys <= positions)[:, None, None]
+    def ranges(self, places: Places) -> Tensor | dict[str, Tensor]:
+        """What the model takes for `attention_mask`: int64 [tokens, 1, 1, 2], the first key that a token looks at and
+        the end (`t2.model.attention.shared_keys`); by kind of layer if there are two."""
+        ends = places.positions + 1
+
+        def from_begin(begins: Tensor) -> Tensor:
+            return torch.stack([begins, ends], dim=-1)[:, None, None]
+
+        every = from_begin(torch.zeros_like(ends))
         window = next((window for window in self.windows if window is not None), None)
         if window is None:
-            return mask
-        near = mask & (keys > positions - window)[:, None, None]
-        return {"full_attention": mask, "sliding_attention": near} if None in self.windows else near
+            return every
+        near = from_begin((ends - window).clamp_min(0))
+        return {"full_attention": every, "sliding_attention": near} if None in self.windows else near
 
     def names(self) -> list[str]:
         """The names of all buffers."""
@@ -160,7 +165,7 @@ def run_pass(model: nn.Module, cache: RowCache, places: Places, ids: Tensor) -> 
     with shared_keys(places.rows):
         logits: Tensor = model(
             input_ids=ids[:, None],
-            attention_mask=cache.masks(places),
+            attention_mask=cache.ranges(places),
             position_ids=places.positions[:, None],
             past_key_values=cache,
             use_cache=True,

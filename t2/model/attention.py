@@ -42,14 +42,21 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [rows, heads, tokens, head_dim] -> [rows, tokens, heads, head_dim]."""
-    key_rows: Tensor | None = getattr(_here, "key_rows", None)
-    is_causal = _is_causal(module, query, attention_mask, kwargs.get("is_causal"))
-    if hasattr(module, MARK) and _runs(query, key, value, attention_mask, dropout, kwargs, key_rows, is_causal):
+    shared: Tensor | None = getattr(_here, "key_rows", None)
+    mask, ranges = attention_mask, None
+    if shared is not None:
+        if mask is None or mask.dtype != torch.int64 or mask.shape != (shared.shape[0], 1, 1, 2):
+            raise TypeError(f"attention_mask: expected the ranges of shared keys, got those of {type(module).__name__}")
+        mask, ranges = None, mask[:, 0, 0]
+    is_causal = shared is None and _is_causal(module, query, mask, kwargs.get("is_causal"))
+    if hasattr(module, MARK) and _runs(query, key, value, mask, dropout, kwargs, shared, is_causal):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _by_token(query, key, value, attention_mask, scale, key_rows, is_causal), None
-    if key_rows is not None:
-        key, value = key[key_rows], value[key_rows]
-    return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return _by_token(query, key, value, mask, scale, shared, ranges, is_causal), None
+    if ranges is not None:
+        keys = torch.arange(key.shape[2], device=key.device)
+        mask = ((keys >= ranges[:, :1]) & (keys < ranges[:, 1:]))[:, None, None]
+        key, value = key[shared], value[shared]
+    return _sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
 def _is_causal(module: nn.Module, query: Tensor, mask: Tensor | None, given: bool | None) -> bool:
@@ -66,22 +73,21 @@ def _by_token(
     mask: Tensor | None,
     scale: float,
     key_rows: Tensor | None,
+    ranges: Tensor | None,
     is_causal: bool,
 ) -> Tensor:
     """The kernel with a row for each token, [rows, tokens, heads, head_dim]."""
     rows, heads, tokens, head_dim = query.shape
     if tokens == 1:
         allowed = None if mask is None else mask[:, 0, 0]
-        return ops.decode_attention(query, key, value, allowed, scale, key_rows)
+        return ops.decode_attention(query, key, value, allowed, scale, key_rows, ranges)
     each = query.transpose(1, 2).reshape(rows * tokens, heads, 1, head_dim)
-    if mask is not None:
-        allowed = mask.expand(rows, 1, tokens, -1).reshape(rows * tokens, -1)
-    elif is_causal:
-        allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat(rows, 1)
-    else:
-        allowed = None
+    allowed = None if mask is None else mask.expand(rows, 1, tokens, -1).reshape(rows * tokens, -1)
+    if is_causal:
+        ends = torch.arange(1, tokens + 1).repeat(rows)
+        ranges = torch.stack([torch.zeros_like(ends), ends], dim=1)
     own = torch.arange(rows).repeat_interleave(tokens)
-    return ops.decode_attention(each, key, value, allowed, scale, own).view(rows, tokens, heads, head_dim)
+    return ops.decode_attention(each, key, value, allowed, scale, own, ranges).view(rows, tokens, heads, head_dim)
 
 
 _sdpa: Any = AttentionInterface()["sdpa"]
@@ -92,7 +98,8 @@ _here = threading.local()
 def shared_keys(key_rows: Tensor) -> Iterator[None]:
     """Within the block, in this thread, rows of one token look at these rows [rows] of what the cache returns.
 
-    So tokens of one request, and of many, are rows of one pass: those of a prompt share the keys of its row.
+    So tokens of one request, and of many, are rows of one pass: those of a prompt share the keys of its row. What the
+    model takes for a mask are the ranges of keys that the rows look at, int64 [rows, 1, 1, 2]: the first, and the end.
     """
     _here.key_rows = key_rows
     try:

@@ -178,6 +178,13 @@ def test_rows_that_share_keys_have_the_bits_of_each_alone(extreme_set, dtype, sh
     expected = reference.decode_attention(query.double(), key.double(), value.double(), allowed, head_dim**-0.5, rows)
     torch.testing.assert_close(together.double(), expected, rtol=0, atol=TOLERANCE[dtype])
     assert not together[4].any() and not together[22].any()
+    ranges = torch.cat([begin, (begin + length).clamp_max(90)], 1)
+    assert torch.equal(
+        t2kernels.decode_attention(query, key, value, None, key_rows=rows, key_ranges=ranges)[5:20], together[5:20]
+    )
+    assert torch.equal(
+        t2kernels.decode_attention(query, key, value, allowed, key_rows=rows, key_ranges=ranges), together
+    )
     apart = allowed.t().contiguous().t()  # the kernel skips contiguous masks faster
     assert torch.equal(t2kernels.decode_attention(query, key, value, apart, key_rows=rows), together)
     for i, row in enumerate(rows.tolist()):
@@ -200,3 +207,20 @@ def test_what_lies_beyond_a_rows_keys_does_not_reach_it(instruction_set):
     key[:, :, 25:], value[:, :, 25:] = torch.nan, torch.nan
     y = t2kernels.decode_attention(query, key, value, allowed, key_rows=rows)
     assert torch.equal(y[:5], clean[:5]) and y[5:].isnan().all()
+
+
+def test_ranges_of_keys(instruction_set):
+    query, key, value = problem(4, 2, 2, 20, 32)
+    ranges = torch.tensor([[0, 20], [3, 17], [5, 5], [19, 20]])
+    y = t2kernels.decode_attention(query, key, value, key_ranges=ranges)
+    expected = reference.decode_attention(query, key, value, None, 32**-0.5, None, ranges)
+    torch.testing.assert_close(y, expected, atol=2e-6, rtol=0)
+    assert not y[2].any()
+    for wrong in ([[0, 21]], [[-1, 3]], [[4, 3]]):
+        given = torch.tensor(wrong * 4)
+        with pytest.raises(ValueError, match="key_ranges: expected 0 <= begin <= end <= 20"):
+            t2kernels.decode_attention(query, key, value, key_ranges=given)
+        with pytest.raises(RuntimeError, match="key_ranges: entry 0"):
+            torch.ops.t2kernels.decode_attention(query, key, value, None, 1.0, None, given)
+    with pytest.raises(ValueError, match="key_ranges: expected shape"):
+        t2kernels.decode_attention(query, key, value, key_ranges=ranges[:3])

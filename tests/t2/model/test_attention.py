@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ ACCEPTED = {
         tokens=3, attention_mask=torch.ones(1, 1, 3, LENGTH, dtype=torch.bool)
     ),
     "tokens that look at all keys": lambda: step(tokens=3, attention_mask=None, is_causal=False),
-    "rows that share keys": lambda: step(shared=True),
+    "rows that share keys": lambda: step(attention_mask=None, shared=True),
     "options that say no": lambda: step(output_attentions=False, dropout=0.0, **dict.fromkeys(attention._OTHERS)),
 }
 
@@ -92,9 +91,10 @@ def ran(monkeypatch):
         module = nn.Module()
         if marked:
             attention.take_over([module])
-        with (
-            attention.shared_keys(torch.zeros(ROWS, dtype=torch.int64)) if given.pop("shared", False) else nullcontext()
-        ):
+        if given.pop("shared", False):
+            with attention.shared_keys(torch.zeros(ROWS, dtype=torch.int64)):
+                attention.attention(module, **given | {"attention_mask": torch.tensor([[[[0, LENGTH]]]] * ROWS)})
+        else:
             attention.attention(module, **given)
         (call,) = calls
         return call
@@ -119,6 +119,28 @@ def test_a_build_without_the_extension_falls_back(ran, monkeypatch):
 
 def test_modules_that_were_not_taken_over_fall_back(ran):
     assert ran(step(), marked=False) == "sdpa"
+
+
+def test_shared_keys_want_ranges():
+    with attention.shared_keys(torch.zeros(ROWS, dtype=torch.int64)), pytest.raises(TypeError, match="ranges"):
+        attention.attention(nn.Module(), **step())
+
+
+def test_shared_keys_are_the_same_on_the_kernel_and_off_it():
+    """Rows look at windows of any row's keys."""
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(4, HEADS, 1, HEAD_DIM, generator=g)
+    key, value = (torch.randn(3, KEY_HEADS, 9, HEAD_DIM, generator=g) for _ in range(2))
+    ranges = torch.tensor([[0, 4], [2, 9], [0, 1], [5, 7]])[:, None, None]
+    found = []
+    for marked in (False, True):
+        module = nn.Module()
+        module.num_key_value_groups = HEADS // KEY_HEADS
+        if marked:
+            attention.take_over([module])
+        with attention.shared_keys(torch.tensor([2, 0, 2, 1])):
+            found.append(attention.attention(module, query, key, value, ranges)[0])
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value"])
