@@ -47,12 +47,14 @@ def attention(
     if shared is not None:
         if mask is None or mask.dtype != torch.int64 or mask.shape != (shared.shape[0], 1, 1, 2):
             raise TypeError(f"attention_mask: expected the ranges of shared keys, got those of {type(module).__name__}")
-        mask, ranges = None, mask[:, 0, 0]
+        ranges = mask[:, 0, 0]
+        mask = None
     is_causal = shared is None and _is_causal(module, query, mask, kwargs.get("is_causal"))
     if hasattr(module, MARK) and _runs(query, key, value, mask, dropout, kwargs, shared, is_causal):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _by_token(query, key, value, mask, scale, shared, ranges, is_causal), None
     if ranges is not None:
+        assert shared is not None
         keys = torch.arange(key.shape[2], device=key.device)
         mask = ((keys >= ranges[:, :1]) & (keys < ranges[:, 1:]))[:, None, None]
         key, value = key[shared], value[shared]
