@@ -39,5 +39,6 @@ def run(
     from t2.server.opened import open_engine
 
     sampling = Sampling(temperature, top_p, seed)
-    opened = open_engine(model, bank, dtype=getattr(torch, factor_dtype), max_rows=1, max_tokens=max_tokens)
-    return chat(opened, expert, sampling, max_new_tokens, Console())
+    console, dtype = Console(), getattr(torch, factor_dtype)
+    opened = open_engine(model, bank, dtype=dtype, news=console.print, max_rows=1, max_tokens=max_tokens)
+    return chat(opened, expert, sampling, max_new_tokens, console)

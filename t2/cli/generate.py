@@ -104,5 +104,6 @@ def _answer_file(model: str, bank: Path | None, source: Path, output: Path, dtyp
     from t2.server.opened import open_engine
 
     read_lines(source)  # what is wrong with them is said before a model is loaded
-    opened = open_engine(model, bank, dtype=getattr(torch, dtype))
-    return 0 if answer_file(opened, source, output, max_tokens=max_tokens, console=Console(stderr=True)) else 130
+    console = Console(stderr=True)
+    opened = open_engine(model, bank, dtype=getattr(torch, dtype), news=console.print)
+    return 0 if answer_file(opened, source, output, max_tokens=max_tokens, console=console) else 130

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from t2.generation.row_cache import Places, RowCache, run_pass
+from t2.generation.whole_batches import WholeBatchEngine
 from t2.model.routing import Route
 from t2.model.svf_model import SVFModel
 from t2kernels.backends import extension
@@ -109,8 +110,8 @@ class Compilation:
     def _run(self) -> None:
         engine = self._engine
         try:
-            if engine.svf.sigma.device.type != "cpu" or extension is None:
-                raise RuntimeError("programs are for CPUs with the package's kernels")
+            if engine.svf.sigma.device.type != "cpu" or extension is None or isinstance(engine, WholeBatchEngine):
+                raise RuntimeError("programs are for engines of single tokens on CPUs with the package's kernels")
             with tempfile.TemporaryDirectory() as folder:
                 traced = Path(folder) / "traced.pt2"
                 path = engine.call(lambda: prepare(engine, traced)).result()

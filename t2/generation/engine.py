@@ -122,6 +122,8 @@ class Request:
 class Engine:
     """Runs requests on a wrapped model; `step` by `step`, or in a thread that calls `run`.
 
+    `t2.generation.whole_batches` has one for models that this can't run.
+
     Args:
         svf: a wrapped transformers model on any device.
         eos_ids: tokens that end an answer.
@@ -157,9 +159,6 @@ class Engine:
         self.svf, self.eos_ids = svf, frozenset(eos_ids)
         self.max_rows, self.max_tokens, self.max_waiting, self.chunk = max_rows, max_tokens, max_waiting, chunk
         self.vocabulary = int(svf.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        capacity = -(-max_tokens // SPAN) * SPAN
-        self.cache = RowCache.of(svf.model, max_rows + 1, capacity)  # the last row is for warming up and checks
-        self.head = OutputHead.of(SVFRunner(svf))
         self.prefixes = PrefixStore(prefix_bytes)
         self.compiled: Pass | None = None
         """Runs passes in place of the model (`t2.generation.compiled_pass`)."""
@@ -177,7 +176,19 @@ class Engine:
         self._closing = False
         self.failure: BaseException | None = None
         """What ended the engine, if anything did."""
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Makes what passes need, and checks that the model can be run."""
+        capacity = -(-self.max_tokens // SPAN) * SPAN
+        self.cache = RowCache.of(self.svf.model, self.max_rows + 1, capacity)  # the last row is for checks
+        self.head = OutputHead.of(SVFRunner(self.svf))
         self._check_model()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that rows of the cache may take."""
+        return self.cache.nbytes
 
     # Requests
 

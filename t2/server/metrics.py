@@ -28,7 +28,7 @@ class Metrics:
         for name, text, value in (
             ("requests_running", "Requests in the batch.", lambda: engine.running),
             ("requests_waiting", "Requests that wait for a row.", lambda: engine.waiting),
-            ("cache_bytes", "Keys and values of rows.", lambda: engine.cache.nbytes),
+            ("cache_bytes", "Keys and values of rows.", lambda: engine.cache_bytes),
             ("prefix_bytes", "Keys and values of beginnings of prompts.", lambda: engine.prefixes.nbytes),
             (
                 "prefix_hit_share",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from t2.adaptation.bank_folder import bank_path
 from t2.generation.engine import Engine
+from t2.generation.whole_batches import WholeBatchEngine
 from t2.generation.prompts import eos_ids_of
 from t2.model.load import load_svf
 from t2.model.svf_model import SVFConfig, SVFModel
@@ -35,6 +37,7 @@ def open_engine(
     dtype: torch.dtype,
     form: str = "factored",
     support: Path | None = None,
+    news: Callable[[str], object],
     **limits: Any,
 ) -> Opened:
     """Loads a model and makes its engine.
@@ -42,6 +45,7 @@ def open_engine(
     Args:
         bank: folder of experts, or the name of one that ships; its experts are not read yet.
         support: of the delta form; default the bank's.
+        news: is given a line where the model needs whole batches (`t2.generation.whole_batches`).
         limits: of `Engine`.
 
     Raises:
@@ -54,5 +58,10 @@ def open_engine(
     options: Any = {"form": form, "support": chosen}
     svf, processor = load_svf(model, SVFConfig(dtype=dtype, bf16_products=dtype == torch.bfloat16, **options))
     tokenizer = tokenizer_of(processor)
-    engine = Engine(svf, eos_ids=eos_ids_of(svf.model, tokenizer), **limits)
+    limits["eos_ids"] = eos_ids_of(svf.model, tokenizer)
+    try:
+        engine = Engine(svf, **limits)
+    except TypeError as error:
+        engine = WholeBatchEngine(svf, **limits)
+        news(f"requests run in whole batches, each to its end: {error}")
     return Opened(svf, tokenizer, engine, Path(model).name, folder)

@@ -68,11 +68,11 @@ def serve(
     if not is_loopback(host) and not options.api_keys:
         raise ValueError(f"host: expected a key in --api-keys for an address that others can reach, got {host} without")
     log_to_stderr()
-    opened = open_engine(model, bank, dtype=dtype, form=form, support=support, **limits)
+    log = logging.getLogger("t2.server")
+    opened = open_engine(model, bank, dtype=dtype, form=form, support=support, news=log.warning, **limits)
     engine = opened.engine
     server = Server(opened, options)
     names = ", ".join(server.experts.names)
-    log = logging.getLogger("t2.server")
     log.info(f"answering on http://{host}:{port}", extra={"fields": {"models": names}})
     config = uvicorn.Config(
         make_app(server),
