@@ -1,7 +1,7 @@
 """The engine of models that single tokens of many requests can't run through: batches by transformers' `generate`.
 
-So do models whose cache holds a state instead of keys and values, or both. Requests that wait become a batch, and others
-wait for its end; what it has in common with `Engine` is all else: experts, draws, log-probabilities, events.
+These are models whose cache holds a state instead of keys and values, or both. Requests that wait become a batch, and
+others wait for its end. All else is as in `Engine`: experts, draws, log-probabilities, events.
 """
 
 from __future__ import annotations

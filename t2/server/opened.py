@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from t2.adaptation.bank_folder import bank_path
 from t2.generation.engine import Engine
-from t2.generation.whole_batches import WholeBatchEngine
 from t2.generation.prompts import eos_ids_of
+from t2.generation.whole_batches import WholeBatchEngine
 from t2.model.load import load_svf
 from t2.model.svf_model import SVFConfig, SVFModel
 from t2.weights.loading import tokenizer_of
