@@ -160,6 +160,20 @@ async def load(
         return list(await tqdm_async.gather(*map(one, asked), desc="requests", mininterval=5))
 
 
+async def first_answer(url: str) -> None:
+    """Asks until there is an answer: the server says where it listens a moment before it does."""
+    async with aiohttp.ClientSession(url) as session:
+        while True:
+            try:
+                found = await ask(session, Asked("base", QUESTIONS[0], 1, None))
+            except aiohttp.ClientConnectorError:
+                await asyncio.sleep(0.02)
+                continue
+            if "error" in found:
+                raise RuntimeError(found["error"])
+            return
+
+
 def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequence[bytes]) -> dict[str, Any]:
     """Results of all requests, and the server's memory before, halfway and after."""
     with socket.socket() as free:
@@ -168,10 +182,15 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
     command = [sys.executable, "-m", "t2", "serve", MODEL, "--bank", str(folder), "--port", str(port)]
     command += ["--max-rows", str(ROWS), "--max-tokens", str(MOST), "--max-waiting", "100000"]
     with tempfile.TemporaryFile() as log:
+        begun = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, stderr=log)
         url = f"http://127.0.0.1:{port}"
         try:
+            wait_for(log, process, b"answering on")
+            asyncio.run(first_answer(url))
+            answered = time.perf_counter() - begun
             wait_for(log, process, b"passes run compiled")
+            compiled = time.perf_counter() - begun
             ended, swaps = threading.Event(), 0
 
             def swap() -> None:
@@ -190,7 +209,14 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
             finally:
                 ended.set()
                 swapping.join()
-            return {"results": results, "seconds": time.perf_counter() - started, "memory": memory, "swaps": swaps}
+            return {
+                "results": results,
+                "seconds": time.perf_counter() - started,
+                "memory": memory,
+                "swaps": swaps,
+                "first_answer_seconds": answered,
+                "compiled_seconds": compiled,
+            }
         finally:
             process.terminate()
             process.wait(60)
@@ -261,6 +287,8 @@ def load_table(results: Any) -> Table:
             ", ".join(f"{value / 1e6:,.0f} MB" for value in results["memory"]),
         ],
         ["replacements of an expert meanwhile", str(results["swaps"])],
+        ["from the start to the first answer", f"{results['first_answer_seconds']:.1f} s"],
+        ["from the start to compiled passes, kept from an earlier start", f"{results['compiled_seconds']:.1f} s"],
     ]
     return Table(
         f"{results['requests']:,} requests of {results['clients']} clients, {ROWS} in the batch, "
@@ -321,8 +349,7 @@ def main(requests: int = 2000, clients: int = 200, check: int = 60, results: Pat
             "tokens_per_second": tokens / found["seconds"],
             "engine_tokens_per_second": engine_alone(svf, tokenizer, asked, experts),
             "first_token_seconds": {"p50": statistics.median(first), "p99": first[int(0.99 * len(first))]},
-            "memory": found["memory"],
-            "swaps": found["swaps"],
+            **{name: found[name] for name in ("memory", "swaps", "first_answer_seconds", "compiled_seconds")},
         },
     )
     load_table(json.loads(results.read_text())).show()

@@ -20,9 +20,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 RUNNER, RUNNER_SOURCE = "t2_pass_runner", Path(__file__).with_name("pass_runner.cpp")
 SMALL = 64
 """Tensors of at most so many numbers may become constants of a program, which then depends on their values."""
+KEPT_DAYS = 60
+"""Programs that nothing has loaded for so long are deleted when another one is written."""
 CHECKED_ROWS = (1, 2, 7, 32)
 """Numbers of tokens with which a program is compared with the model."""
 FAITHFUL = (
@@ -147,6 +150,7 @@ def prepare(engine: Engine, traced: Path) -> Path:
     path = cache_root() / "passes" / f"{program_key(module)}.pt2"
     if not path.is_file() or not runner_file().is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
         left_out = nullcontext() if engine.head is None else engine.head.left_out()
         with torch.inference_mode(False), torch.no_grad(), left_out, warnings.catch_warnings():
             tokens = Dim("tokens", min=2, max=1 << 20)
@@ -157,6 +161,14 @@ def prepare(engine: Engine, traced: Path) -> Path:
         _replace_weights(program, "meta")
         torch.export.save(program, traced)
     return path
+
+
+def _sweep(folder: Path) -> None:
+    """Deletes what has not been loaded for a long time: programs of other versions, models and machines."""
+    for file in (*folder.glob("*.pt2"), *folder.glob("runner-*.so")):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > KEPT_DAYS * 86400:
+                file.unlink()
 
 
 def _replace_weights(program: ExportedProgram, device: str) -> None:
@@ -225,6 +237,9 @@ def load(engine: Engine, path: Path) -> None:
         if not all(torch.equal(*(t.view(torch.uint8) for t in pair)) for pair in zip(*results, strict=True)):
             raise RuntimeError(f"the program gives other bits than the model for {count} tokens")
     engine.compiled = program
+    for used in (path, runner_file()):
+        with suppress(OSError):  # a cache that others own
+            used.touch()
 
 
 class CompiledPass:

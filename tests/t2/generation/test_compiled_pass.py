@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,6 +111,23 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch
     while engine.step():
         pass
     assert len(answer.ids) == 3
+
+
+def test_programs_that_nobody_loads_go_and_those_that_are_loaded_stay(cache, tmp_path, monkeypatch):
+    long_ago = time.time() - 61 * 86400
+    engine = engine_of(svf_of())
+    compiled(engine)
+    files = list((cache / "passes").iterdir())
+    for file in files:
+        os.utime(file, (long_ago, long_ago))
+    compiled(engine_of(svf_of()))
+    assert all(time.time() - file.stat().st_mtime < 86400 for file in files)
+    for name in ("old.pt2", "runner-old.so", "old.txt", "new.pt2"):
+        (tmp_path / name).write_bytes(b"")
+        if "new" not in name:
+            os.utime(tmp_path / name, (long_ago, long_ago))
+    compiled_pass._sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.pt2", "old.txt"]
 
 
 def test_programs_differ_by_what_they_depend_on():
