@@ -237,9 +237,9 @@ def load(engine: Engine, path: Path) -> None:
         if not all(torch.equal(*(t.view(torch.uint8) for t in pair)) for pair in zip(*results, strict=True)):
             raise RuntimeError(f"the program gives other bits than the model for {count} tokens")
     engine.compiled = program
-    for used in (path, runner_file()):
+    for loaded in (path, runner_file()):
         with suppress(OSError):  # a cache that others own
-            used.touch()
+            loaded.touch()
 
 
 class CompiledPass:

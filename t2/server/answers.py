@@ -220,10 +220,15 @@ class Answers:
         Raises:
             ApiError: 500 where the engine failed, 504 after the longest time.
         """
-        inbox, loop = self._inbox, asyncio.get_running_loop()
-        end = loop.time() + self._seconds
-        timer = loop.call_at(end, inbox.come.set) if self._seconds < float("inf") else None
-        left = len(self.each)
+        inbox, left, late = self._inbox, len(self.each), False
+
+        def expire() -> None:
+            nonlocal late
+            late = True
+            inbox.come.set()
+
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._seconds, expire) if self._seconds < float("inf") else None
         try:
             while left:
                 await inbox.come.wait()
@@ -234,7 +239,7 @@ class Answers:
                 left -= sum(piece.finish is not None for _, piece in pieces)
                 if pieces:
                     yield pieces
-                if left and loop.time() >= end:
+                if left and late:
                     raise ApiError(504, f"no whole answer in {self._seconds:g} s", code="timeout")
         finally:
             if timer is not None:
