@@ -36,10 +36,12 @@ def families_table(results: Any) -> Table:
     missing = ", ".join(f"`{each['family']}`" for each in families if each["built"] != "ok")
     wrapped = [each for each in built if each["wrapped"] == "ok"]
     whole = sum(each["share"] >= 0.9 for each in wrapped)
+    batches = sum(bool(each["engine"]) for each in wrapped)
     return Table(
         f"With transformers {results['transformers']}, {len(built)} of {len(families)} families could be built: "
         f"{whole} are decomposed whole (at least 90% of their blocks' weights), {len(wrapped) - whole} in part, "
-        f"{len(built) - len(wrapped)} are refused; {sum(map(is_wrong, built))} answer wrongly. The shares of a tiny "
+        f"{len(built) - len(wrapped)} are refused; {sum(map(is_wrong, built))} answer wrongly. The engine runs "
+        f"{len(wrapped) - batches} token by token and {batches} in whole batches. The shares of a tiny "
         "model's parts are not those of a large one: of Qwen3-30B-A3B's blocks 3% can be decomposed.",
         ["family", "verdict", "decomposed", "notes"],
         [[f"`{each['family']}`", verdict(each), f"{each['share']:.0%}", notes(each)] for each in built],

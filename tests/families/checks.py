@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers.utils import logging
 
 import t2
+from t2.generation.engine import Engine, Token
+from t2.generation.whole_batches import WholeBatchEngine
 from t2.model.verify import VerificationError
 from tests.families.tiny import VOCABULARY, tiny_model
 
 TOLERANCE = 2e-3
-CHECKS = ("z = 1", "mixed batch", "greedy", "beams", "training step", "given back")
+CHECKS = ("z = 1", "mixed batch", "greedy", "beams", "engine", "training step", "given back")
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Verdict:
     share: float = 0.0  # of the blocks' weights decomposed
     dense: dict[str, int] = field(default_factory=dict)  # weights left dense, by kind
     left_out: dict[str, str] = field(default_factory=dict)
+    engine: str = ""  # why requests run in whole batches; "" if they run token by token
     checks: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -107,6 +110,30 @@ def judge(family: str) -> Verdict:
         got = svf.generate(**prompts(), experts=names, **options)
         return "ok" if torch.equal(got, torch.stack(want)) else "wrong: other tokens than the merged models"
 
+    def served() -> str:
+        """Requests that join one after the other, each against the merged model with its prompt alone."""
+        rows = [ids[mask.bool()] for ids, mask in zip(*prompts().values(), strict=True)]
+        options = {"max_new_tokens": 6, "do_sample": False}
+        ends = model.generation_config.eos_token_id
+        try:
+            want = [merged[name].generate(r[None], **options)[0, len(r) :] for r, name in zip(rows, names, strict=True)]
+        except Exception as error:
+            raise Inapplicable(said(error)) from error
+        limits: Any = {"eos_ids": torch.tensor([] if ends is None else ends).view(-1).tolist(), "max_rows": 3, "max_tokens": 32, "chunk": 5}
+        try:
+            engine = Engine(svf, **limits)
+        except TypeError as error:
+            verdict.engine = str(error)
+            engine = WholeBatchEngine(svf, **limits)
+        given: list[list[int]] = [[] for _ in rows]
+        for row, name, answer in zip(rows, names, given, strict=True):
+            engine.submit(row.tolist(), lambda event, to=answer: to.append(event), max_tokens=6, expert=name)
+            engine.step()
+        while engine.step():
+            pass
+        got = [[event.id for event in answer if isinstance(event, Token)] for answer in given]
+        return "ok" if got == [row.tolist() for row in want] else "wrong: other tokens than the merged models"
+
     def trained() -> str:
         batch = prompts()
         try:
@@ -134,7 +161,7 @@ def judge(family: str) -> Verdict:
                 return "wrong: other logits"
         return same_weights(given, plain)
 
-    runs = (at_one, mixed, generated, lambda: generated(num_beams=2), trained, back)
+    runs = (at_one, mixed, generated, lambda: generated(num_beams=2), served, trained, back)
     for name, run in zip(CHECKS, runs, strict=True):
         verdict.checks[name] = checked(run)
     return verdict
