@@ -115,11 +115,12 @@ def judge(family: str) -> Verdict:
         rows = [ids[mask.bool()] for ids, mask in zip(*prompts().values(), strict=True)]
         options = {"max_new_tokens": 6, "do_sample": False}
         ends = model.generation_config.eos_token_id
+        eos_ids = [] if ends is None else [ends] if isinstance(ends, int) else ends
         try:
             want = [merged[name].generate(r[None], **options)[0, len(r) :] for r, name in zip(rows, names, strict=True)]
         except Exception as error:
             raise Inapplicable(said(error)) from error
-        limits: Any = {"eos_ids": torch.tensor([] if ends is None else ends).view(-1).tolist(), "max_rows": 3, "max_tokens": 32, "chunk": 5}
+        limits: Any = {"eos_ids": eos_ids, "max_rows": 3, "max_tokens": 32, "chunk": 5}
         try:
             engine = Engine(svf, **limits)
         except TypeError as error:
