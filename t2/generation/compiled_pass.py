@@ -194,10 +194,15 @@ def program_key(module: PassModule) -> str:
     svf = module.svf
     sources = [file for package in ("t2", "t2kernels") for file in _sources(package)]
     sources.append(Path(inspect.getfile(type(svf.model))))
-    weights = [
-        (name, tuple(t.shape), t.stride(), str(t.dtype), t.tolist() if t.numel() <= SMALL else None)
-        for name, t in module.tensors().items()
-    ]
+    table = svf.slot_table.table.untyped_storage().data_ptr()
+
+    def about(tensor: Tensor) -> object:
+        if tensor.untyped_storage().data_ptr() == table:  # as many slots as experts need, with whatever scales
+            return tuple(tensor.shape[1:]), tensor.stride(), str(tensor.dtype)
+        values = tensor.tolist() if tensor.numel() <= SMALL else None
+        return tuple(tensor.shape), tensor.stride(), str(tensor.dtype), values
+
+    weights = [(name, about(tensor)) for name, tensor in module.tensors().items()]
     digest = xxhash.xxh3_128()
     for part in (
         *(file.read_bytes() for file in sources),

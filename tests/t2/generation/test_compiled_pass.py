@@ -136,4 +136,8 @@ def test_programs_differ_by_what_they_depend_on():
         return program_key(PassModule(engine.svf, engine.cache))
 
     assert key(svf_of()) == key(svf_of())
+    many = svf_of()
+    for i in range(9):  # more than the table had slots for
+        many.add_expert(f"e{i}", expert_of(many, i))
+    assert key(many) == key(svf_of())
     assert len({key(svf_of()), key(svf_of("factored")), key(svf_of(), max_tokens=128), key(svf_of(), max_rows=4)}) == 4
