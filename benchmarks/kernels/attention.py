@@ -87,9 +87,8 @@ class Prompt:
         self.key, self.value = (torch.randn(1, key_heads, length, head_dim, generator=g).bfloat16() for _ in range(2))
 
     def run(self, function: Any) -> Tensor:
-        y: Tensor = function(self.module, self.query, self.key, self.value, None, scaling=self.query.shape[-1] ** -0.5)[
-            0
-        ]
+        scale = self.query.shape[-1] ** -0.5
+        y: Tensor = function(self.module, self.query, self.key, self.value, None, scaling=scale)[0]
         return y
 
 

@@ -175,7 +175,7 @@ async def first_answer(url: str) -> None:
 
 
 def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequence[bytes]) -> dict[str, Any]:
-    """Results of all requests, and the server's memory before, halfway and after."""
+    """Results of all requests, and the server's memory as requests end, and the seconds that its start took."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

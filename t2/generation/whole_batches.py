@@ -73,9 +73,6 @@ class WholeBatchEngine(Engine):
             self._choose(logits[places], [batch[place] for place in places])
         self._end_step()
 
-    def is_running(self, request: Request) -> bool:
-        return request in self._running
-
 
 class _Batch(LogitsProcessor):
     """Lets an engine choose the tokens of a batch."""
@@ -89,7 +86,7 @@ class _Batch(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None].to(scores.device), 0.0)
 
     def ended(self) -> list[bool]:
-        return [not self.engine.is_running(request) for request in self.requests]
+        return [request not in self.engine._running for request in self.requests]
 
 
 class _Ended(StoppingCriteria):
