@@ -31,8 +31,12 @@ t2::DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::BFloat16: return t2::DType::bf16;
     case ScalarType::Half: return t2::DType::f16;
     case ScalarType::Char: return t2::DType::i8;
+    case ScalarType::Byte:
+      if (tensor.dim() == 3 && tensor.size(2) == t2::block_bytes(t2::DType::q4)) return t2::DType::q4;
+      if (tensor.dim() == 3 && tensor.size(2) == t2::block_bytes(t2::DType::q8)) return t2::DType::q8;
+      [[fallthrough]];
     default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or int8, got another dtype");
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16, int8 or blocks, got another dtype");
   }
   return t2::DType::f32;
 }
@@ -49,7 +53,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, t2::RangeFn fn, voi
   if (out_of_memory) throw std::bad_alloc();
 }
 
-// A 2-D tensor is the matrix [n, k]; panels are [ceil(n / 16), k, 16] or, paired, [ceil(n / 16), ceil(k / 2), 16, 2].
+// A 2-D tensor is the matrix [n, k]; panels are [ceil(n / 16), k, 16], paired [ceil(n / 16), ceil(k / 2), 16, 2], and in
+// blocks [ceil(n / 16), ceil(k / 32), bytes of a block].
 t2::Matrix matrix(const Tensor& m, int64_t n, int64_t k, const char* name) {
   const t2::DType dtype = dtype_of(m, name);
   if (m.dim() == 2) {
@@ -58,9 +63,10 @@ t2::Matrix matrix(const Tensor& m, int64_t n, int64_t k, const char* name) {
     STD_TORCH_CHECK(t2::is_activation(dtype), name, ": 8-bit storage needs packed panels");
     return {m.const_data_ptr(), dtype, t2::Storage::strided, n, k, m.stride(0), m.stride(1)};
   }
-  const bool pairs = t2::paired(dtype);
+  const bool pairs = t2::paired(dtype), blocks = t2::in_blocks(dtype);
+  const int64_t terms = blocks ? t2::kBlockTerms : pairs ? 2 : 1;
   STD_TORCH_CHECK(m.dim() == (pairs ? 4 : 3) && m.size(0) == (n + t2::kPanel - 1) / t2::kPanel &&
-                      m.size(1) == (pairs ? (k + 1) / 2 : k) && m.size(2) == t2::kPanel &&
+                      m.size(1) == (k + terms - 1) / terms && m.size(2) == (blocks ? t2::block_bytes(dtype) : t2::kPanel) &&
                       (!pairs || m.size(3) == 2) && m.is_contiguous(),
                   name, ": expected contiguous panels of a matrix [", n, ", ", k, "]");
   return {m.const_data_ptr(), dtype, t2::Storage::panels, n, k, 0, 0};
@@ -587,6 +593,7 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& arithmetic, int64_t threads, int64_t steps) {
         const auto kind = arithmetic == "bfloat16" ? t2::Arithmetic::bf16
                           : arithmetic == "int16"  ? t2::Arithmetic::i16
+                          : arithmetic == "int8"   ? t2::Arithmetic::i8
                                                    : t2::Arithmetic::f32;
         return multiply_adds(kind, threads, steps);
       },

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from t2kernels.backends import build_info, extension
-from t2kernels.packing import PANEL, STORAGE_DTYPES
+from t2kernels.packing import DENSE_STORAGE_DTYPES, INT4, PANEL
 from t2kernels.weights import DenseWeight
 
 FORMS = ("factored", "merged", "delta")
@@ -63,16 +63,16 @@ class CostModel:
 
     @staticmethod
     def machine_key() -> str:
-        """The machine, instruction set, threads and torch version that a measurement holds for."""
-        kernels = build_info().get("chosen", "reference")
-        return f"{kernels}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        """The instruction set, threads, torch version and storage formats that a measurement holds for."""
+        kernels, formats = build_info().get("chosen", "reference"), len(DENSE_STORAGE_DTYPES)
+        return f"{kernels}, {torch.get_num_threads()} threads, torch {torch.__version__}, {formats} formats"
 
     @classmethod
     def measure(cls, rounds: int = 3) -> CostModel:
         """Takes a few seconds; nothing else should run meanwhile."""
         matrix, entry = torch.randn(SIDE, SIDE) / SIDE**0.5, {}
         with torch.inference_mode():
-            for dtype, bf16_products in (*((d, False) for d in STORAGE_DTYPES), (torch.bfloat16, True)):
+            for dtype, bf16_products in (*((d, False) for d in DENSE_STORAGE_DTYPES), (torch.bfloat16, True)):
                 weights = [DenseWeight.pack(matrix, dtype=dtype, bf16_products=bf16_products)]
                 count = -(-COLD_BYTES // weights[0].nbytes)
                 weights += [copy.deepcopy(weights[0]) for _ in range(count - 1)]
@@ -113,7 +113,7 @@ class CostModel:
     def from_dict(cls, values: Any) -> CostModel:
         """Raises ValueError where `values` is not what `to_dict` gave."""
         try:
-            kinds = {storage_kind(dtype) for dtype in STORAGE_DTYPES} | {storage_kind(torch.bfloat16, True)}
+            kinds = {storage_kind(dtype) for dtype in DENSE_STORAGE_DTYPES} | {storage_kind(torch.bfloat16, True)}
             entry = {kind: tuple(float(seconds) for seconds in values["entry"][kind]) for kind in kinds}
             numbers = {name: float(values[name]) for name in ("row", "call", "build", "pack")}
             model = cls(machine=str(values["machine"]), entry=entry, **numbers)
@@ -197,7 +197,7 @@ class Plan:
             seconds = self.predicted(form)
             reason = {
                 "factored": "the model has the delta form",
-                "merged": "needs one expert for all requests",
+                "merged": "needs one expert for all requests, and more than 4 bits",
                 "delta": "no bound on the weight error was given",
             }
             lines.append(f"  {form:9}{seconds:10.4f}" if seconds < math.inf else f"  {form:9}         - {reason[form]}")
@@ -232,7 +232,8 @@ def plan_layer(
         cost: of this machine.
         phase: what lies ahead.
         size: (out, in) of W.
-        dtype, bf16_products: storage of factors and of merged weights, and their arithmetic.
+        dtype, bf16_products: storage of factors and of merged weights, and their arithmetic. Beside W in int4 factors
+            are uint8, and nothing is merged: rounding to 4 bits would drown what an expert changes.
         fetch: seconds of getting W and its factors from where they are kept, for the forms that are built from them.
         components: k that delta-k needs, or None where it is not allowed.
         error: the weight error that this k leaves.
@@ -245,21 +246,22 @@ def plan_layer(
     def passes(seconds: Callable[[int], float]) -> float:
         return sum(count * seconds(rows) for rows, count in phase.passes.items())
 
-    def product(rows: int, n: int, k: int) -> float:
-        return cost.product(rows, n, k, dtype, bf16_products)
+    def product(rows: int, n: int, k: int, stored: torch.dtype) -> float:
+        return cost.product(rows, n, k, stored, bf16_products)
 
     def dense(rows: int) -> float:
-        return cost.call + product(rows, out, inputs)
+        return cost.call + product(rows, out, inputs, dtype)
 
     def factors(rows: int, k: int) -> float:
-        return cost.call + product(rows, k, inputs) + product(rows, out, k) if k else 0.0
+        stored = torch.uint8 if dtype == INT4 else dtype
+        return cost.call + product(rows, k, inputs, stored) + product(rows, out, k, stored) if k else 0.0
 
     predicted: dict[str, float] = {}
     if support is None:
         predicted["factored"] = passes(lambda rows: factors(rows, rank))
     else:
         predicted["delta"] = passes(lambda rows: dense(rows) + factors(rows, support))
-    if phase.experts == 1:
+    if phase.experts == 1 and dtype != INT4:
         build = out * inputs * (rank * cost.build + cost.pack)
         predicted["merged"] = fetch + build + passes(dense)
     if components is not None and support is None:

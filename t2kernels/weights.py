@@ -17,7 +17,20 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from t2kernels import checks, ops
 from t2kernels.backends import device_of, extension, triton_kernels
-from t2kernels.packing import EIGHT_BITS, GPU_STORAGE_DTYPES, PANEL, STORAGE_DTYPES, lay_out, matrix_of, quantize
+from t2kernels.packing import (
+    DENSE_STORAGE_DTYPES,
+    EIGHT_BITS,
+    GPU_STORAGE_DTYPES,
+    INT4,
+    LEVELS,
+    PANEL,
+    STORAGE_DTYPES,
+    blocks_dtype,
+    lay_out,
+    matrix_of,
+    quantize,
+    quantize_blocks,
+)
 
 
 class _FrozenWeight(nn.Module):
@@ -64,11 +77,15 @@ def _check_matrix(name: str, matrix: object, shape: str) -> Tensor:
     return matrix.detach()
 
 
-def _check_storage(dtype: torch.dtype, device: torch.device) -> None:
-    if dtype not in (STORAGE_DTYPES if device.type == "cpu" else GPU_STORAGE_DTYPES):
-        raise TypeError(
-            f"dtype: expected float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn; got {dtype} on {device}"
-        )
+def _check_storage(dtype: torch.dtype, device: torch.device, on_cpu: tuple[torch.dtype, ...] = STORAGE_DTYPES) -> None:
+    if dtype not in (on_cpu if device.type == "cpu" else GPU_STORAGE_DTYPES):
+        blocks = "uint8 or int4" if INT4 in on_cpu else "uint8"
+        expected = f"float32, bfloat16, float16, int8, on a CPU {blocks}, or on a GPU float8_e4m3fn"
+        raise TypeError(f"dtype: expected {expected}; got {dtype} on {device}")
+
+
+def _dtype_of(stored: Tensor) -> torch.dtype:
+    return blocks_dtype(stored) if stored.dtype == torch.uint8 else stored.dtype
 
 
 def _cast(name: str, matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -208,7 +225,8 @@ class FactoredWeight(_WithOperands, _FrozenWeight):
 
         Args:
             u: [out, r], s: [r], vh: [r, in]: float tensors with finite values.
-            dtype: storage of u and vh: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn, with int8's scales.
+            dtype: storage of u and vh: float32, bfloat16, float16, int8, on a CPU uint8, 8 bits with a scale and a
+                minimum for every 32 terms, or on a GPU float8_e4m3fn, with int8's scales.
             bf16_products: lets float32 and float16 activations be rounded to bfloat16 before they meet bfloat16
                 factors, where the processor has that dot product (twice the multiply-adds of float32).
             float16_head: whether int8 keeps leading components in float16.
@@ -236,12 +254,17 @@ class FactoredWeight(_WithOperands, _FrozenWeight):
             if head:
                 u_parts.insert(0, _cast("u", u[:, :head], torch.float16))
                 vh_parts.insert(0, _cast("vh", vh[:head], torch.float16))
+        elif dtype in LEVELS:
+            vh_blocks, component_scale = quantize_blocks(vh, dtype)
+            whole = torch.exp2(u.float().abs().max().clamp(min=2.0**-100).log2().ceil() - 14).cpu()
+            u_blocks, _ = quantize_blocks(u, dtype, whole.expand(len(u)))
+            u_parts, vh_parts, component_scale = [u_blocks], [vh_blocks], component_scale * whole
         else:
             u_parts, vh_parts = [_cast("u", u, dtype)], [_cast("vh", vh, dtype)]
         return cls(
-            [lay_out(part, *part.shape) for part in u_parts],
+            [part if part.dim() == 3 else lay_out(part, *part.shape) for part in u_parts],
             s.float().clone(),
-            [lay_out(part, *part.shape) for part in vh_parts],
+            [part if part.dim() == 3 else lay_out(part, *part.shape) for part in vh_parts],
             component_scale,
             u.shape[0],
             vh.shape[1],
@@ -251,7 +274,7 @@ class FactoredWeight(_WithOperands, _FrozenWeight):
     @property
     def dtype(self) -> torch.dtype:
         """Storage of the factors; of int8, that of all but the leading components."""
-        return self.u[-1].dtype
+        return _dtype_of(self.u[-1])
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """(u [out, r], s [r], vh [r, in]) in float32, as stored: u and vh with their rounding.
@@ -478,12 +501,17 @@ class DenseWeight(_FrozenWeight):
 
     @classmethod
     def pack(cls, weight: Tensor, dtype: torch.dtype = torch.float32, *, bf16_products: bool = False) -> DenseWeight:
-        """Packs a matrix [out, in] as float32, bfloat16, float16, or int8 with one float32 scale per output row.
+        """Packs a matrix [out, in].
+
+        As float32, bfloat16, float16, int8 with one float32 scale per output row, or on a CPU uint8 or int4: 8 or 4
+        bits with a scale and a minimum for every 32 terms of a row (`t2kernels.packing.quantize_blocks`).
 
         `bf16_products` as in `FactoredWeight.pack`.
         """
         weight = _check_matrix("weight", weight, "[out, in]")
-        _check_storage(dtype, weight.device)
+        _check_storage(dtype, weight.device, DENSE_STORAGE_DTYPES)
+        if dtype in LEVELS:
+            return cls(*quantize_blocks(weight, dtype), weight.shape[0], weight.shape[1], bf16_products)
         row_scale = None
         if dtype in EIGHT_BITS:
             weight, row_scale = quantize(weight, 0, dtype)
@@ -496,7 +524,7 @@ class DenseWeight(_FrozenWeight):
     @property
     def dtype(self) -> torch.dtype:
         """Storage of the matrix."""
-        return self.weight.dtype
+        return _dtype_of(self.weight)
 
     def matrix(self) -> Tensor:
         """W [out, in] in float32, as stored."""
@@ -550,11 +578,13 @@ class DeltaWeight(_WithOperands):
         Args:
             base: W [out, in], or a module that computes W x + b.
             u: [out, k], s: [k], vh: [k, in] of the support's k >= 1 components.
-            dtype: storage of W and of the components, these as bfloat16 where W is float8; of the components alone
-                where a module keeps W.
+            dtype: storage of W and of the components, these as bfloat16 where W is float8 and uint8 where it is int4;
+                of the components alone where a module keeps W.
             bf16_products: as in `FactoredWeight.pack`.
         """
-        pair = torch.bfloat16 if dtype in EIGHT_BITS and dtype != torch.int8 else dtype
+        if isinstance(base, Tensor):
+            _check_storage(dtype, base.device, DENSE_STORAGE_DTYPES)
+        pair = {torch.float8_e4m3fn: torch.bfloat16, INT4: torch.uint8}.get(dtype, dtype)
         change = FactoredWeight.pack(u, s, vh, dtype=pair, bf16_products=bf16_products, float16_head=False)
         if isinstance(base, Tensor):
             checks.check_shape("base", base, (change.out_features, change.in_features), "out of u, in of vh")

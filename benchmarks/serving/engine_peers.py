@@ -30,9 +30,12 @@ from t2.generation.compiled_pass import Compilation
 from t2.generation.engine import Engine, Finished, Token
 from t2.weights.loading import ALIASES, alias_file
 from t2.weights.machine import machine
+from t2kernels.packing import INT4
 
 MODEL, SUPPORT, PROMPT = "smollm2-135m-instruct", 64, 40
 FORMS: dict[str, dict[str, Any]] = {
+    "ours, int4, support of 64": {"dtype": INT4, "form": "delta", "support": SUPPORT},
+    "ours, uint8, support of 64": {"dtype": torch.uint8, "form": "delta", "support": SUPPORT},
     "ours, int8, support of 64": {"dtype": torch.int8, "form": "delta", "support": SUPPORT},
     "ours, bfloat16, support of 64": {"dtype": torch.bfloat16, "form": "delta", "support": SUPPORT},
     "ours, bfloat16 factors": {"dtype": torch.bfloat16},

@@ -37,6 +37,10 @@ struct Lane16 {
     lo = _mm256_mul_ps(lo, _mm256_loadu_ps(p));
     hi = _mm256_mul_ps(hi, _mm256_loadu_ps(p + 8));
   }
+  void multiply(const Broadcast& b) {
+    lo = _mm256_mul_ps(lo, b.v);
+    hi = _mm256_mul_ps(hi, b.v);
+  }
   void scale_and_add(const float* scale, const float* bias) {
     lo = _mm256_fmadd_ps(lo, _mm256_loadu_ps(scale), _mm256_loadu_ps(bias));
     hi = _mm256_fmadd_ps(hi, _mm256_loadu_ps(scale + 8), _mm256_loadu_ps(bias + 8));
@@ -102,9 +106,48 @@ struct DotI16 {
   }
 };
 
+struct Quads16 {
+  __m256i lo, hi;
+};
+
+// Codes of 4 bits times bytes. Sums of pairs: 8 steps of at most 2 x 15 x 127 fit 16 bits.
+struct DotQ4 {
+  __m256i lo, hi;
+  void zero() { lo = hi = _mm256_setzero_si256(); }
+  void step(const Quads16& w, const PairBroadcast& b) {
+    asm("vpaddw %1, %0, %0" : "+x"(lo) : "x"(_mm256_maddubs_epi16(w.lo, b.v)));
+    asm("vpaddw %1, %0, %0" : "+x"(hi) : "x"(_mm256_maddubs_epi16(w.hi, b.v)));
+  }
+  Lane16 sums() const {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_cvtepi32_ps(_mm256_madd_epi16(lo, ones)), _mm256_cvtepi32_ps(_mm256_madd_epi16(hi, ones))};
+  }
+};
+
+// Codes of 8 bits times bytes. The upper bit is apart, as 2 x 127 x 127 fit 16 bits.
+struct DotQ8 {
+  __m256i lo, hi;
+  void zero() { lo = hi = _mm256_setzero_si256(); }
+  void step(const Quads16& w, const PairBroadcast& b) {
+    asm("vpaddd %1, %0, %0" : "+x"(lo) : "x"(dot(w.lo, b.v)));
+    asm("vpaddd %1, %0, %0" : "+x"(hi) : "x"(dot(w.hi, b.v)));
+  }
+  Lane16 sums() const { return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)}; }
+
+ private:
+  static __m256i dot(__m256i w, __m256i x) {
+    const __m256i low = _mm256_and_si256(w, _mm256_set1_epi8(127));
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(w, 7), _mm256_set1_epi8(1));
+    return _mm256_add_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1)),
+                            _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128)));
+  }
+};
+
 inline void keep(Lane16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
 inline void keep(Pairs16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
 inline void keep(DotI16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
+inline void keep(Quads16& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
+inline void keep(DotQ4& lane) { asm volatile("" : "+x"(lane.lo), "+x"(lane.hi)); }
 
 }  // namespace
 

@@ -24,6 +24,7 @@ struct Lane16 {
   void load(const float* p) { v = _mm512_loadu_ps(p); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void multiply(const float* p) { v = _mm512_mul_ps(v, _mm512_loadu_ps(p)); }
+  void multiply(const Broadcast& b) { v = _mm512_mul_ps(v, b.v); }
   void scale_and_add(const float* scale, const float* bias) {
     v = _mm512_fmadd_ps(v, _mm512_loadu_ps(scale), _mm512_loadu_ps(bias));
   }
@@ -81,6 +82,49 @@ struct DotI16 {
   }
 };
 
+struct Quads16 {
+  __m512i v;
+};
+
+// Codes of 4 bits times bytes. Without the dot product, sums of pairs: 8 steps of at most 2 x 15 x 127 fit 16 bits.
+struct DotQ4 {
+  __m512i v;
+  void zero() { v = _mm512_setzero_si512(); }
+  void step(const Quads16& w, const PairBroadcast& b) {
+#if defined(T2_DOT_PRODUCTS)
+    asm("vpdpbusd %2, %1, %0" : "+v"(v) : "v"(w.v), "v"(b.v));
+#else
+    asm("vpaddw %1, %0, %0" : "+v"(v) : "v"(_mm512_maddubs_epi16(w.v, b.v)));
+#endif
+  }
+  Lane16 sums() const {
+#if defined(T2_DOT_PRODUCTS)
+    return {_mm512_cvtepi32_ps(v)};
+#else
+    return {_mm512_cvtepi32_ps(_mm512_madd_epi16(v, _mm512_set1_epi16(1)))};
+#endif
+  }
+};
+
+// Codes of 8 bits times bytes. Without the dot product the upper bit is apart, as 2 x 127 x 127 fit 16 bits.
+#if defined(T2_DOT_PRODUCTS)
+using DotQ8 = DotQ4;
+#else
+struct DotQ8 {
+  __m512i v;
+  void zero() { v = _mm512_setzero_si512(); }
+  void step(const Quads16& w, const PairBroadcast& b) {
+    const __m512i low = _mm512_and_si512(w.v, _mm512_set1_epi8(127));
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(w.v, 7), _mm512_set1_epi8(1));
+    const __m512i one = _mm512_set1_epi16(1), top = _mm512_set1_epi16(128);
+    const __m512i sum = _mm512_add_epi32(_mm512_madd_epi16(_mm512_maddubs_epi16(low, b.v), one),
+                                         _mm512_madd_epi16(_mm512_maddubs_epi16(high, b.v), top));
+    asm("vpaddd %1, %0, %0" : "+v"(v) : "v"(sum));
+  }
+  Lane16 sums() const { return {_mm512_cvtepi32_ps(v)}; }
+};
+#endif
+
 #if defined(T2_DOT_PRODUCTS)
 constexpr bool kBf16Products = true;
 struct DotBf16 {
@@ -126,5 +170,7 @@ inline void transpose_pairs(const void*, int64_t, void*) {}
 inline void keep(Lane16& lane) { asm volatile("" : "+v"(lane.v)); }
 inline void keep(Pairs16& lane) { asm volatile("" : "+v"(lane.v)); }
 inline void keep(DotI16& lane) { asm volatile("" : "+v"(lane.v)); }
+inline void keep(Quads16& lane) { asm volatile("" : "+v"(lane.v)); }
+inline void keep(DotQ4& lane) { asm volatile("" : "+v"(lane.v)); }
 
 }  // namespace

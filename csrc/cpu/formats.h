@@ -12,7 +12,7 @@
 
 namespace t2 {
 
-enum class DType : int { f32, bf16, f16, i8 };
+enum class DType : int { f32, bf16, f16, i8, q8, q4 };
 
 // x, y and bias may have these; a matrix may have any.
 constexpr bool is_activation(DType dtype) { return dtype <= DType::f16; }
@@ -22,6 +22,17 @@ constexpr bool is_activation(DType dtype) { return dtype <= DType::f16; }
 constexpr int64_t kPanel = 16;
 constexpr bool paired(DType dtype) { return dtype == DType::bf16 || dtype == DType::i8; }
 
+// A panel in blocks, q4 or q8, is [ceil(K / 32)] blocks of 32 terms, one after the other: 16 scales and 16 minima in
+// float16, one for each column, then codes, which stand for scale * code + minimum. Of q8, eight times 64 bytes: byte
+// 4 c + i has term i of the next four of column c. Of q4, four times 64 bytes: byte 4 c + i has term i of the next eight
+// in its lower half and term 4 + i in its upper half. Codes past K are 0, and so are scales and minima of columns past N.
+constexpr bool in_blocks(DType dtype) { return dtype == DType::q8 || dtype == DType::q4; }
+constexpr int64_t kBlockTerms = 32;
+constexpr int64_t kBlockHead = 4 * kPanel;  // bytes
+constexpr int64_t block_bytes(DType dtype) {
+  return kBlockHead + kBlockTerms * kPanel / (dtype == DType::q4 ? 2 : 1);
+}
+
 }  // namespace t2
 
 // The rest is for files that define lanes first (matmul_impl.h lists them) and T2_VECTOR_BITS: 512 (AVX-512), 256
@@ -30,6 +41,8 @@ constexpr bool paired(DType dtype) { return dtype == DType::bf16 || dtype == DTy
 namespace {
 
 using t2::DType;
+using t2::kBlockHead;
+using t2::kBlockTerms;
 using t2::kPanel;
 
 inline uint32_t bits_of(float v) {
@@ -49,6 +62,12 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct q8 {  // a byte of a block
+  uint8_t bits;
+};
+struct q4 {
+  uint8_t bits;
+};
 
 template <class T>
 constexpr DType kDType = DType::f32;
@@ -58,6 +77,14 @@ template <>
 constexpr DType kDType<f16> = DType::f16;
 template <>
 constexpr DType kDType<int8_t> = DType::i8;
+template <>
+constexpr DType kDType<q8> = DType::q8;
+template <>
+constexpr DType kDType<q4> = DType::q4;
+template <class T>
+constexpr bool kInBlocks = t2::in_blocks(kDType<T>);
+template <class T>
+constexpr int64_t kBlockBytes = t2::block_bytes(kDType<T>);
 
 // fn(T{}) with the type of a matrix, or of activations.
 template <class Fn>
@@ -67,6 +94,8 @@ void with_format(DType dtype, const Fn& fn) {
     case DType::bf16: return fn(bf16{});
     case DType::f16: return fn(f16{});
     case DType::i8: return fn(int8_t{});
+    case DType::q8: return fn(q8{});
+    case DType::q4: return fn(q4{});
   }
 }
 template <class Fn>
@@ -116,6 +145,20 @@ inline void from_float(float v, f16* out) {
   out->bits = static_cast<uint16_t>(((bits >> 16) & 0x8000u) | half);
 }
 #endif
+
+// Term `term` of column `column` of a block.
+inline int code(const q8* block, int64_t column, int64_t term) {
+  return block[kBlockHead + term / 4 * 64 + column * 4 + term % 4].bits;
+}
+inline int code(const q4* block, int64_t column, int64_t term) {
+  const int byte = block[kBlockHead + term / 8 * 64 + column * 4 + term % 4].bits;
+  return term % 8 < 4 ? byte & 15 : byte >> 4;
+}
+template <class T>
+float to_float(const T* block, int64_t column, int64_t term) {
+  const auto* scales = reinterpret_cast<const f16*>(block);
+  return to_float(scales[column]) * static_cast<float>(code(block, column, term)) + to_float(scales[kPanel + column]);
+}
 
 // 16 numbers: any format, one by one. Non-template overloads below are for what an instruction set does at once.
 template <class Number>
@@ -176,6 +219,13 @@ inline void load(Lane16& lane, const f16* p) {
 inline void store(const Lane16& lane, f16* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(lane.v, _MM_FROUND_TO_NEAREST_INT));
 }
+inline void load(Quads16& quads, const q8* p) { quads.v = _mm512_loadu_si512(p); }
+inline void load_low(Quads16& quads, const q4* p) {
+  quads.v = _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15));
+}
+inline void load_high(Quads16& quads, const q4* p) {
+  quads.v = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15));
+}
 inline void load(Pairs16& pairs, const bf16* p) { pairs.v = _mm512_loadu_si512(p); }
 inline void load(Pairs16& pairs, const int8_t* p) {
   pairs.v = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -226,6 +276,21 @@ inline void store(const Lane16& lane, f16* p) {
   _mm_storeu_si128(q, _mm256_cvtps_ph(lane.lo, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(q + 1, _mm256_cvtps_ph(lane.hi, _MM_FROUND_TO_NEAREST_INT));
 }
+inline void load(Quads16& quads, const q8* p) {
+  const auto* q = reinterpret_cast<const __m256i*>(p);
+  quads.lo = _mm256_loadu_si256(q);
+  quads.hi = _mm256_loadu_si256(q + 1);
+}
+inline void load_low(Quads16& quads, const q4* p) {
+  const auto* q = reinterpret_cast<const __m256i*>(p);
+  quads.lo = _mm256_and_si256(_mm256_loadu_si256(q), _mm256_set1_epi8(15));
+  quads.hi = _mm256_and_si256(_mm256_loadu_si256(q + 1), _mm256_set1_epi8(15));
+}
+inline void load_high(Quads16& quads, const q4* p) {
+  const auto* q = reinterpret_cast<const __m256i*>(p);
+  quads.lo = _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(q), 4), _mm256_set1_epi8(15));
+  quads.hi = _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(q + 1), 4), _mm256_set1_epi8(15));
+}
 inline void load(Pairs16& pairs, const int8_t* p) {
   const auto* q = reinterpret_cast<const __m128i*>(p);
   pairs.lo = _mm256_cvtepi8_epi16(_mm_loadu_si128(q));
@@ -233,6 +298,13 @@ inline void load(Pairs16& pairs, const int8_t* p) {
 }
 
 #else
+inline void load(Quads16& quads, const q8* p) { std::memcpy(quads.v, p, 4 * kPanel); }
+inline void load_low(Quads16& quads, const q4* p) {
+  for (int i = 0; i < 4 * kPanel; ++i) quads.v[i] = p[i].bits & 15;
+}
+inline void load_high(Quads16& quads, const q4* p) {
+  for (int i = 0; i < 4 * kPanel; ++i) quads.v[i] = p[i].bits >> 4;
+}
 inline void load(Pairs16& pairs, const int8_t* p) {
   for (int i = 0; i < 2 * kPanel; ++i) pairs.v[i] = p[i];
 }

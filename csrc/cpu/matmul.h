@@ -12,6 +12,7 @@
 //                      of 32 on tile registers
 //   int8 matrices      activations become 16-bit integers per block of kBlock terms; a block's sum is exact, and blocks
 //                      are added in float32, k ascending
+//   matrices in blocks the same with 8-bit integers and blocks of kBlockTerms terms
 // Columns are split over threads in panels of 16, rows are not: 192 columns are 12 panels and feed at most 12 threads.
 #pragma once
 
@@ -77,7 +78,7 @@ constexpr int kMaxProducts = 12;
 using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, RangeFn fn, void* context);
 
-enum class Arithmetic : int { f32, bf16, i16 };
+enum class Arithmetic : int { f32, bf16, i16, i8 };
 
 // Scratch memory, on cache lines; std::bad_alloc if there is none.
 char* allocate(int64_t bytes);

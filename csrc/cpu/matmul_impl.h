@@ -3,6 +3,7 @@
 //   Lane16, Broadcast       16 float32 lanes: zero, load, store, multiply, scale_and_add, sum; step, an FMA
 //   Pairs16, PairBroadcast  16 pairs of 16-bit terms of M, one pair of terms of x
 //   DotI16                  16 int32 lanes: zero, step, add_to (accumulators += lanes * scale)
+//   Quads16, DotQ4, DotQ8   16 times 4 codes of M, of 4 or 8 bits; their sums of products with bytes of x: zero, step, sums
 //   DotBf16                 16 float32 lanes: zero, load, store, step; used if kBf16Products
 //   transpose_pairs         16 columns of 16 terms from a paired panel of the transposed matrix; used if kBf16Products
 //   tile registers          where kTileRegisters: configure, release, load, store, zero and multiply (amx_tiles.h)
@@ -157,6 +158,28 @@ struct I16Products : PairProducts<int8_t, DotI16> {
   }
 };
 
+// Codes of blocks and bytes of x, 4 terms a step. Exact sums of kBlockTerms terms, times both scales, and the minima
+// times the sum of x are added to the accumulators, which stay in L1: registers hold a block's integers.
+template <class T>
+struct BlockProducts {
+  using Weight = T;
+  using Weights = Quads16;
+  using X = uint32_t;
+  using XBroadcast = PairBroadcast;
+  using Sums = std::conditional_t<std::is_same_v<T, q4>, DotQ4, DotQ8>;
+  static constexpr Arithmetic kArithmetic = Arithmetic::i8;
+  static constexpr int kTerms = kBlockTerms;
+  static void load_step(Quads16& w, const T* codes, int step) {
+    if constexpr (std::is_same_v<T, q8>) {
+      load(w, codes + step * 4 * kPanel);
+    } else if (step % 2 == 0) {
+      load_low(w, codes + step / 2 * 4 * kPanel);
+    } else {
+      load_high(w, codes + step / 2 * 4 * kPanel);
+    }
+  }
+};
+
 // The arithmetic of packed weights: 16-bit pairs where format and instruction set have them, else float32.
 template <class T>
 struct Products {
@@ -171,13 +194,20 @@ template <>
 struct Products<int8_t> {
   using Type = I16Products;
 };
+template <>
+struct Products<q8> {
+  using Type = BlockProducts<q8>;
+};
+template <>
+struct Products<q4> {
+  using Type = BlockProducts<q4>;
+};
 
 Arithmetic arithmetic(const RowInput& in, const Matrix& m) {
   Arithmetic kind = Arithmetic::f32;
   with_format(m.dtype, [&]<class T>(T) { kind = Products<T>::Type::kArithmetic; });
-  const bool has_pairs = kind == Arithmetic::i16    ? m.storage == Storage::panels
-                         : kind == Arithmetic::bf16 ? m.storage != Storage::strided && in.round_to_bf16
-                                                    : false;
+  const bool has_pairs = kind == Arithmetic::bf16 ? m.storage != Storage::strided && in.round_to_bf16
+                                                  : kind != Arithmetic::f32 && m.storage == Storage::panels;
   return has_pairs ? kind : Arithmetic::f32;
 }
 
@@ -298,6 +328,59 @@ void micro_tiles(const bf16* x, const float*, const bf16* w, int64_t w_stride, i
   });
 }
 
+// The same over blocks. x: [depth / 4][MR]; scale: for each block MR scales of x, then MR sums of x.
+// Limit: dot products, 8 a block beside 4 other operations on the sums; unpacking is shared by the rows.
+template <class T, int MR, int NP>
+void micro_blocks(const uint32_t* x, const float* scale, const T* w, int64_t w_stride, int64_t depth, float* acc,
+                  int64_t acc_stride, bool first, Prefetch prefetch) {
+  const char* next = reinterpret_cast<const char*>(w) + prefetch.start;
+  int64_t stop = smaller(prefetch.turn, depth);
+  for (int64_t k = 0; k < depth; stop = depth, next += prefetch.jump) {
+    for (; k < stop; k += kBlockTerms, w += kBlockBytes<T>, scale += 2 * MR, next += prefetch.step, first = false) {
+      typename BlockProducts<T>::Sums c[MR][NP];
+#pragma GCC unroll 24
+      for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 8
+        for (int p = 0; p < NP; ++p) c[r][p].zero();
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < NP; ++p)
+        for (int64_t line = 0; line < prefetch.step; line += 64) __builtin_prefetch(next + p * w_stride + line);
+      for (int two = 0; two < kBlockTerms / 4; two += 2) {
+        const auto run = [&](auto half) __attribute__((always_inline)) {
+          Quads16 v[NP];
+#pragma GCC unroll 8
+          for (int p = 0; p < NP; ++p) BlockProducts<T>::load_step(v[p], w + p * w_stride + kBlockHead, two + half);
+#pragma GCC unroll 24
+          for (int r = 0; r < MR; ++r) {
+            const PairBroadcast b(x + r);
+#pragma GCC unroll 8
+            for (int p = 0; p < NP; ++p) c[r][p].step(v[p], b);
+          }
+          x += MR;
+        };
+        run(std::integral_constant<int, 0>{});
+        run(std::integral_constant<int, 1>{});
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < NP; ++p) {
+        Lane16 scales, minima;
+        load(scales, reinterpret_cast<const f16*>(w + p * w_stride));
+        load(minima, reinterpret_cast<const f16*>(w + p * w_stride) + kPanel);
+#pragma GCC unroll 24
+        for (int r = 0; r < MR; ++r) {
+          Lane16 product = c[r][p].sums(), sum;
+          product.multiply(Broadcast(scale + r));
+          FloatSums::begin(sum, acc + p * acc_stride + r * kPanel, first);
+          sum.step(scales, product);
+          sum.step(minima, Broadcast(scale + MR + r));
+          sum.store(acc + p * acc_stride + r * kPanel);
+        }
+      }
+    }
+  }
+}
+
 constexpr bool uses_registers(Arithmetic kind) { return kTileRegisters && kind == Arithmetic::bf16; }
 
 // Panels that a tile of so many rows spans.
@@ -319,7 +402,12 @@ Micro<A> micro_for(int64_t rows, bool wide) {
   } else if constexpr (MR == 0) {
     return nullptr;
   } else {
-    if (rows == MR) return wide ? &micro<A, MR, panels_per_tile(MR)> : &micro<A, MR, 1>;
+    if constexpr (A::kArithmetic == Arithmetic::i8) {
+      using T = typename A::Weight;
+      if (rows == MR) return wide ? &micro_blocks<T, MR, panels_per_tile(MR)> : &micro_blocks<T, MR, 1>;
+    } else {
+      if (rows == MR) return wide ? &micro<A, MR, panels_per_tile(MR)> : &micro<A, MR, 1>;
+    }
     return micro_for<A, MR - 1>(rows, wide);
   }
 }
@@ -342,10 +430,6 @@ struct Tiles {
   int64_t rows(int64_t tile) const { return smaller(small + (tile < large_count ? 1 : 0), total - begin(tile)); }
   int64_t stored_rows(int64_t tile) const { return registers ? whole(rows(tile), kTileRows) : rows(tile); }
   int64_t span(int64_t tile) const { return span_of(kind, rows(tile)); }
-  int64_t of_row(int64_t row) const {
-    const int64_t in_large = large_count * (small + 1);
-    return row < in_large ? row / (small + 1) : large_count + (row - in_large) / small;
-  }
 };
 
 // Rows of accumulators, with room for whole tile registers.
@@ -356,18 +440,23 @@ struct PackedRows {
   RowInput in;
   Arithmetic arithmetic;
   int64_t k, rows;
-  char* data;    // [tile][depth][rows of tile] float32; or pairs [tile][depth / 2][rows of tile]; or, for tile
-                 // registers, [tile][depth / 32][stored rows of tile][32]
-  float* scale;  // i16: [ceil(k / kBlock)][rows]
+  char* data;    // [tile][depth][rows of tile] float32; or pairs [tile][depth / 2][rows of tile]; or four bytes
+                 // [tile][depth / 4][rows of tile]; or, for tile registers, [tile][depth / 32][stored rows of tile][32]
+  float* scale;  // i16: [ceil(k / kBlock)][rows]; i8: [tile][depth / kBlockTerms][scales, sums of x][rows of tile]
 
   Tiles tiles() const { return {rows, arithmetic}; }
-  int64_t depth() const { return whole(k, uses_registers(arithmetic) ? kTileTerms : 2); }
-  int64_t element_bytes() const { return arithmetic == Arithmetic::f32 ? 4 : 2; }
+  int64_t depth() const {
+    return whole(k, uses_registers(arithmetic) ? kTileTerms : arithmetic == Arithmetic::i8 ? kBlockTerms : 2);
+  }
+  int64_t element_bytes() const { return arithmetic == Arithmetic::f32 ? 4 : arithmetic == Arithmetic::i8 ? 1 : 2; }
   int64_t data_bytes() const {
     return whole((uses_registers(arithmetic) ? whole(rows, kTileRows) : rows) * depth() * element_bytes(), 64);
   }
   int64_t scale_bytes() const {
-    return arithmetic == Arithmetic::i16 ? whole((k + kBlock - 1) / kBlock * rows * 4, 64) : 0;
+    const int64_t blocks = arithmetic == Arithmetic::i16  ? (k + kBlock - 1) / kBlock
+                           : arithmetic == Arithmetic::i8 ? depth() / kBlockTerms * 2
+                                                          : 0;
+    return whole(blocks * rows * 4, 64);
   }
   bool same(const PackedRows& other) const {
     return in.data == other.in.data && in.scales == nullptr && other.in.scales == nullptr &&
@@ -379,7 +468,10 @@ struct PackedRows {
   X* at(int64_t first_row, int64_t stored_rows, int64_t term) const {
     return reinterpret_cast<X*>(data + (first_row * depth() + term * stored_rows) * element_bytes());
   }
-  float* scale_at(int64_t row, int64_t term) const { return scale + term / kBlock * rows + row; }
+  float* scale_at(int64_t first_row, int64_t tile_rows, int64_t term) const {
+    if (arithmetic == Arithmetic::i16) return scale + term / kBlock * rows + first_row;
+    return scale + (first_row * (depth() / kBlockTerms) + term / kBlockTerms * tile_rows) * 2;
+  }
 };
 
 template <class T>
@@ -425,29 +517,28 @@ void scaled_row(const PackedRows& p, int64_t row, float* out) {
   for (int64_t j = p.k; j < p.depth(); ++j) out[j] = 0.0f;
 }
 
-// Rounds at most kBlock values to 16-bit integers times the returned scale, which is NaN if a value is not finite.
-float quantize(const float* v, int64_t count, int16_t* out) {
+// Rounds values to integers of at most `limit` times the returned scale, which is NaN if a value is not finite.
+template <class Integer>
+float quantize(const float* v, int64_t count, float limit, Integer* out) {
   uint32_t largest = 0;
   for (int64_t k = 0; k < count; ++k) {
     const uint32_t magnitude = bits_of(v[k]) & 0x7fffffffu;
     largest = magnitude > largest ? magnitude : largest;
   }
   const float top = float_of(largest);
-  constexpr float kTiny = 1e-33f;  // below, 32767 / top would overflow
+  constexpr float kTiny = 1e-33f;  // below, limit / top would overflow
   const bool finite = largest < 0x7f800000u;
-  const float inverse = finite && top > kTiny ? 32767.0f / top : 0.0f;
+  const float inverse = finite && top > kTiny ? limit / top : 0.0f;
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
-  for (int64_t k = 0; k < count; ++k) out[k] = static_cast<int16_t>(bits_of(v[k] * inverse + kMagic));
+  for (int64_t k = 0; k < count; ++k) out[k] = static_cast<Integer>(bits_of(v[k] * inverse + kMagic));
   if (!finite) return __builtin_nanf("");
-  return top > kTiny ? top / 32767.0f : 0.0f;
+  return top > kTiny ? top / limit : 0.0f;
 }
 
-// Row `row` of the block, whose first row is `row0` of the product.
-void pack_row(const PackedRows& p, int64_t row0, int64_t row) {
+// Row `row` of the block, which belongs to `tile`; the block's first row is `row0` of the product.
+void pack_row(const PackedRows& p, int64_t row0, const Tiles& tiles, int64_t tile, int64_t row) {
   thread_local Scratch scratch;
-  const Tiles tiles = p.tiles();
-  const int64_t k = p.depth(), tile = tiles.of_row(row), rows = tiles.stored_rows(tile), first_row = tiles.begin(tile);
-  const int64_t index = row - first_row;
+  const int64_t k = p.depth(), rows = tiles.stored_rows(tile), first_row = tiles.begin(tile), index = row - first_row;
   float* v = reinterpret_cast<float*>(scratch.get(k * 6));
   scaled_row(p, row0 + row, v);
   if (p.arithmetic == Arithmetic::f32) {
@@ -456,11 +547,25 @@ void pack_row(const PackedRows& p, int64_t row0, int64_t row) {
     return;
   }
   char* pairs = reinterpret_cast<char*>(v + k);
+  if (p.arithmetic == Arithmetic::i8) {
+    auto* bytes = reinterpret_cast<int8_t*>(pairs);
+    for (int64_t j = 0; j < k; j += kBlockTerms) {
+      float* scale = p.scale_at(first_row, rows, j) + index;
+      *scale = quantize(v + j, kBlockTerms, 127.0f, bytes + j);
+      int sum = 0;
+      for (int64_t i = j; i < j + kBlockTerms; ++i) sum += bytes[i];
+      scale[rows] = static_cast<float>(sum) * *scale;
+    }
+    uint32_t* out = p.at<uint32_t>(first_row, rows, 0) + index;
+    for (int64_t j = 0; j < k / 4; ++j) std::memcpy(out + j * rows, pairs + j * 4, 4);
+    return;
+  }
   if (p.arithmetic == Arithmetic::bf16) {
     narrow(v, k, reinterpret_cast<bf16*>(pairs));
   } else {
     int16_t* out = reinterpret_cast<int16_t*>(pairs);
-    for (int64_t j = 0; j < k; j += kBlock) *p.scale_at(row, j) = quantize(v + j, smaller(kBlock, k - j), out + j);
+    for (int64_t j = 0; j < k; j += kBlock)
+      p.scale_at(first_row, rows, j)[index] = quantize(v + j, smaller(kBlock, k - j), 32767.0f, out + j);
   }
   if (tiles.registers) {
     bf16* out = p.at<bf16>(first_row, rows, 0) + index * kTileTerms;
@@ -474,6 +579,13 @@ void pack_row(const PackedRows& p, int64_t row0, int64_t row) {
   }
   uint32_t* out = p.at<uint32_t>(first_row, rows, 0) + index;
   for (int64_t j = 0; j < k / 2; ++j) std::memcpy(out + j * rows, pairs + j * 4, 4);
+}
+
+void pack_tile(const PackedRows& p, int64_t row0, int64_t tile) {
+  const Tiles tiles = p.tiles();
+  if (tile >= tiles.count) return;
+  const int64_t begin = tiles.begin(tile), end = begin + tiles.rows(tile);
+  for (int64_t row = begin; row < end; ++row) pack_row(p, row0, tiles, tile, row);
 }
 
 // Gathers terms [k0, k0 + depth) of 16 columns of a matrix that is not packed this way round, as float32:
@@ -506,6 +618,19 @@ void gather_panel(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, flo
   }
 }
 
+// The same from panels in blocks of the transposed matrix: element (n, k) in block n / 32 of panel k / 16.
+template <class T>
+void gather_blocks(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, float* out) {
+  const int64_t n0 = panel * kPanel, columns = smaller(kPanel, m.n - n0);
+  const int64_t blocks = (m.n + kBlockTerms - 1) / kBlockTerms;
+  for (int64_t k = 0; k < depth; ++k) {
+    const int64_t stored = (k0 + k) / kPanel;
+    const T* block = static_cast<const T*>(m.data) + (stored * blocks + n0 / kBlockTerms) * kBlockBytes<T>;
+    for (int64_t j = 0; j < kPanel; ++j)
+      out[k * kPanel + j] = j < columns ? to_float(block, (k0 + k) % kPanel, n0 % kBlockTerms + j) : 0.0f;
+  }
+}
+
 // The same as pairs, out[depth / 2][16][2], from bfloat16 panels of the transposed matrix. Whole panels of 16 terms are
 // read and written, which the stored ones have and kSlice has room for.
 void gather_pairs(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, bf16* out) {
@@ -514,19 +639,21 @@ void gather_pairs(const Matrix& m, int64_t panel, int64_t k0, int64_t depth, bf1
   for (int64_t k = 0; k < depth; k += kPanel) transpose_pairs(w + k * stored, pairs, out + k * kPanel);
 }
 
-// The weights that a product reads from memory: elements of a panel, bytes of an element, terms of one load of a panel.
-// Gathered ones are in cache: none.
+// The weights that a product reads from memory: elements of a panel and of one term of it, bytes of an element, terms of
+// one load of a panel. Gathered ones are in cache: no bytes.
 struct Stream {
-  int64_t panel_size, element_bytes, terms;
+  int64_t panel_size, term_size, element_bytes, terms;
   int64_t panel_bytes() const { return panel_size * element_bytes; }
-  int64_t term_bytes() const { return kPanel * element_bytes; }
+  int64_t term_bytes() const { return term_size * element_bytes; }
   int64_t load_bytes() const { return term_bytes() * terms; }
 };
 
 template <class A>
 Stream stream_of(const Matrix& m) {
   using Weight = typename A::Weight;
-  return {(t2::paired(kDType<Weight>) ? even(m.k) : m.k) * kPanel, sizeof(Weight), A::kTerms};
+  constexpr int64_t kTermSize = kInBlocks<Weight> ? kBlockBytes<Weight> / kBlockTerms : kPanel;
+  const int64_t terms = whole(m.k, kInBlocks<Weight> ? kBlockTerms : t2::paired(kDType<Weight>) ? 2 : 1);
+  return {terms * kTermSize, kTermSize, sizeof(Weight), A::kTerms};
 }
 
 // Terms of a slice: all of them for one tile, which keeps its sums in registers, or where a panel fits in L1 anyway.
@@ -576,8 +703,8 @@ void sweep(const Tiles& tiles, int64_t begin, int64_t end, int64_t k, int64_t sl
       prepare(panel, run, k0);
       const bool run_follows = panel + run < end, slice_follows = k0 + slice < k;
       const int64_t distance = run_follows     ? run * stream.panel_size
-                               : slice_follows ? (begin - panel) * stream.panel_size + slice * kPanel
-                                               : run * stream.panel_size - k0 * kPanel;
+                               : slice_follows ? (begin - panel) * stream.panel_size + slice * stream.term_size
+                                               : run * stream.panel_size - k0 * stream.term_size;
       for (int64_t t = 0; t < tiles.count; ++t) {
         const int64_t rows = tiles.rows(t), stored_rows = tiles.stored_rows(t), own_span = tiles.span(t);
         const bool wide = own_span <= run;
@@ -602,7 +729,8 @@ template <class A>
 void run_micro(const Tile& t, const PackedRows& x, const typename A::Weight* w, int64_t w_stride,
                const Accumulators& acc) {
   const int64_t depth = A::kTerms == 1 ? smaller(t.depth, x.k - t.k0) : t.depth;
-  const float* scale = A::kArithmetic == Arithmetic::i16 ? x.scale_at(t.row, t.k0) : nullptr;
+  constexpr bool kScaled = A::kArithmetic == Arithmetic::i16 || A::kArithmetic == Arithmetic::i8;
+  const float* scale = kScaled ? x.scale_at(t.row, t.stored_rows, t.k0) : nullptr;
   micro_for<A>(t.rows, t.wide)(x.at<typename A::X>(t.row, t.stored_rows, t.k0), scale, w, w_stride, depth,
                                acc.at(t.panel, t.row), acc.stride, acc.first && t.k0 == 0, t.prefetch);
 }
@@ -616,7 +744,7 @@ void multiply_panels(const Matrix& m, const PackedRows& x, const Tiles& tiles, c
   sweep(
       tiles, acc.begin, acc.end, m.k, slice, stream, [](int64_t, int64_t, int64_t) {},
       [&](const Tile& t) {
-        run_micro<A>(t, x, w + t.panel * stream.panel_size + t.k0 * kPanel, stream.panel_size, acc);
+        run_micro<A>(t, x, w + t.panel * stream.panel_size + t.k0 * stream.term_size, stream.panel_size, acc);
       });
 }
 
@@ -626,7 +754,7 @@ void multiply_gathered(const Matrix& m, const PackedRows& x, const Tiles& tiles,
                        typename A::Weight* gathered, const Gather& gather) {
   constexpr int64_t kSize = kSlice * kPanel;
   sweep(
-      tiles, acc.begin, acc.end, m.k, kSlice, Stream{0, 0, 1},
+      tiles, acc.begin, acc.end, m.k, kSlice, Stream{0, kPanel, 0, 1},
       [&](int64_t panel, int64_t run, int64_t k0) {
         for (int64_t j = 0; j < run; ++j) gather(panel + j, k0, smaller(kSlice, m.k - k0), gathered + j * kSize);
       },
@@ -639,6 +767,8 @@ void multiply_part(const Matrix& m, const PackedRows& x, const Accumulators& acc
   const Tiles tiles = x.tiles();
   if (m.storage == Storage::panels && x.arithmetic == Packed::kArithmetic) {
     multiply_panels<Packed>(m, x, tiles, acc);
+  } else if constexpr (kInBlocks<T>) {
+    multiply_gathered<F32Products<float>>(m, x, tiles, acc, gathered, [&](auto... at) { gather_blocks<T>(m, at...); });
   } else if (m.storage == Storage::panels) {
     multiply_panels<F32Products<T>>(m, x, tiles, acc);
   } else if (x.arithmetic == Arithmetic::f32) {
@@ -762,10 +892,13 @@ void matmul(const Product* products, int count, int64_t rows, ParallelFor parall
     }
     for (int stage = 0; stage < kStages; ++stage) {
       const int pack0 = first_pack[stage], own_packs = first_pack[stage + 1] - pack0;
+      // A job is a whole tile: rows of one lie interleaved, so that threads would write to the same cache lines.
+      int64_t tiles = 0;
+      for (int i = pack0; i < pack0 + own_packs; ++i) tiles = larger(tiles, packed[i].tiles().count);
       const auto pack = [&](int64_t begin, int64_t end) {
-        for (int64_t job = begin; job < end; ++job) pack_row(packed[pack0 + job % own_packs], row0, job / own_packs);
+        for (int64_t job = begin; job < end; ++job) pack_tile(packed[pack0 + job % own_packs], row0, job / own_packs);
       };
-      if (own_packs > 0) parallel(parallel_for, block * own_packs, grain(kPackGrain, pack_terms), pack);
+      if (own_packs > 0) parallel(parallel_for, tiles * own_packs, grain(kPackGrain, pack_terms * block / tiles), pack);
       const auto compute = [&](int64_t begin, int64_t end) {
         for (int i = first_product[stage]; i < first_product[stage + 1] && begin < end; ++i) {
           const int64_t own = panels_of(products[i]);
@@ -794,7 +927,7 @@ void reduce_scales(const float* t, const float* h, const float* component_scale,
 }
 
 // FMAs from registers alone: independent accumulators enough to cover their latency, few enough to stay in registers.
-template <class A>
+template <class A, int Terms>
 int64_t chain(int64_t steps) {
   alignas(64) static const char zeros[4 * kPanel] = {};
   typename A::Sums c[kMaxRows];
@@ -811,7 +944,7 @@ int64_t chain(int64_t steps) {
       keep(c[i]);
     }
   }
-  return kMaxRows * kPanel * A::kTerms;
+  return kMaxRows * kPanel * Terms;
 }
 
 // The same on tile registers.
@@ -826,10 +959,11 @@ int64_t tile_chain(int64_t steps) {
 }
 
 int64_t multiply_adds(Arithmetic kind, int64_t steps) {
-  if (kind == Arithmetic::f32) return chain<F32Products<float>>(steps);
-  if (kind == Arithmetic::i16) return chain<I16Products>(steps);
+  if (kind == Arithmetic::f32) return chain<F32Products<float>, 1>(steps);
+  if (kind == Arithmetic::i16) return chain<I16Products, 2>(steps);
+  if (kind == Arithmetic::i8) return chain<BlockProducts<q4>, 4>(steps);
   if (kTileRegisters) return tile_chain(steps);
-  return kBf16Products ? chain<std::conditional_t<kBf16Products, Bf16Products, F32Products<bf16>>>(steps) : 0;
+  return kBf16Products ? chain<std::conditional_t<kBf16Products, Bf16Products, F32Products<bf16>>, 2>(steps) : 0;
 }
 
 // Eight streams, as many as a one-row product has.

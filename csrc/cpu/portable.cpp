@@ -28,6 +28,9 @@ struct Lane16 {
   void multiply(const float* p) {
     for (int i = 0; i < 16; ++i) v[i] *= p[i];
   }
+  void multiply(const Broadcast& b) {
+    for (int i = 0; i < 16; ++i) v[i] *= b.v;
+  }
   void scale_and_add(const float* scale, const float* bias) {
     for (int i = 0; i < 16; ++i) v[i] = v[i] * scale[i] + bias[i];
   }
@@ -70,6 +73,28 @@ struct DotI16 {
     for (int i = 0; i < 16; ++i) acc[i] = static_cast<float>(v[i]) * scale + (first ? 0.0f : acc[i]);
   }
 };
+
+struct Quads16 {
+  uint8_t v[64];
+};
+
+struct DotQ4 {
+  int32_t v[16];
+  void zero() { std::memset(v, 0, sizeof v); }
+  void step(const Quads16& w, const PairBroadcast& b) {
+    int8_t x[4];
+    std::memcpy(x, b.v, 4);
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 4; ++j) v[i] += w.v[4 * i + j] * x[j];
+  }
+  Lane16 sums() const {
+    Lane16 lane;
+    for (int i = 0; i < 16; ++i) lane.v[i] = static_cast<float>(v[i]);
+    return lane;
+  }
+};
+
+using DotQ8 = DotQ4;
 
 template <class Lane>
 void keep(Lane& lane) {

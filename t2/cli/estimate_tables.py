@@ -99,7 +99,8 @@ def _budgets(facts: dict[str, Any], work: StepSizes) -> Table:
     gpus = [f"{gpu['gb']} GB" for gpu in facts["storage"]["int8"]["gpus"]]
     table = _table("Training on one GPU: largest token budget", "factor dtype", *gpus)
     for name, entry in facts["storage"].items():
-        table.add_row(name, *[_budget(gpu) for gpu in entry["gpus"]])
+        if entry["gpus"]:
+            table.add_row(name, *[_budget(gpu) for gpu in entry["gpus"]])
     return table
 
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from t2.generation.batching import pad, shared_prefix
 from t2.generation.cached_batch import CachedBatch, Runner
 from t2.generation.images import ImageInputs, collate, placeholder_tokens
-from t2.generation.sampling import UniformSampler, draw_tokens
+from t2.generation.sampling import UniformSampler, draw_tokens, likeliest_tokens
 from t2.model.kv_cache import growing_cache, new_cache
 
 LEAVING = 0.2
@@ -181,7 +181,7 @@ class _Batch:
         if self.uniforms is not None:
             tokens = draw_tokens(logits, self.uniforms[rows, place], self.temperature)
         else:
-            tokens = logits.argmax(-1)
+            tokens = likeliest_tokens(logits)
         if self.likelihoods:
             exact = logits.float()
             chosen = exact.gather(1, tokens[:, None])[:, 0]

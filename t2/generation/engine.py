@@ -28,7 +28,7 @@ from t2.experts.registry import ExpertChoice
 from t2.generation.cached_batch import SVFRunner
 from t2.generation.head import OutputHead
 from t2.generation.row_cache import SPAN, Places, PrefixStore, RowCache, run_pass
-from t2.generation.sampling import draw_tokens, without_tail
+from t2.generation.sampling import draw_tokens, likeliest_tokens, without_tail
 from t2.model.requests import routed_slots
 from t2.model.svf_model import SVFModel
 
@@ -500,7 +500,7 @@ class Engine:
 
     def _choose(self, logits: Tensor, requests: Sequence[Request]) -> None:
         """Gives these requests their next token, and lets those go that end with it."""
-        chosen = logits.float().argmax(-1)  # torch is slow at 16 bits
+        chosen = likeliest_tokens(logits)
         drawn = [i for i, request in enumerate(requests) if request.sampling.temperature > 0]
         if drawn:
             options = [requests[i].sampling for i in drawn]

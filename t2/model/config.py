@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t2.experts.support import Chosen
 from t2kernels import Factors
-from t2kernels.packing import GPU_STORAGE_DTYPES
+from t2kernels.packing import DENSE_STORAGE_DTYPES, GPU_STORAGE_DTYPES, LEVELS
 
 FactorSource = Callable[[str, Tensor], Factors] | Mapping[str, Callable[[], Factors]]
 """Factors made elsewhere: a function (name, weight [out, in]) -> factors, or functions without arguments by name."""
@@ -26,11 +26,14 @@ class SVFConfig:
         name), a regular expression for the whole name, or a list of name suffixes such as ["q_proj", "v_proj"]. In a
         model that reads images, only layers of its language model count.
     dtype: storage of the factors: float32, bfloat16, float16, int8, or on a GPU float8_e4m3fn; None keeps each
-        weight's own. In the delta form also of W; beside W in float8 the components are bfloat16.
+        weight's own. In the delta form this is the storage of W too, and can on a CPU be uint8 or int4: 8 or 4 bits
+        with a scale and a minimum for every 32 terms, as in GGUF's Q4_1, whose weights int4 holds exactly. Components
+        are uint8 beside int4, bfloat16 beside float8.
     bf16_products: rounds activations to bfloat16 before they meet bfloat16 factors, where the processor has that dot
         product: twice the arithmetic, for a drift that `docs/cpu.md` shows.
     pack_others: also runs linear layers beside the targets, the output embedding first of all, on the same kernels,
-        stored as `dtype`. Where that has 8 bits they keep their dtype, float32 ones become float16: logits come
+        stored as `dtype`. Where that has 8 bits they keep their dtype, float32 ones become float16, and where it has 4
+        they are uint8: logits come
         straight out of them. Modules before the language model of one that reads images stay as they are.
     cache: True keeps factors (and the base weights, which merging and unloading need) in `cache_dir` instead of
         computing them at every start; False holds the base weights in memory beside the factors.
@@ -62,10 +65,14 @@ class SVFConfig:
 
     def check(self) -> None:
         """Raises TypeError or ValueError for an option of another kind."""
-        if self.dtype not in (None, *GPU_STORAGE_DTYPES):
-            raise TypeError(f"dtype: expected None, float32, bfloat16, float16 or int8, got {self.dtype}")
+        if self.dtype not in (None, *GPU_STORAGE_DTYPES, *DENSE_STORAGE_DTYPES):
+            raise TypeError(f"dtype: expected None, float32, bfloat16, float16, int8, uint8 or int4, got {self.dtype}")
         if self.form not in ("factored", "delta"):
             raise ValueError(f"form: expected 'factored' or 'delta', got {self.form!r}")
+        if self.dtype in LEVELS and self.form != "delta":
+            raise ValueError(
+                f"dtype: expected {self.dtype} in the delta form only: factors lose too much, got {self.form}"
+            )
         if (self.support is not None) != (self.form == "delta"):
             expected = "components, a share, a file or positions" if self.form == "delta" else "None, as z is free"
             raise ValueError(f"support: expected {expected} in the {self.form} form, got {self.support!r:.80}")

@@ -30,7 +30,7 @@ from t2.weights.targets import (
     weight_matrix,
 )
 from t2kernels import DeltaWeight, FactoredWeight, Factors, decompose
-from t2kernels.packing import EIGHT_BITS, STORAGE_DTYPES
+from t2kernels.packing import DENSE_STORAGE_DTYPES, EIGHT_BITS, GPU_STORAGE_DTYPES, INT4
 
 WeightReaders = Mapping[str, Callable[[], Tensor]]
 """Functions that read the target weights [out, in], by module name."""
@@ -72,8 +72,9 @@ class DecomposedLayers:
         device = next(iter(targets.values())).weight.device
         if device.type == "meta":
             device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-        if device.type == "cpu" and config.dtype not in (None, *STORAGE_DTYPES):
-            raise TypeError(f"dtype: expected one of {STORAGE_DTYPES} on a CPU, got {config.dtype}, which needs a GPU")
+        known = DENSE_STORAGE_DTYPES if device.type == "cpu" else GPU_STORAGE_DTYPES
+        if config.dtype not in (None, *known):
+            raise TypeError(f"dtype: expected one of {known} on {device}, got {config.dtype}")
         self.model, self.config, self.device = model, config, device
         self.readers, self.factors = readers, factors
         self.cache = FactorCache(config.cache_dir) if config.cache else None
@@ -196,7 +197,9 @@ class DecomposedLayers:
         """Their weights stay in memory beside the packed ones; a tied output embedding is no extra copy."""
         for name, layer in other_linears(self.model).items():
             dtype = self.config.dtype or layer.weight.dtype
-            if dtype in EIGHT_BITS:
+            if dtype == INT4:
+                dtype = torch.uint8
+            elif dtype in EIGHT_BITS:
                 dtype = torch.float16 if layer.weight.dtype == torch.float32 else layer.weight.dtype
             pack(layer, dtype, self.config.bf16_products)
             self.packed[name] = layer

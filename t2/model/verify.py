@@ -21,6 +21,7 @@ from t2.model.decomposed import DecomposedLayers
 from t2.model.layers import RoutedLinear
 from t2.model.probe import DIFFERENT, Calls, Probe, recording, relative_error, run_model
 from t2.model.requests import routed
+from t2kernels.packing import INT4
 
 ROUNDING = {
     torch.float32: 1e-5,
@@ -28,6 +29,8 @@ ROUNDING = {
     torch.float16: 1e-3,
     torch.int8: 1e-2,
     torch.float8_e4m3fn: 4e-2,
+    torch.uint8: 1e-2,
+    INT4: 1e-1,
 }
 """Relative error of a product, by the storage of its factors or the dtype of its input."""
 STD = 0.3

@@ -29,8 +29,10 @@ from t2.weights.memory_model import (
 from t2.weights.step_sizes import StepSizes
 from t2.weights.streaming import checkpoint_folder, skeleton
 from t2.weights.targets import Linear, linear_layers, other_linears, select_targets, weight_matrix
+from t2kernels.packing import INT4
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+CPU_DELTA_STORAGE = (torch.uint8, INT4)
 GPUS = (24, 48, 80, 141)  # GB
 RESERVED = 1.0e9  # of a GPU: the CUDA context, kernels, what the allocator cannot hand out
 SLOTS = 8  # that a slot table begins with
@@ -121,7 +123,7 @@ class ModelEstimate:
 
     def rest(self, storage: torch.dtype) -> int:
         """Weights that are no targets, and the packed copies of linear layers among them."""
-        packed = torch.float16 if storage == torch.int8 else storage
+        packed = {torch.int8: torch.float16, INT4: torch.uint8}.get(storage, storage)
         return self.dense_parameters * self.dtype.itemsize + sum(dense_bytes(*shape, packed) for shape in self.others)
 
     @property
@@ -240,9 +242,9 @@ class ModelEstimate:
                     "factors": self.factors(storage),
                     "other_weights": self.rest(storage),
                     "serving": self.serving(storage),
-                    "gpus": [self._on_gpu(gpu, storage, work, trains) for gpu in GPUS],
+                    "gpus": [self._on_gpu(gpu, storage, work, trains) for gpu in GPUS if storage in STORAGE],
                 }
-                for storage in STORAGE
+                for storage in (STORAGE if self.support is None else STORAGE + CPU_DELTA_STORAGE)
             },
         }
 

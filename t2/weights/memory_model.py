@@ -11,38 +11,43 @@ import torch
 from torch import nn
 
 from t2kernels.decomposition import ROWS
-from t2kernels.packing import PANEL
+from t2kernels.packing import BLOCK_BYTES, BLOCK_TERMS, INT4, PANEL
 from t2kernels.weights import float16_rank
 
+SCALED = (torch.int8, torch.uint8, INT4)
+"""Formats with a scale for each row of W, or each component."""
 ACTIVATIONS_OF = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose activations `Architecture.layer_activations` describes."""
 
 
 def factor_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """Bytes of `FactoredWeight.pack(...)`: both factors, the singular values, int8's scales."""
+    """Bytes of `FactoredWeight.pack(...)`: both factors, the singular values, the components' scales."""
     rank = min(out_features, in_features)
     head = float16_rank(rank) if dtype == torch.int8 else 0
     parts = [(head, torch.float16), (rank - head, dtype)] if head else [(rank, dtype)]
-    total = 4 * rank * (2 if dtype == torch.int8 else 1)
+    total = 4 * rank * (2 if dtype in SCALED else 1)
     for components, stored in parts:
         total += _panel_bytes(out_features, components, stored) + _panel_bytes(components, in_features, stored)
     return total
 
 
 def dense_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """Bytes of `DenseWeight.pack(...)`: W, and int8's scales."""
-    scales = 4 * out_features if dtype == torch.int8 else 0
+    """Bytes of `DenseWeight.pack(...)`: W, and the scales of its rows."""
+    scales = 4 * out_features if dtype in SCALED else 0
     return _panel_bytes(out_features, in_features, dtype) + scales
 
 
 def delta_bytes(out_features: int, in_features: int, components: int, dtype: torch.dtype) -> int:
     """Bytes of `DeltaWeight.pack(...)`: W, and both factors and the singular values of the support's components."""
-    factors = _panel_bytes(out_features, components, dtype) + _panel_bytes(components, in_features, dtype)
-    scales = 4 * components * (2 if dtype == torch.int8 else 1)
+    stored = torch.uint8 if dtype == INT4 else dtype
+    factors = _panel_bytes(out_features, components, stored) + _panel_bytes(components, in_features, stored)
+    scales = 4 * components * (2 if stored in SCALED else 1)
     return dense_bytes(out_features, in_features, dtype) + factors + scales
 
 
 def _panel_bytes(n: int, k: int, dtype: torch.dtype) -> int:
+    if dtype in BLOCK_BYTES:
+        return -(-n // PANEL) * -(-k // BLOCK_TERMS) * BLOCK_BYTES[dtype]
     k += k % 2 if dtype in (torch.bfloat16, torch.int8) else 0
     return -(-n // PANEL) * PANEL * k * dtype.itemsize
 

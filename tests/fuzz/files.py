@@ -462,7 +462,7 @@ def read_tuning(path: Path) -> str:
 
 
 def cost_values() -> CostModel:
-    kinds = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn", "bfloat16 products")
+    kinds = ("float32", "bfloat16", "float16", "int8", "uint8", "int4", "bfloat16 products")
     entry = {kind: (1e-9,) * 8 for kind in kinds}
     return CostModel(CostModel.machine_key(), entry, row=1e-9, call=1e-6, build=1e-11, pack=1e-9)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STORAGE = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+STORAGE = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8]
+DENSE_STORAGE = [*STORAGE, torch.int4]
 ACTIVATIONS = [torch.float32, torch.bfloat16, torch.float16]
 # out, rank, in: ragged, one, smaller and larger than a panel, more than one slice of the reduction
 SHAPES = [(1, 1, 1), (7, 1, 5), (1, 7, 577), (16, 16, 32), (17, 15, 33), (577, 577, 1031), (1031, 577, 577)]
@@ -47,8 +48,8 @@ def problem(shape, batch, experts=5, seed=0, dtype=torch.float32) -> Problem:
     )
 
 
-# Rounding of the result to the activations' dtype, plus fp32 accumulation over at most ~2,000 terms; int8 factors meet
-# activations of 16 bits, relative to the largest of 512.
+# Rounding of the result to the activations' dtype, plus fp32 accumulation over at most ~2,000 terms. int8 factors meet
+# activations of 16 bits, relative to the largest of 512, and blocks those of 8 bits, relative to the largest of 32.
 def tolerance(dtype, storage=None):
     rounding = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
-    return max(rounding, 1e-4) if storage == torch.int8 else rounding
+    return max(rounding, {torch.int8: 1e-4, torch.uint8: 2e-2, torch.int4: 2e-2}.get(storage, 0))

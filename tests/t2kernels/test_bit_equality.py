@@ -16,7 +16,7 @@ from torch import Tensor
 import t2kernels
 from t2kernels import DenseWeight, FactoredWeight, linear_group, svf_linear
 from tests.t2kernels.conftest import HARDWARE_DOTS, INSTRUCTION_SETS, WIDEST
-from tests.t2kernels.problems import ACTIVATIONS, BATCHES, SHAPES, STORAGE, problem, tolerance
+from tests.t2kernels.problems import ACTIVATIONS, BATCHES, DENSE_STORAGE, SHAPES, STORAGE, problem, tolerance
 
 FUSED = [isa for isa in INSTRUCTION_SETS if isa not in ("portable", WIDEST)]
 pytestmark = pytest.mark.skipif(not FUSED, reason="needs a processor with two sets of fused multiply-adds")
@@ -56,7 +56,7 @@ def test_factored_weights(shape, storage, dtype):
 
 
 @pytest.mark.parametrize("dtype", ACTIVATIONS, ids=str)
-@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("storage", DENSE_STORAGE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dense_weights(shape, storage, dtype):
     out, _, inputs = shape

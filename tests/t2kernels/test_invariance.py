@@ -9,7 +9,7 @@ import t2kernels
 from t2kernels import DenseWeight, FactoredWeight
 from t2kernels.backends import extension
 from tests.t2kernels.conftest import HARDWARE_DOTS, INSTRUCTION_SETS
-from tests.t2kernels.problems import STORAGE, problem
+from tests.t2kernels.problems import DENSE_STORAGE, STORAGE, problem
 
 SHAPE = (577, 300, 1031)
 
@@ -69,7 +69,7 @@ def test_gradients_do_not_depend_on_threads(instruction_set, threads, storage):
         assert torch.equal(x_grad, results[0][0]) and torch.equal(scales_grad, results[0][1])
 
 
-@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("storage", DENSE_STORAGE, ids=str)
 def test_a_gradients_row_does_not_depend_on_its_batch(instruction_set, storage):
     w = DenseWeight.pack(torch.randn(300, 577), dtype=storage, bf16_products=True)
     x, g = torch.randn(257, 577), torch.randn(257, 300)

@@ -8,7 +8,7 @@ import torch
 from t2kernels import DenseWeight, FactoredWeight, linear_group, ops, reference, svf_linear
 from t2kernels.packing import pack_panels
 from tests.t2kernels.conftest import HARDWARE_DOTS
-from tests.t2kernels.problems import ACTIVATIONS, BATCHES, SHAPES, STORAGE, problem, tolerance
+from tests.t2kernels.problems import ACTIVATIONS, BATCHES, DENSE_STORAGE, SHAPES, STORAGE, problem, tolerance
 
 
 def close(actual, expected64, storage=None):
@@ -57,7 +57,7 @@ def test_activations_of_every_dtype_on_every_storage(instruction_set, dtype, sto
     close(y, svf64(p, *w.factors()), storage)
 
 
-@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("storage", DENSE_STORAGE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dense_weight(extreme_set, shape, storage):
     out, _, inputs = shape
@@ -75,10 +75,13 @@ def test_pack_rounds_within_the_format(storage):
     u, s, vh = FactoredWeight.pack(p.u, p.s, p.vh, dtype=storage).factors()
     exact, stored = (p.u * p.s) @ p.vh, (u * s) @ vh
     error = float((exact - stored).norm() / exact.norm())
-    assert error <= {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.int8: 1.5e-2}[storage]
+    limits = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.int8: 1.5e-2, torch.uint8: 7e-3}
+    assert error <= limits[storage]
     w = torch.randn(50, 70)
     dense = DenseWeight.pack(w, dtype=storage).matrix()
-    assert float((w - dense).norm() / w.norm()) <= {torch.float32: 0, torch.int8: 1.2e-2}.get(storage, 3e-3)
+    assert float((w - dense).norm() / w.norm()) <= {torch.float32: 0, torch.int8: 1.2e-2, torch.uint8: 5e-3}.get(
+        storage, 3e-3
+    )
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -112,7 +115,7 @@ def test_svf_linear_backward_through_z(instruction_set, dtype):
     close(x.grad, x64.grad)
 
 
-@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("storage", DENSE_STORAGE, ids=str)
 def test_dense_backward(instruction_set, storage):
     w = DenseWeight.pack(torch.randn(37, 50), dtype=storage)
     x, bias = torch.randn(4, 3, 50, requires_grad=True), torch.randn(37, requires_grad=True)

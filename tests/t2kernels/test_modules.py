@@ -104,7 +104,11 @@ class TestBadInput:
     def test_factored_weight(self):
         p = problem((20, 18, 30), 6)
         for args, error, text in [
-            ((p.u, p.s, p.vh, torch.int16), TypeError, "dtype: expected float32, bfloat16, float16, int8, or on a GPU"),
+            (
+                (p.u, p.s, p.vh, torch.int16),
+                TypeError,
+                "expected float32, bfloat16, float16, int8, on a CPU uint8, or on",
+            ),
             ((p.u, p.s, p.vh, torch.float8_e4m3fn), TypeError, "got torch.float8_e4m3fn on cpu"),
             ((p.u, p.s, p.vh[:17]), ValueError, r"vh: expected shape \[18, in\]"),
             ((p.u, p.s[:17], p.vh), ValueError, r"s: expected shape \[18\]"),

@@ -24,7 +24,7 @@ from t2kernels.weights import DeltaWeight, DenseWeight, FactoredWeight
 
 def model(**changes):
     """A machine of round numbers: an entry costs 1 ns, and 10 ps for each row from 128 on."""
-    kinds = ("float32", "bfloat16", "float16", "int8", BF16_PRODUCTS)
+    kinds = ("float32", "bfloat16", "float16", "int8", "uint8", "int4", BF16_PRODUCTS)
     values = {
         "machine": "test",
         "entry": {kind: tuple(max(1e-9, rows * 1e-11) for rows in ROWS) for kind in kinds},

@@ -6,16 +6,18 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import t2
 from t2.experts import support
 from t2.generation.cached_batch import SVFRunner
 from t2.generation.decode import DecodeOptions, complete
-from t2kernels import DeltaWeight
+from t2kernels import DeltaWeight, DenseWeight
+from t2kernels.packing import LEVELS
 from tests.t2.model.test_serving_plan import free_building
 from tests.t2.tiny_lm import CONFIGS, assert_same_state, prompts, state, wrap
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.int4]
 
 
 def wrap_delta(model, cache_dir, chosen=5, **options):
@@ -235,6 +237,26 @@ def test_a_form_needs_its_support(tiny_model, cache_dir):
         wrap(model, cache_dir, support=3)
     with pytest.raises(ValueError, match="form: expected 'factored' or 'delta', got 'dense'"):
         wrap(model, cache_dir, form="dense")
+
+
+@pytest.mark.parametrize("dtype", LEVELS, ids=str)
+def test_blocks_are_for_the_delta_form_and_are_not_merged(tiny_model, cache_dir, dtype):
+    model = tiny_model("llama").requires_grad_(False)
+    for layer in model.model.modules():
+        if isinstance(layer, nn.Linear):  # as if it had come from a file of 4 bits
+            layer.weight.copy_(DenseWeight.pack(layer.weight, dtype=torch.int4).matrix())
+    with pytest.raises(ValueError, match=rf"dtype: expected {dtype} in the delta form only"):
+        wrap(model, cache_dir, dtype=dtype)
+    svf = wrap_delta(model, cache_dir, dtype=dtype)
+    (name,) = add_experts(svf, 1)
+    plan = svf.plan(name, prompt_tokens=512, new_tokens=4096, batch=32)
+    others = {layer.form for layer in plan.plan.layers.values()} - {"delta"}
+    assert not others or dtype != torch.int4  # 4 bits would drown what an expert changes
+    assert {layer.packed.dtype for layer in svf.decomposed.packed.values()} == {torch.uint8}
+    ids = prompts(2)
+    merged, base = (svf.merged_copy(e)(input_ids=ids).logits for e in (name, None))
+    change = svf(input_ids=ids, experts=name).logits - svf(input_ids=ids).logits
+    assert float((change - (merged - base)).norm() / (merged - base).norm()) < 0.1
 
 
 def test_a_factored_model_takes_a_support(tiny_model, cache_dir):

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers import MistralConfig as Mistral
 
 import t2
+from t2.cli.estimate_tables import show
 from t2.generation.scoring import PromptGroup
 from t2.training import Trainer
-from t2.weights.estimate import STORAGE, estimate_model, gpus_needed
+from t2.weights.estimate import CPU_DELTA_STORAGE, STORAGE, estimate_model, gpus_needed
 from t2.weights.factor_cache import FactorCache, weight_key
 from t2.weights.memory_model import Rates, decompose_bytes, delta_bytes, dense_bytes, disk_bytes, factor_bytes
 from t2.weights.step_sizes import StepSizes
@@ -141,11 +143,12 @@ def test_biases_and_ties_are_counted(plan_of):
     assert tied.rest(torch.int8) == 2 * tied.dense_parameters + 2 * 49152 * 576
 
 
-@pytest.mark.parametrize("dtype", STORAGE)
+@pytest.mark.parametrize("dtype", STORAGE + CPU_DELTA_STORAGE)
 @pytest.mark.parametrize("shape", RAGGED)
 def test_stored_sizes_are_those_of_packed_weights(shape, dtype):
     weight = torch.randn(shape)
-    assert factor_bytes(*shape, dtype) == FactoredWeight.pack(*decompose(weight), dtype=dtype).nbytes
+    if dtype != torch.int4:
+        assert factor_bytes(*shape, dtype) == FactoredWeight.pack(*decompose(weight), dtype=dtype).nbytes
     assert dense_bytes(*shape, dtype) == DenseWeight.pack(weight, dtype=dtype).nbytes
     u, s, vh = decompose(weight)
     k = min(len(s), 5)
@@ -163,7 +166,11 @@ def test_the_delta_form_of_a_large_model(tmp_path):
     assert found.factors(torch.bfloat16) / dense == pytest.approx(1.0962, abs=1e-3)
     assert found.factors(torch.int8) / dense == pytest.approx(0.5485, abs=1e-3)
     assert found.learnt < factored.learnt and found.slots < factored.slots
-    assert found.to_dict()["support"] == 256
+    facts = found.to_dict()
+    assert facts["support"] == 256 and facts["storage"]["int4"]["gpus"] == []
+    assert found.factors(torch.int4) / dense == pytest.approx(0.3665, abs=1e-3)
+    show(found, StepSizes(), console := Console(record=True, width=120))
+    assert "int4" in console.export_text() and "int4" not in factored.to_dict()["storage"]
     with pytest.raises(ValueError, match="support: expected None or an integer >= 1"):
         estimate_model(tmp_path / "config.json", support=0)
 
@@ -211,18 +218,19 @@ FAMILIES = {
 }
 
 
-def wrapped(config, tmp_path, dtype=torch.float32, storage=torch.int8):
+def wrapped(config, tmp_path, dtype=torch.float32, storage=torch.int8, **form):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    options = t2.SVFConfig(dtype=storage, cache_dir=tmp_path / "factors", progress=False)
+    options = t2.SVFConfig(dtype=storage, cache_dir=tmp_path / "factors", progress=False, **form)
     return t2.SVFModel(model, options).requires_grad_(False)
 
 
-@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize("storage", STORAGE + CPU_DELTA_STORAGE)
 @pytest.mark.parametrize("family", ["llama", "tied", "qwen2"])
 def test_a_served_model_is_as_large_as_planned(plan_of, tmp_path, family, storage):
-    plan = plan_of(FAMILIES[family].to_dict(), dtype=torch.float16)
-    svf = wrapped(FAMILIES[family], tmp_path, torch.float16, storage)
+    form = {"form": "delta", "support": 8} if storage in CPU_DELTA_STORAGE else {}
+    plan = plan_of(FAMILIES[family].to_dict(), dtype=torch.float16, support=form.get("support"))
+    svf = wrapped(FAMILIES[family], tmp_path, torch.float16, storage, **form)
     table = svf.slot_table.table.untyped_storage().data_ptr()  # of which layers have views
     held = {t.untyped_storage().data_ptr(): t.nbytes for t in (*svf.parameters(), *svf.buffers())}
     del held[table]
@@ -230,7 +238,8 @@ def test_a_served_model_is_as_large_as_planned(plan_of, tmp_path, family, storag
         held |= {p.untyped_storage().data_ptr(): p.nbytes for p in module.parameters()}
     rotary = sum(buffer.nbytes for name, buffer in svf.named_buffers() if "inv_freq" in name)
     assert sum(held.values()) - rotary == plan.factors(storage) + plan.rest(storage)
-    assert svf.slot_table.table.nbytes + svf.sigma.nbytes == plan.slots
+    if not form:
+        assert svf.slot_table.table.nbytes + svf.sigma.nbytes == plan.slots
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
