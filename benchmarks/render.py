@@ -18,7 +18,16 @@ from benchmarks.adaptation import eval_tables, few_shot_margin, few_shot_speed, 
 from benchmarks.common.tables import ROOT, Table, read_results
 from benchmarks.gpu import report as gpu
 from benchmarks.kernels import report as kernels
-from benchmarks.serving import delta_form, engine_peers, fidelity, http_load, memory, plans, throughput
+from benchmarks.serving import (
+    decode_loops,
+    delta_form,
+    engine_peers,
+    fidelity,
+    http_load,
+    memory,
+    plans,
+    throughput,
+)
 from benchmarks.tasks import humaneval, sandbox
 from benchmarks.training import big_model, step_speed, train_experts
 
@@ -67,6 +76,7 @@ PAGES: dict[str, dict[str, Block]] = {
     "docs/serving.md": {
         "engine-peers": (engine_peers.peers_table, "engine-peers.json"),
         "http-load": (http_load.load_table, "http-load.json"),
+        "decode-loops": (decode_loops.loops_table, "decode-loops.json"),
     },
     "docs/tasks.md": {
         "sandbox": (sandbox.attacks_table, "sandbox.json"),

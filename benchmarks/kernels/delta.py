@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.common.interleave import cold, in_turns
 from benchmarks.kernels.linear import SHAPES, SQUARE, Layer
 from t2kernels import DeltaWeight, DenseWeight
+from t2kernels.packing import INT4
 
 COMPONENTS = (64, 256)
 NAMES = (SQUARE, "Llama-3-8B k, v", "Llama-3-8B gate, up", "Llama-3-8B down")
@@ -52,7 +53,7 @@ def test_delta(benchmark: Any, name: str, batch: int) -> None:
     ids = torch.arange(batch) % EXPERTS
     table = layer.s * (1 + 0.02 * torch.randn(EXPERTS, layer.rank, generator=generator))
     paths = {}
-    for dtype in (torch.bfloat16, torch.int8):
+    for dtype in (torch.bfloat16, torch.int8, INT4):
         kind = str(dtype).removeprefix("torch.")
         paths[f"dense {kind}"] = dense(weight, dtype, x)
         for k in COMPONENTS:

@@ -48,16 +48,20 @@ def delta_table(results: Any) -> Table:
             continue
         ratios = [
             f"{1 / ratio(result, f'dense {kind}', f'delta {kind}, {k}'):.2f}"
-            for kind in ("bfloat16", "int8")
+            for kind in ("bfloat16", "int8", "int4")
             for k in (64, 256)
         ]
+        ratios.append(f"{ratio(result, 'dense int8', 'dense int4'):.2f}")
         factored = f"{1 / ratio(result, 'dense bfloat16', 'factored bfloat16'):.2f}"
         library = f"{1 / ratio(result, 'torch dense bfloat16', 'delta bfloat16, 256'):.2f}"
         rows.append([result["shape"], str(result["batch"]), *ratios, factored, library])
     return Table(
         "Time of a layer in the delta form over the dense product of the same storage on our kernels, bfloat16 "
         "activations, up to 64 experts (`python -m pytest benchmarks/kernels/delta.py`):",
-        ["layer", "rows", "bf16, 64", "bf16, 256", "int8, 64", "int8, 256", "factored bf16", "bf16, 256 / torch dense"],
+        [
+            *("layer", "rows", "bf16, 64", "bf16, 256", "int8, 64", "int8, 256", "int4, 64", "int4, 256"),
+            *("dense int8 / dense int4", "factored bf16", "bf16, 256 / torch dense"),
+        ],
         rows,
     )
 

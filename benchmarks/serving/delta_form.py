@@ -26,6 +26,7 @@ from t2.demo.run import QUESTIONS, chat_batch
 from t2.demo.throughput import ServingPath, time_paths
 from t2.weights.machine import machine
 from t2kernels import DeltaWeight, FactoredWeight
+from t2kernels.packing import INT4
 
 MODEL = "smollm2-135m-instruct"
 SUPPORTS = (64, 128, 256)
@@ -55,7 +56,7 @@ def matrix_bytes() -> dict[str, int]:
         u, s, vh = torch.randn(out, rank), torch.ones(rank), torch.randn(rank, inputs)
         packed = FactoredWeight.pack(u, s, vh, dtype=torch.bfloat16)
         found["factored bfloat16"] += 32 * count * packed.nbytes
-        for dtype in (torch.bfloat16, torch.int8):
+        for dtype in (torch.bfloat16, torch.int8, INT4):
             key = f"delta {str(dtype).removeprefix('torch.')}, 256"
             pair = DeltaWeight.pack(weight, u[:, :256], s[:256], vh[:256], dtype=dtype)
             found[key] = found.get(key, 0) + 32 * count * pair.nbytes

@@ -3,9 +3,9 @@
     python -m benchmarks.serving.engine_peers --llama-python PATH [--vllm-python PATH]
 
 The paths are Pythons of environments in which `pip install llama-cpp-python` and vLLM's CPU build were installed.
-SmolLM2-135M-Instruct: llama.cpp runs the GGUF file of 4 bits that this package reads its weights from, vLLM the same
-weights as bfloat16. Prompts of 40 tokens, greedy, no end token. Processes whose turn it is not are stopped. Writes
-benchmarks/results/engine-peers.json.
+SmolLM2-135M-Instruct: llama.cpp runs the GGUF file of 4 bits that this package reads its weights from, and the same
+rewritten in 8 bits; vLLM the same weights as bfloat16. Prompts of 40 tokens, greedy, no end token. Processes whose turn
+it is not are stopped. Writes benchmarks/results/engine-peers.json.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 BATCHES = (1, 32)
 LLAMA, VLLM = "llama.cpp, Q4_1, no experts", "vLLM, bfloat16, no experts"
+LLAMA_8 = "llama.cpp, Q8_0, no experts"
 
 
 class Worker:
@@ -71,9 +72,13 @@ class Worker:
         raise RuntimeError(f"{self._process.args!r} ended with exit code {self._process.wait()}: {lines[-1]}")
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, float]:
+        return self.ask(prompts=prompts, new_tokens=new_tokens)
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """The worker's answer; it runs no longer than that takes."""
         assert self._process.stdin is not None
         os.killpg(self._process.pid, signal.SIGCONT)
-        self._process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         found = self._read()
         os.killpg(self._process.pid, signal.SIGSTOP)
@@ -81,6 +86,15 @@ class Worker:
 
     def close(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def llama_workers(python: Path, folder: Path) -> dict[str, Worker]:
+    """llama.cpp with the file of 4 bits that this package reads its weights from, and with that rewritten in 8 bits."""
+    given = (str(alias_file(ALIASES[MODEL])), str(torch.get_num_threads()))
+    return {
+        LLAMA: Worker(python, "llama_cpp_worker.py", *given),
+        LLAMA_8: Worker(python, "llama_cpp_worker.py", *given, str(folder / "q8_0.gguf")),
+    }
 
 
 class Ours:
@@ -160,8 +174,7 @@ def main(
     """
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, Any] = {name: Ours(options) for name, options in FORMS.items()}
-        threads = str(torch.get_num_threads())
-        runs[LLAMA] = Worker(llama_python, "llama_cpp_worker.py", str(alias_file(ALIASES[MODEL])), threads)
+        runs |= llama_workers(llama_python, Path(folder))
         if vllm_python is not None:
             model, tokenizer = t2.load(MODEL, dtype=torch.bfloat16)
             model.save_pretrained(folder)

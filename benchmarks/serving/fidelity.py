@@ -1,9 +1,10 @@
 """Drift of each storage format from the base model, and of a mixed batch from its merged models.
 
-    python -m benchmarks.serving.fidelity [--tokens 4096]
+    python -m benchmarks.serving.fidelity [--tokens 4096] [--llama-python PATH]
 
 1. z = 1 on real English text (the READMEs that the installed packages transformers and peft carry as metadata):
-   mean KL divergence of the next-token distributions from the float32 base, and perplexity.
+   mean KL divergence of the next-token distributions from the float32 base, and perplexity. With the Python of an
+   environment that has llama-cpp-python, its Q4_1 (the file that the weights come from) and Q8_0 beside it.
 2. 32 requests with 32 experts in one batch, 32 greedy tokens each, against each expert merged into a plain model.
 
 Prints a table and writes benchmarks/results/fidelity.json.
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import tempfile
 from dataclasses import asdict
 from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import tyro
 from torch import Tensor
@@ -26,12 +29,15 @@ from transformers.utils import logging
 
 import t2
 from benchmarks.common.tables import RESULTS, Table, write_results
+from benchmarks.serving.engine_peers import llama_workers
 from t2.demo import baselines
 from t2.demo.merged_check import check_row
 from t2.demo.run import QUESTIONS, chat_batch
 from t2.demo.throughput import fixed_length
+from t2.model.layers import Packed
 from t2.weights.factor_cache import FactorCache
 from t2.weights.machine import machine
+from t2kernels.packing import INT4
 
 MODEL = "smollm2-135m-instruct"
 STORAGE: dict[str, dict[str, Any]] = {
@@ -40,6 +46,10 @@ STORAGE: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "bfloat16, bf16_products": {"dtype": torch.bfloat16, "bf16_products": True},
     "int8": {"dtype": torch.int8},
+}
+DELTA: dict[str, dict[str, Any]] = {
+    f"W {name}, support of 64": {"dtype": dtype, "form": "delta", "support": 64}
+    for name, dtype in (("int8", torch.int8), ("uint8", torch.uint8), ("int4", INT4))
 }
 WINDOW = 512
 TEXT_PACKAGES = ("transformers", "peft")
@@ -85,6 +95,7 @@ def fidelity_table(results: Any) -> Table:
                 label,
                 f"{values['mean_kl']:.1e}" if values["mean_kl"] else "0",
                 f"{values['perplexity']:.4f}",
+                f"{values['bytes'] / 1e6:.0f}" if "bytes" in values else "",
                 f"{equal} of {len(checks)}" if checks else "",
                 f"{worst:.1e}" if checks else "",
             ]
@@ -93,14 +104,35 @@ def fidelity_table(results: Any) -> Table:
         f"Drift of the storage formats (SmolLM2, {results['tokens']:,} tokens of the {results['text']}; then the 32 "
         "requests with 32 experts, 32 greedy tokens each, against float32 merged models; "
         "`python -m benchmarks.serving.fidelity`):",
-        ["storage", "mean KL at z = 1", "perplexity at z = 1", "rows as merged", "largest logit difference"],
+        ["storage", "mean KL at z = 1", "perplexity at z = 1", "MB", "rows as merged", "largest logit difference"],
         rows,
     )
 
 
-def main(tokens: int = 4096, results: Path = RESULTS / "fidelity.json") -> None:
+def weight_bytes(svf: t2.SVFModel) -> int:
+    """Of all linear layers, the output embedding among them, as they are stored."""
+    packed = [layer.packed for layer in svf.decomposed.packed.values() if isinstance(layer, Packed)]
+    return sum(weight.nbytes for weight in (*(layer.weight for layer in svf.decomposed.routed.values()), *packed))
+
+
+def llama_rows(python: Path, base: Tensor, windows: Tensor) -> dict[str, dict[str, float]]:
+    """llama.cpp on the same text; bytes are those of its files."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, worker in llama_workers(python, Path(folder)).items():
+            logits, size = [], 0
+            for window in windows:
+                size = worker.ask(text=window.tolist(), logits=f"{folder}/logits.npy")["bytes"]
+                logits.append(torch.from_numpy(numpy.load(f"{folder}/logits.npy")))
+            rows[name.removesuffix(", no experts")] = distance(base, torch.stack(logits), windows) | {"bytes": size}
+            worker.close()
+    return rows
+
+
+def main(tokens: int = 4096, llama_python: Path | None = None, results: Path = RESULTS / "fidelity.json") -> None:
     """Args:
     tokens: Length of the text.
+    llama_python: Python with llama-cpp-python; None leaves it out.
     results: File for the results as JSON.
     """
     logging.set_verbosity_error()
@@ -119,7 +151,7 @@ def main(tokens: int = 4096, results: Path = RESULTS / "fidelity.json") -> None:
     generated = {}
     for label, options in tqdm(STORAGE.items(), desc="storage formats"):
         svf = wrap(options)
-        rows[f"factors, {label}"] = distance(base, logits_of(svf, windows), windows)
+        rows[f"factors, {label}"] = distance(base, logits_of(svf, windows), windows) | {"bytes": weight_bytes(svf)}
         for seed, name in enumerate(names):
             svf.add_expert(name, t2.Expert.random(svf.layout, seed=seed))
         generated[label] = svf.generate(
@@ -133,6 +165,14 @@ def main(tokens: int = 4096, results: Path = RESULTS / "fidelity.json") -> None:
         keys = svf.weight_keys
         del svf
         gc.collect()
+
+    for label, options in DELTA.items():
+        svf = wrap(options)
+        rows[label] = distance(base, logits_of(svf, windows), windows) | {"bytes": weight_bytes(svf)}
+        del svf
+        gc.collect()
+    if llama_python is not None:
+        rows |= llama_rows(llama_python, base, windows)
 
     cache = FactorCache()
     factors = {name: cache.load(key) for name, key in keys.items()}

@@ -103,17 +103,18 @@ METHODS = {
     "lora-4": f"{LORA} 4",
     "lora-16": f"{LORA} 16",
 }
-SLOW, FAST, FASTER, FASTEST = ("4e-3", "1e-3"), ("8e-3", "3e-3"), ("1.2e-2", "3e-3"), ("2.4e-2", "6e-3")
+SLOW, FAST, FASTER = ("4e-3", "1e-3"), ("8e-3", "3e-3"), ("1.2e-2", "3e-3")
+HIGH, FASTEST = ("1.6e-2", "6e-3"), ("2.4e-2", "6e-3")
 RATES = {
-    "svf": (SLOW, FAST),
-    "support-128": (FAST,),
+    "svf": (SLOW, FAST, HIGH),
+    "support-128": (FAST, HIGH),
     "support-64": (FAST, FASTER, FASTEST),
-    "support-32": (FASTER,),
-    "support-16": (FASTER,),
-    "support-8": (FASTER,),
-    "mlp": (SLOW,),
+    "support-32": (FASTER, FASTEST),
+    "support-16": (FASTER, FASTEST),
+    "support-8": (FASTER, FASTEST),
+    "mlp": (FAST,),
     "lora-4": (("1e-3", "3e-4"),),
-    "lora-16": (("1e-3", "1e-4"), ("1e-3", "3e-4")),
+    "lora-16": (("1e-3", "1e-4"), ("1e-3", "3e-4"), ("2e-3", "3e-4")),
 }
 """Learning rates that were tried with seed 0, of the cold start and of the rewards."""
 BEST: dict[tuple[str, str], tuple[str, str]] = {

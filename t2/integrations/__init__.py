@@ -1,0 +1,1 @@
+"""SVF experts inside other libraries."""
