@@ -25,6 +25,7 @@ from benchmarks.serving import (
     fidelity,
     http_load,
     memory,
+    peft_batches,
     plans,
     throughput,
 )
@@ -73,6 +74,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "gpu-predictions": (gpu.predictions_table, H200),
     },
     "docs/models.md": {"families": (compatibility.families_table, "families.json")},
+    "docs/peft.md": {"peft-batches": (peft_batches.batches_table, "peft-batches.json")},
     "docs/serving.md": {
         "engine-peers": (engine_peers.peers_table, "engine-peers.json"),
         "http-load": (http_load.load_table, "http-load.json"),

@@ -3,7 +3,8 @@
     python -m benchmarks.serving.decode_loops
 
 128 problems of the sums domain, greedy, with the shipped expert in bfloat16 factors: the answers as they are, of three
-tokens or so, and answers of 96 tokens. All prompts begin with the same words. Writes benchmarks/results/decode-loops.json.
+tokens or so, and answers of 96 tokens. All prompts begin with the same words. Writes
+benchmarks/results/decode-loops.json.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def loops_table(results: Any) -> Table:
             rows.append([length, count, *(f"{statistics.median(found[loop]):.2f}" for loop in LOOPS)])
     about = results["machine"]
     return Table(
-        f"Seconds for {PROBLEMS} answers of the {DOMAIN} domain (SmolLM2, bfloat16 factors, {about['threads']} cores of "
-        f"{about['processor']}, medians of {results['rounds']}; `python -m benchmarks.serving.decode_loops`):",
+        f"Seconds for {PROBLEMS} answers of the {DOMAIN} domain (SmolLM2, bfloat16 factors, {about['threads']} cores "
+        f"of {about['processor']}, medians of {results['rounds']}; `python -m benchmarks.serving.decode_loops`):",
         ["answers", "rows at a time", *LOOPS],
         rows,
     )
@@ -86,7 +87,7 @@ def main(rounds: int = 3, results: Path = RESULTS / "decode-loops.json") -> None
     name, options = TASKS[DOMAIN]
     task = get(name, **options)
     prompts = [encode(problem, tokenizer) for problem in task.problems("test")[:PROBLEMS]]
-    never = (model.get_input_embeddings().num_embeddings - 1,)
+    never = (len(tokenizer) - 1,)
     lengths = {
         "as they are": (task.max_new_tokens, tuple(eos_ids_of(model, tokenizer))),
         f"{LONG} tokens": (LONG, never),
@@ -97,14 +98,14 @@ def main(rounds: int = 3, results: Path = RESULTS / "decode-loops.json") -> None
         for rows in tqdm(ROWS, desc=label):
             engine = Engine(svf, eos_ids=eos_ids, max_rows=rows, max_tokens=256, chunk=1024)
             own = found.setdefault(label, {}).setdefault(str(rows), {})
-            own["complete"] = seconds(lambda n=rows, o=limits: by_complete(svf, prompts, o, n), rounds)  # type: ignore[misc]
-            own["engine"] = seconds(lambda e=engine, n=new_tokens: by_engine(e, prompts, n), rounds)  # type: ignore[misc]
+            own["complete"] = seconds(lambda n=rows, o=limits: by_complete(svf, prompts, o, n), rounds)
+            own["engine"] = seconds(lambda e=engine, n=new_tokens: by_engine(e, prompts, n), rounds)
             news: list[str] = []
             with Compilation(engine, news.append) as compilation:
                 compilation.finish()
             if engine.compiled is None:
                 raise RuntimeError(news[0])
-            own["engine, compiled"] = seconds(lambda e=engine, n=new_tokens: by_engine(e, prompts, n), rounds)  # type: ignore[misc]
+            own["engine, compiled"] = seconds(lambda e=engine, n=new_tokens: by_engine(e, prompts, n), rounds)
     content = {"machine": machine(), "rounds": rounds, "seconds": found}
     write_results(results, content)
     loops_table(content).show()

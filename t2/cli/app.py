@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "Answer over HTTP as OpenAI's API does, each request with its own expert.",
     "train": "Train an expert for a task with reinforcement learning.",
     "transfer": "Convert an expert of one model into an expert of another.",
+    "export": "Write an expert as a merged model, a LoRA adapter or a PEFT adapter.",
     "adapt": "Search for the mix of experts that does best on a few examples of a task.",
     "eval": "Evaluate a bank of experts: the paper's tables, timings and ablations.",
 }

@@ -130,7 +130,7 @@ def test_mixed_batches(tiny_model, method):
         peft.set_adapter("c")
         alone = peft.generate(input_ids=ids[2:3], max_new_tokens=4, num_beams=beams, do_sample=False, eos_token_id=None)
         assert torch.equal(out[2], alone[0])
-    with pytest.raises(ValueError, match="non-existing adapter|adapter_names: expected adapters of this model"):
+    with pytest.raises(ValueError, match=r"non-existing adapter|adapter_names: expected adapters of this model"):
         peft(input_ids=ids, adapter_names=["a", "nobody", "b", "c", "a"])
     with pytest.raises(ValueError, match="adapter_names"):
         peft(input_ids=ids, adapter_names=names[:3])
@@ -316,7 +316,7 @@ def test_options_are_checked(tiny_model, options, error, text):
 
 def test_adapters_of_a_model_share_its_factors(tiny_model):
     peft = get_peft_model(tiny_model("llama"), SVFConfig(cache=False, support=4))
-    with pytest.raises(ValueError, match="peft_config: expected .*'support': 4.* got .*'support': 5"):
+    with pytest.raises(ValueError, match=r"peft_config: expected .*'support': 4.* got .*'support': 5"):
         peft.add_adapter("other", SVFConfig(cache=False, support=5))
     with pytest.raises(TypeError, match="model: expected a PeftModel of the method SVF"):
         layout_of(get_peft_model(tiny_model("llama"), LoraConfig(r=2)))
