@@ -219,7 +219,8 @@ def _sources(package: str) -> list[Path]:
     file = sys.modules[package].__file__
     assert file is not None
     folder = Path(file).parent
-    return sorted(path for path in folder.rglob("*.py") if "server" not in path.parts and "cli" not in path.parts)
+    untraced = {"server", "cli", "integrations"}
+    return sorted(path for path in folder.rglob("*.py") if untraced.isdisjoint(path.parts))
 
 
 def _processor() -> str:
