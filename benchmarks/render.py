@@ -19,7 +19,6 @@ from benchmarks.common.tables import ROOT, Table, read_results
 from benchmarks.gpu import report as gpu
 from benchmarks.kernels import report as kernels
 from benchmarks.serving import (
-    decode_loops,
     delta_form,
     engine_peers,
     fidelity,
@@ -78,7 +77,6 @@ PAGES: dict[str, dict[str, Block]] = {
     "docs/serving.md": {
         "engine-peers": (engine_peers.peers_table, "engine-peers.json"),
         "http-load": (http_load.load_table, "http-load.json"),
-        "decode-loops": (decode_loops.loops_table, "decode-loops.json"),
     },
     "docs/tasks.md": {
         "sandbox": (sandbox.attacks_table, "sandbox.json"),

@@ -1,6 +1,6 @@
 """Drift of each storage format from the base model, and of a mixed batch from its merged models.
 
-    python -m benchmarks.serving.fidelity [--tokens 4096] [--llama-python PATH]
+    python -m benchmarks.serving.fidelity [--tokens 2048] [--llama-python PATH]
 
 1. z = 1 on real English text (the READMEs that the installed packages transformers and peft carry as metadata):
    mean KL divergence of the next-token distributions from the float32 base, and perplexity. With the Python of an
@@ -129,7 +129,7 @@ def llama_rows(python: Path, base: Tensor, windows: Tensor) -> dict[str, dict[st
     return rows
 
 
-def main(tokens: int = 4096, llama_python: Path | None = None, results: Path = RESULTS / "fidelity.json") -> None:
+def main(tokens: int = 2048, llama_python: Path | None = None, results: Path = RESULTS / "fidelity.json") -> None:
     """Args:
     tokens: Length of the text.
     llama_python: Python with llama-cpp-python; None leaves it out.

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,13 +93,6 @@ def memory_of(process: int) -> int:
     """Resident bytes."""
     line = next(line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
-
-
-def prefixes_of(url: str) -> int:
-    """Bytes of the beginnings of prompts that the server keeps."""
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    return int(float(next(line for line in lines if line.startswith("t2_prefix_bytes ")).split()[1]))
 
 
 async def ask(session: aiohttp.ClientSession, asked: Asked) -> dict[str, Any]:
@@ -211,14 +203,9 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
 
             swapping = threading.Thread(target=swap)
             swapping.start()
-            memory, prefixes, started = list[int](), list[int](), time.perf_counter()
-
-            def look() -> None:
-                memory.append(memory_of(process.pid))
-                prefixes.append(prefixes_of(url))
-
+            memory, started = list[int](), time.perf_counter()
             try:
-                results = asyncio.run(load(url, asked, clients, look))
+                results = asyncio.run(load(url, asked, clients, lambda: memory.append(memory_of(process.pid))))
             finally:
                 ended.set()
                 swapping.join()
@@ -226,7 +213,6 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
                 "results": results,
                 "seconds": time.perf_counter() - started,
                 "memory": memory,
-                "prefixes": prefixes,
                 "swaps": swaps,
                 "first_answer_seconds": answered,
                 "compiled_seconds": compiled,
@@ -300,10 +286,6 @@ def load_table(results: Any) -> Table:
             "memory before, after each quarter of the requests",
             ", ".join(f"{value / 1e6:,.0f} MB" for value in results["memory"]),
         ],
-        [
-            "of that, beginnings of prompts that are kept (at most 268 MB)",
-            ", ".join(f"{value / 1e6:,.0f} MB" for value in results["prefixes"]),
-        ],
         ["replacements of an expert meanwhile", str(results["swaps"])],
         ["from the start to the first answer", f"{results['first_answer_seconds']:.1f} s"],
         ["from the start to compiled passes, kept from an earlier start", f"{results['compiled_seconds']:.1f} s"],
@@ -367,10 +349,7 @@ def main(requests: int = 2000, clients: int = 200, check: int = 60, results: Pat
             "tokens_per_second": tokens / found["seconds"],
             "engine_tokens_per_second": engine_alone(svf, tokenizer, asked, experts),
             "first_token_seconds": {"p50": statistics.median(first), "p99": first[int(0.99 * len(first))]},
-            **{
-                name: found[name]
-                for name in ("memory", "prefixes", "swaps", "first_answer_seconds", "compiled_seconds")
-            },
+            **{name: found[name] for name in ("memory", "swaps", "first_answer_seconds", "compiled_seconds")},
         },
     )
     load_table(json.loads(results.read_text())).show()

@@ -4,8 +4,8 @@
 
 SmolLM2-135M-Instruct, 8 prompts with 6 completions of exactly 16 tokens each, then the update with its exact KL, all in
 the loop of `t2 train`, prompts with zero advantage included; TRL's GRPOTrainer has no KL here, for which it would load
-a second model. Each method is a process of its own; they take turns. A
-turn is two steps of which the second counts: the memory of a process that waited is cold. Peak memory is the process's
+a second model. Each method is a process of its own, which takes turns with SVF's. A turn is two steps of which the
+second counts: the memory of a process that waited is cold. Peak memory is the process's
 anonymous memory, sampled every 20 ms; the model is first copied there from its mapped file, so that the weights that a
 method computes with count, and no others. Writes benchmarks/results/training-speed.json.
 """
@@ -158,6 +158,17 @@ class Worker:
         return self._read()
 
 
+def about(worker: Worker, rows: list[dict[str, float]], svf: list[dict[str, float]]) -> dict[str, Any]:
+    """Figures of a method, and the median of its ratios to the steps of SVF that it took turns with."""
+    return {
+        "trainable": worker.trainable,
+        "seconds": [row["seconds"] for row in rows],
+        "rollout_seconds": [row["rollout_seconds"] for row in rows],
+        "over_svf": statistics.median(a["seconds"] / b["seconds"] for a, b in zip(rows, svf, strict=True)),
+        "peak_anonymous_bytes": max(row["peak"] for row in rows),
+    }
+
+
 def speed_table(results: Any) -> Table:
     """Seconds and peak memory of a step by method."""
     machine = results["machine"]
@@ -175,7 +186,7 @@ def speed_table(results: Any) -> Table:
     return Table(
         f"One step of SmolLM2-135M-Instruct: {results['rollouts']} answers of {results['new_tokens']} tokens and the "
         f"update with its exact KL, float32 unless it says otherwise, {machine['threads']} cores of "
-        f"{machine['processor']}; processes that take turns, median of {results['rounds']}; weights in use are in the "
+        f"{machine['processor']}; in turns with SVF, medians of {results['rounds']}; weights in use are in the "
         "peak, mapped files are not (`python -m benchmarks.training.step_speed`):",
         ["method", "trainable parameters", "s a step", "of that, rollout", "this / SVF", "peak anonymous, MB"],
         rows,
@@ -190,25 +201,20 @@ def main(method: str | None = None, rounds: int = 5, results: Path = RESULTS / "
     """
     if method is not None:
         return work(method)
-    names = [*METHODS, GRPO]
-    workers = {name: Worker(name) for name in tqdm(names, desc="loading")}
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in tqdm(range(rounds), desc="rounds"):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            workers[name].step()
-            steps[name].append(workers[name].step())
-    methods: dict[str, dict[str, Any]] = {}
-    for name, rows in steps.items():
-        over = (row["seconds"] / ours["seconds"] for row, ours in zip(rows, steps["SVF"], strict=True))
-        methods[name] = {
-            "trainable": workers[name].trainable,
-            "seconds": [row["seconds"] for row in rows],
-            "rollout_seconds": [row["rollout_seconds"] for row in rows],
-            "over_svf": statistics.median(over),
-            "peak_anonymous_bytes": max(row["peak"] for row in rows),
-        }
-        workers[name].process.kill()
+    first, *others = [*METHODS, GRPO]
+    svf, methods = Worker(first), dict[str, dict[str, Any]]()
+    steps: dict[str, list[dict[str, float]]] = {first: []}
+    for name in tqdm(others, desc="methods"):  # each beside SVF: all of them together do not fit into memory
+        other = Worker(name)
+        for _ in range(rounds):
+            for worker, rows in ((svf, steps[first]), (other, steps.setdefault(name, []))):
+                worker.step()
+                rows.append(worker.step())
+        other.process.kill()
+        beside = steps[first][-rounds:]
+        methods[name] = about(other, steps[name], beside)
+    methods = {first: about(svf, steps[first], steps[first]), **methods}
+    svf.process.kill()
     found = {
         "machine": machine(),
         "rollouts": PROMPTS * SAMPLES,

@@ -121,7 +121,8 @@ BEST: dict[tuple[str, str], tuple[str, str]] = {
     ("sums", "svf"): FAST,
     ("reading", "svf"): FAST,
     ("logic", "svf"): FAST,
-    ("reading", "lora-16"): ("1e-3", "3e-4"),
+    ("reading", "lora-16"): ("2e-3", "3e-4"),
+    ("reading", "support-128"): HIGH,
     ("sums", "support-64"): FASTER,
     ("reading", "support-64"): FASTEST,
 }

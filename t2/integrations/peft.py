@@ -78,7 +78,7 @@ class SVFConfig(PeftConfig):
             raise ValueError("layers_pattern: expected layers_to_transform beside it, got none")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MixedBatch:
     """The adapters of a batch: each name once, and for each row the place of its name."""
 
@@ -106,7 +106,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self._active_adapter: Any = adapter_name
         self.merged_adapters: list[str] = []
         self._before_merge: Tensor | None = None
-        self._tables: dict[tuple[str, ...], tuple[object, Tensor]] = {}
+        self._kept: tuple[MixedBatch, Tensor] | None = None
         weight = weight_matrix(base_layer)
         self.out_features, self.in_features = weight.shape
         self.options = _options(config)
@@ -159,7 +159,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
                 raise ValueError(
                     f"adapter_names: expected one for each of the {len(x)} rows of {self.name}, got {len(mixed.slots)}"
                 )
-            return self._run(x, self._table(mixed.names), mixed.slots)
+            return self._run(x, self._table(mixed), mixed.slots)
         offsets = [self.svf_offset[name] for name in self.active_adapters if name in self.svf_offset]
         if not offsets:
             plain: Tensor = self.base_layer(x, *args, **kwargs)
@@ -181,17 +181,13 @@ class SVFLinear(nn.Module, BaseTunerLayer):
     def _first(self, x: Tensor) -> Tensor:
         return torch.zeros(1, dtype=torch.int64, device=x.device)
 
-    def _table(self, names: tuple[str, ...]) -> Tensor:
-        """A row of scales for each name; kept until one of the adapters changes."""
-        offsets = [self.svf_offset.get(name) for name in names]
-        state = [None if offset is None else (offset.data_ptr(), offset._version) for offset in offsets]
-        kept = self._tables.get(names)
-        if kept is not None and kept[0] == state and kept[1].device == self.svf_factors.s.device:
-            return kept[1]
-        zeros = torch.zeros_like(self.svf_factors.s)
-        table = torch.stack([self._scales(zeros if offset is None else offset.detach()) for offset in offsets])
-        self._tables = {names: (state, table)}
-        return table
+    def _table(self, mixed: MixedBatch) -> Tensor:
+        """A row of scales for each name; made once for a call of the model, all steps of `generate` included."""
+        if self._kept is None or self._kept[0] is not mixed:
+            zeros = torch.zeros_like(self.svf_factors.s)
+            offsets = [self.svf_offset[name].detach() if name in self.svf_offset else zeros for name in mixed.names]
+            self._kept = mixed, torch.stack([self._scales(offset) for offset in offsets])
+        return self._kept[1]
 
     # Dense weights
 
