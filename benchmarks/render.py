@@ -21,6 +21,7 @@ from benchmarks.kernels import report as kernels
 from benchmarks.serving import (
     delta_form,
     engine_peers,
+    factor_tail,
     fidelity,
     http_load,
     memory,
@@ -55,6 +56,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "big-model": (big_model.memory_table, "big-model.json"),
     },
     "docs/cpu.md": {
+        "factor-tail": (factor_tail.tail_table, "factor-tail.json"),
         "claims": (kernels.ratios_table, "cpu-linear.json"),
         "claims-avx2": (kernels.ratios_table, "cpu-linear-avx2.json"),
         "experts": (kernels.experts_table, "cpu-experts.json"),

@@ -6,9 +6,9 @@ import torch
 
 from t2kernels.backends import extension
 
-ARITHMETIC = ("float32", "bfloat16", "int16")
-"""Kinds of multiply-adds: bfloat16 and int16 ones take two 16-bit terms a lane. Where the processor has no bfloat16
-ones their rate is 0, and bfloat16 factors are multiplied in float32."""
+ARITHMETIC = ("float32", "bfloat16", "int16", "int8")
+"""Kinds of multiply-adds: bfloat16 and int16 ones take two 16-bit terms a lane, int8 ones four bytes. Where the
+processor has no bfloat16 ones their rate is 0, and bfloat16 factors are multiplied in float32."""
 
 
 class Reader:

@@ -24,8 +24,10 @@ PANEL = 16
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # which torch's stubs lack
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 DENSE_STORAGE_DTYPES = (*STORAGE_DTYPES, INT4)
-"""Of W itself, on a CPU; factors are not stored in 4 bits (docs/cpu.md says why)."""
+"""Storage of W on a CPU. Factors are not stored in 4 bits; docs/cpu.md says why."""
 GPU_STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+BESIDE = {torch.float8_e4m3fn: torch.bfloat16, INT4: torch.uint8}
+"""Storage of a support's components beside W in these formats; beside others it is that of W."""
 EIGHT_BITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Formats with a scale per line, and their largest value."""
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from t2kernels.backends import build_info, extension
-from t2kernels.packing import DENSE_STORAGE_DTYPES, INT4, PANEL
+from t2kernels.packing import BESIDE, DENSE_STORAGE_DTYPES, INT4, PANEL
 from t2kernels.weights import DenseWeight
 
 FORMS = ("factored", "merged", "delta")
@@ -253,7 +253,7 @@ def plan_layer(
         return cost.call + product(rows, out, inputs, dtype)
 
     def factors(rows: int, k: int) -> float:
-        stored = torch.uint8 if dtype == INT4 else dtype
+        stored = dtype if support is None else BESIDE.get(dtype, dtype)
         return cost.call + product(rows, k, inputs, stored) + product(rows, out, k, stored) if k else 0.0
 
     predicted: dict[str, float] = {}

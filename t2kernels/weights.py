@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from t2kernels import checks, ops
 from t2kernels.backends import device_of, extension, triton_kernels
 from t2kernels.packing import (
+    BESIDE,
     DENSE_STORAGE_DTYPES,
     EIGHT_BITS,
     GPU_STORAGE_DTYPES,
@@ -584,8 +585,8 @@ class DeltaWeight(_WithOperands):
         """
         if isinstance(base, Tensor):
             _check_storage(dtype, base.device, DENSE_STORAGE_DTYPES)
-        pair = {torch.float8_e4m3fn: torch.bfloat16, INT4: torch.uint8}.get(dtype, dtype)
-        change = FactoredWeight.pack(u, s, vh, dtype=pair, bf16_products=bf16_products, float16_head=False)
+        stored = BESIDE.get(dtype, dtype)
+        change = FactoredWeight.pack(u, s, vh, dtype=stored, bf16_products=bf16_products, float16_head=False)
         if isinstance(base, Tensor):
             checks.check_shape("base", base, (change.out_features, change.in_features), "out of u, in of vh")
             checks.check_device("base", base, u, "u")

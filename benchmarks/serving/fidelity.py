@@ -110,7 +110,7 @@ def fidelity_table(results: Any) -> Table:
 
 
 def weight_bytes(svf: t2.SVFModel) -> int:
-    """Of all linear layers, the output embedding among them, as they are stored."""
+    """Stored bytes of all linear layers, the output embedding among them."""
     packed = [layer.packed for layer in svf.decomposed.packed.values() if isinstance(layer, Packed)]
     return sum(weight.nbytes for weight in (*(layer.weight for layer in svf.decomposed.routed.values()), *packed))
 

@@ -15,7 +15,7 @@ def run(
     bank: Bank = None,
     host: str = "127.0.0.1",
     port: int = 8000,
-    factor_dtype: Literal["float32", "bfloat16", "float16", "int8", "int4"] = "bfloat16",
+    factor_dtype: Literal["float32", "bfloat16", "float16", "int8", "uint8", "int4"] = "bfloat16",
     form: Literal["factored", "delta"] = "factored",
     support: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,
     max_rows: int = 32,
@@ -39,7 +39,8 @@ def run(
     Args:
         host: Address to listen on; others than this machine can reach 0.0.0.0, which needs --api-keys.
         port: Port to listen on.
-        factor_dtype: Dtype in which the SVF factors are stored, and in the delta form the weights, which may be int4.
+        factor_dtype: Dtype in which the SVF factors are stored. In the delta form also that of the weights, which may
+            be uint8 or int4.
         form: Factors, or W beside the components of a support: faster, for experts on that support alone.
         support: Support of the delta form: a file or folder; the bank's own by default.
         max_rows: Requests that run at a time; others wait.

@@ -25,7 +25,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LoRALoss:
-    """What a LoRA adapter keeps of an expert.
+    """Share of an expert that a LoRA adapter keeps.
 
     rank: of the adapter. kept: share of the change of all weights, as squared Frobenius norms. worst: the module that
     keeps least, and its share.

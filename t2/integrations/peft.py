@@ -23,6 +23,7 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from t2.experts.expert import Expert
@@ -111,15 +112,15 @@ class SVFLinear(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = weight.shape
         self.options = _options(config)
         self.svf_factors = self._packed(weight, config)
-        self.key = weight_key(weight)
         self.update_layer(adapter_name, config, **kwargs)
 
     def _packed(self, weight: Tensor, config: SVFConfig) -> FactoredWeight:
         if config.cache:
             cache = FactorCache()
-            done = decompose_weights({self.name: weight}, cache, progress=False)
-            u, s, vh = (factor.to(weight.device) for factor in cache.load(done[self.name].key))
+            self.key = decompose_weights({self.name: weight}, cache, progress=False)[self.name].key
+            u, s, vh = (factor.to(weight.device) for factor in cache.load(self.key))
         else:
+            self.key = weight_key(weight)
             u, s, vh = decompose(weight)
         kept = _components(config.support, self.name, len(s))
         self.components: Tensor | None = kept
@@ -226,7 +227,7 @@ class SVFLinear(nn.Module, BaseTunerLayer):
 
 
 def _options(config: SVFConfig) -> dict[str, Any]:
-    """What adapters of one layer share."""
+    """Options that adapters of one layer share."""
     return {name: getattr(config, name) for name in ("factor_dtype", "bf16_products", "support")}
 
 
@@ -249,6 +250,7 @@ class SVFTuner(BaseTuner):
     prefix = "svf_"
     tuner_layer_cls = SVFLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 — as the base class declares it
+    _bar: Any = None
 
     def _create_and_replace(  # type: ignore[override]
         self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str
@@ -256,15 +258,22 @@ class SVFTuner(BaseTuner):
         if isinstance(target, SVFLinear):
             target.update_layer(adapter_name, config, inference_mode=config.inference_mode)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        is_linear = isinstance(base, nn.Linear | Conv1D)
-        if (why := why_unsuitable(target) if is_linear else f"a {type(base).__name__}") is not None:
+        is_linear = isinstance(target, nn.Linear | Conv1D)  # another method's layer is not
+        if (why := why_unsuitable(target) if is_linear else f"a {type(target).__name__}") is not None:
             raise ValueError(f"target_modules: expected linear layers, got {current_key}: {why}")
         layer: Any = target
         new = SVFLinear(layer, adapter_name, current_key, config, inference_mode=config.inference_mode)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)
         self._replace_module(parent, target_name, new, target)
+        if self._bar is not None:
+            self._bar.update()
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT does it, with a progress bar of the layers that are decomposed."""
+        with tqdm(desc="decompose", unit="layer", delay=2) as self._bar:
+            super().inject_adapter(*args, **kwargs)
+        self._bar = None
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -279,20 +288,19 @@ class SVFTuner(BaseTuner):
         known = {BASE}.union(*(layer.svf_offset for layer in layers))
         if unknown := sorted(set(names) - known):
             raise ValueError(f"adapter_names: expected adapters of this model, got {', '.join(map(repr, unknown))}")
-        beams = kwargs.get("num_beams") or 1
-        device = layers[0].svf_factors.s.device
-        asked = MixedBatch.of(list(names), device)
-        repeated = MixedBatch.of([name for name in names for _ in range(beams)], device)
+        beams, device = kwargs.get("num_beams") or 1, layers[0].svf_factors.s.device
+        for_rows, for_beams = list(names), [name for name in names for _ in range(beams)]
+        rows, all_beams = MixedBatch.of(for_rows, device), MixedBatch.of(for_beams, device)
         two_parts = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         inside = set(self.model.get_encoder().modules()) if beams > 1 and two_parts else set()
         handles = []
         for layer in layers:
-            hook = partial(_give_mixed, mixed=asked if layer in inside else repeated)
+            hook = partial(_give, mixed=rows if layer in inside else all_beams)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         for module in self.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                own = list(names) if module in inside else [name for name in names for _ in range(beams)]
-                handles.append(module.register_forward_pre_hook(partial(_give_names, names=own), with_kwargs=True))
+                hook = partial(_give, adapter_names=for_rows if module in inside else for_beams)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -315,29 +323,22 @@ class SVFTuner(BaseTuner):
         saved = [m for m in self.modules() if isinstance(m, ModulesToSaveWrapper)]
         if any(name in module.modules_to_save for module in saved for name in adapters):
             raise ValueError("adapters: expected adapters without modules_to_save, got one with")
-        configs: Any = [self.peft_config[name] for name in adapters]
-        targets = [config.target_modules for config in configs]
-        joined = targets[0] if all(isinstance(t, str) for t in targets) else set().union(*targets)
-        if isinstance(joined, str):
-            joined = "|".join(f"({t})" for t in dict.fromkeys(targets)) if len(set(targets)) > 1 else joined
-        self.peft_config[adapter_name] = replace(configs[0], target_modules=joined, inference_mode=True)
+        layers = [module for module in self.modules() if isinstance(module, SVFLinear)]
+        layers = [layer for layer in layers if any(name in layer.svf_offset for name in adapters)]
+        config: Any = self.peft_config[adapters[0]]
+        modules = {"target_modules": [layer.name for layer in layers], "exclude_modules": None}
+        modules |= {"layers_to_transform": None, "layers_pattern": None}
+        self.peft_config[adapter_name] = replace(config, **modules, inference_mode=True)
         self.inject_adapter(self.model, adapter_name)
-        for layer in self.modules():
-            if isinstance(layer, SVFLinear) and adapter_name in layer.svf_offset:
-                mixed = layer.svf_offset[adapter_name]
-                with torch.no_grad():
-                    for name, weight in zip(adapters, weights, strict=True):
-                        if name in layer.svf_offset:
-                            mixed += weight * layer.svf_offset[name]
-                mixed.requires_grad_(False)
+        for layer in layers:
+            mixed = layer.svf_offset[adapter_name].requires_grad_(False)
+            for name, weight in zip(adapters, weights, strict=True):
+                if name in layer.svf_offset:
+                    mixed += weight * layer.svf_offset[name].detach()
 
 
-def _give_mixed(module: nn.Module, args: Any, kwargs: dict[str, Any], mixed: MixedBatch) -> Any:
-    return args, kwargs | {"mixed": mixed}
-
-
-def _give_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
-    return args, kwargs | {"adapter_names": names}
+def _give(module: nn.Module, args: Any, kwargs: dict[str, Any], **more: Any) -> Any:
+    return args, kwargs | more
 
 
 # Experts of this package
@@ -387,21 +388,26 @@ def load_expert(model: PeftModel, expert: Expert, adapter_name: str) -> None:
     """Gives an adapter, which is added unless it is there, the values of a `t2.Expert`.
 
     Raises:
-        ValueError: an expert of other matrices or another base, or one that changes components off the support.
+        ValueError: an expert of other matrices or another base, one that changes components off the support, or
+            modules that the adapter has not.
     """
-    layout = layout_of(model)
+    layers, layout, is_new = _layers(model), layout_of(model), adapter_name not in model.peft_config
     layout.check_same(expert.layout, "expert")
-    for name, layer in _layers(model).items():
-        offset = expert.z[layout.window(name)] - 1
-        if layer.components is not None:
-            offset[layer.components] = 0
-            if bool(offset.any()):
-                raise ValueError(f"expert: expected z = 1 off the support, got {int((offset != 0).sum())} in {name}")
-    if adapter_name not in model.peft_config:
-        model.add_adapter(adapter_name, replace(next(iter(model.peft_config.values()))))
-    for name, layer in _layers(model).items():
-        offset = expert.z[layout.window(name)] - 1
-        layer.svf_offset[adapter_name].copy_(offset if layer.components is None else offset[layer.components])
+    offsets = {}
+    for name, layer in layers.items():
+        whole = expert.z[layout.window(name)] - 1
+        own = whole if layer.components is None else whole[layer.components]
+        if off := int(whole.count_nonzero() - own.count_nonzero()):
+            raise ValueError(f"expert: expected z = 1 off the support, got {off} other numbers in {name}")
+        if is_new or adapter_name in layer.svf_offset:
+            offsets[name] = own
+        elif bool(own.any()):
+            raise ValueError(f"adapter_name: expected an adapter with {name}, got {adapter_name!r} without it")
+    if is_new:
+        config: Any = next(iter(model.peft_config.values()))
+        model.add_adapter(adapter_name, replace(config, target_modules=list(layers), modules_to_save=None))
+    for name, own in offsets.items():
+        layers[name].svf_offset[adapter_name].copy_(own)
 
 
 def support_by_module(positions: Any, layout: Layout) -> dict[str, list[int]]:

@@ -32,9 +32,9 @@ class SVFConfig:
     bf16_products: rounds activations to bfloat16 before they meet bfloat16 factors, where the processor has that dot
         product: twice the arithmetic, for a drift that `docs/cpu.md` shows.
     pack_others: also runs linear layers beside the targets, the output embedding first of all, on the same kernels,
-        stored as `dtype`. Where that has 8 bits they keep their dtype, float32 ones become float16, and where it has 4
-        they are uint8: logits come
-        straight out of them. Modules before the language model of one that reads images stay as they are.
+        stored as `dtype`. Logits come straight out of them, so beside int8 and float8 they keep their dtype (float32
+        becomes float16), and beside int4 they are uint8. Modules before the language model of one that reads images
+        stay as they are.
     cache: True keeps factors (and the base weights, which merging and unloading need) in `cache_dir` instead of
         computing them at every start; False holds the base weights in memory beside the factors.
     cache_dir: folder of the cache; None is `t2kernels.files.cache_root() / "factors"`.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from t2kernels.decomposition import ROWS
-from t2kernels.packing import BLOCK_BYTES, BLOCK_TERMS, INT4, PANEL
+from t2kernels.packing import BESIDE, BLOCK_BYTES, BLOCK_TERMS, INT4, PANEL
 from t2kernels.weights import float16_rank
 
 SCALED = (torch.int8, torch.uint8, INT4)
@@ -39,7 +39,7 @@ def dense_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
 
 def delta_bytes(out_features: int, in_features: int, components: int, dtype: torch.dtype) -> int:
     """Bytes of `DeltaWeight.pack(...)`: W, and both factors and the singular values of the support's components."""
-    stored = torch.uint8 if dtype == INT4 else dtype
+    stored = BESIDE.get(dtype, dtype)
     factors = _panel_bytes(out_features, components, stored) + _panel_bytes(components, in_features, stored)
     scales = 4 * components * (2 if stored in SCALED else 1)
     return dense_bytes(out_features, in_features, dtype) + factors + scales

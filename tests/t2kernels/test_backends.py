@@ -97,7 +97,7 @@ def test_without_the_extension_the_reference_runs_and_says_so_once():
 
 
 def test_limits_of_the_machine():
-    for kind in ("float32", "int16"):
+    for kind in ("float32", "int16", "int8"):
         assert 10**6 // 2 <= limits.multiply_adds(kind, 10**6) <= 10**6
     assert (limits.multiply_adds("bfloat16", 10**6) > 0) == extension.bf16_products()
     reader = limits.Reader(1 << 16)

@@ -314,6 +314,44 @@ def test_options_are_checked(tiny_model, options, error, text):
         get_peft_model(tiny_model("llama"), SVFConfig(**{"cache": False} | options))
 
 
+def test_layers_of_other_methods_and_of_quantised_models_are_refused(tiny_model):
+    with_lora = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])).get_base_model()
+    with pytest.raises(ValueError, match=r"expected linear layers, got model.layers.0.self_attn.q_proj: a Linear"):
+        get_peft_model(with_lora, SVFConfig(cache=False, target_modules=["q_proj"]))
+
+    class Quantised(nn.Linear):
+        pass
+
+    model = tiny_model("llama")
+    q_proj = model.model.layers[0].self_attn.q_proj
+    q_proj.__class__ = Quantised
+    q_proj.weight = nn.Parameter(q_proj.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"got model.layers.0.self_attn.q_proj: Quantised is no plain nn.Linear"):
+        get_peft_model(model, SVFConfig(cache=False, target_modules=["q_proj"]))
+
+
+def test_adapters_of_different_modules(tiny_model):
+    peft = get_peft_model(tiny_model("llama"), SVFConfig(cache=False, target_modules=["q_proj"]), adapter_name="a")
+    peft.add_adapter("b", SVFConfig(cache=False, target_modules=r".*\.(q|down)_proj"))
+    layers = [m for m in peft.modules() if isinstance(m, SVFLinear)]
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.svf_offset.values():
+                parameter.fill_(0.5)
+    peft.add_weighted_adapter(["a", "b"], [1.0, 2.0], "both")
+    assert {(layer.name.rpartition(".")[2], float(layer.svf_offset["both"][0])) for layer in layers} == {
+        ("q_proj", 1.5),
+        ("down_proj", 1.0),
+    }
+    expert = t2.Expert.random(layout_of(peft))
+    before = layers[0].svf_offset["a"].clone()
+    with pytest.raises(ValueError, match=r"adapter_name: expected an adapter with .*down_proj, got 'a' without it"):
+        load_expert(peft, expert, "a")
+    assert torch.equal(layers[0].svf_offset["a"], before)
+    load_expert(peft, expert, "new")
+    torch.testing.assert_close(expert_of(peft, "new").z, expert.z, atol=1e-6, rtol=0)
+
+
 def test_adapters_of_a_model_share_its_factors(tiny_model):
     peft = get_peft_model(tiny_model("llama"), SVFConfig(cache=False, support=4))
     with pytest.raises(ValueError, match=r"peft_config: expected .*'support': 4.* got .*'support': 5"):
