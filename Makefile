@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-slow test-families test-versions test-sanitize lint docs bench rehearse-gpu clean
+.PHONY: help setup demo test test-slow test-vllm test-families test-versions test-sanitize lint docs bench rehearse-gpu clean
 
 help:
-	@echo "make setup | demo | test | test-slow | test-families | test-versions | test-sanitize | lint | docs | bench | rehearse-gpu | clean"
+	@echo "make setup | demo | test | test-slow | test-vllm | test-families | test-versions | test-sanitize | lint | docs | bench | rehearse-gpu | clean"
 
 setup: $(INSTALLED)
 
@@ -28,6 +28,16 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest --quiet -m slow
 	$(BIN)/python -m pytest --quiet benchmarks/kernels/linear.py benchmarks/kernels/experts.py \
 		benchmarks/kernels/attention.py benchmarks/kernels/delta.py -k agree
+
+VLLM := .venv-vllm
+
+$(VLLM)/.installed: pyproject.toml setup.py tests/vllm/install.sh tests/vllm/constraints.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	tests/vllm/install.sh $(VLLM)
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest --quiet tests/vllm
 
 test-families: $(INSTALLED)
 	$(BIN)/python -m tests.families --out benchmarks/results/families.json
@@ -75,4 +85,4 @@ rehearse-gpu:
 	benchmarks/gpu/rehearse.sh
 
 clean:
-	rm -rf $(VENV) build *.egg-info t2kernels/*.so
+	rm -rf $(VENV) $(VLLM) build *.egg-info t2kernels/*.so

@@ -28,6 +28,7 @@ from benchmarks.serving import (
     peft_batches,
     plans,
     throughput,
+    vllm_experts,
 )
 from benchmarks.tasks import humaneval, sandbox
 from benchmarks.training import big_model, step_speed, train_experts
@@ -79,6 +80,10 @@ PAGES: dict[str, dict[str, Block]] = {
     "docs/serving.md": {
         "engine-peers": (engine_peers.peers_table, "engine-peers.json"),
         "http-load": (http_load.load_table, "http-load.json"),
+    },
+    "docs/vllm.md": {
+        "vllm-answers": (vllm_experts.answers_table, "vllm-experts.json"),
+        "vllm-speed": (vllm_experts.speed_table, "vllm-experts.json"),
     },
     "docs/tasks.md": {
         "sandbox": (sandbox.attacks_table, "sandbox.json"),

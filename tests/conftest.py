@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from filelock import FileLock
 # Read when triton is first imported, by whatever test: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+collect_ignore = [] if find_spec("vllm") else ["vllm"]  # `make test-vllm`
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ from t2.generation.compiled_pass import Compilation
 from t2.generation.decode import DecodeOptions, complete
 from t2.generation.engine import Engine
 from t2.generation.prompts import encode, eos_ids_of
+from t2.generation.row_cache import PrefixStore
 from t2.tasks import get
 from t2.weights.machine import machine
 
@@ -53,6 +54,7 @@ def loops_table(results: Any) -> Table:
 
 
 def by_engine(engine: Engine, prompts: Sequence[Tensor], new_tokens: int) -> None:
+    engine.prefixes = PrefixStore(engine.prefixes.limit)  # a task's prompts are new to it
     for prompt in prompts:
         engine.submit(prompt.tolist(), lambda event: None, max_tokens=new_tokens, expert=DOMAIN)
     while engine.step():
@@ -67,7 +69,7 @@ def by_complete(svf: t2.SVFModel, prompts: Sequence[Tensor], options: DecodeOpti
 
 
 def seconds(run: Callable[[], None], rounds: int) -> list[float]:
-    run()  # memory is taken, beginnings of prompts are kept
+    run()  # memory is taken
     found = []
     for _ in range(rounds):
         start = time.perf_counter()

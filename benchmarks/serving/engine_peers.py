@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,19 @@ LLAMA_8 = "llama.cpp, Q8_0, no experts"
 class Worker:
     """A peer in a process of its own."""
 
-    def __init__(self, python: Path, script: str, *arguments: str) -> None:
+    def __init__(
+        self, python: Path, script: str, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         command = [str(python), str(Path(__file__).with_name(script)), *arguments]
-        environment = os.environ | {
+        own = os.environ | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which can be stopped
         }
+        own |= environment or {}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 — as long as the process
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._process = subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes)
+        self._process = subprocess.Popen(command, text=True, env=own, start_new_session=True, **pipes)
         self.about = self._read()
         os.killpg(self._process.pid, signal.SIGSTOP)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from t2.experts.expert import ExpertBank
+from t2.experts.mixes import mix_rows
 from t2.model.svf_model import ExpertChoice, SVFModel
 from t2.tasks.base import Problem, prompt_text
 from t2.tasks.classify import BASE, Prompt
@@ -75,11 +76,11 @@ def mixed(bank: ExpertBank, names: Sequence[str], alpha: Tensor, groups: Sequenc
     layout = bank.layout
     rows = torch.stack([torch.ones(layout.R) if name == BASE else bank[name].z for name in names])
     if alpha.dim() == 2:
-        return alpha.float() @ rows
+        return mix_rows(alpha, rows)
     z = torch.empty(alpha.shape[0], layout.R)
     for name, group in zip(layout.names, groups, strict=True):
         window = layout.window(name)
-        z[:, window] = alpha[:, group].float() @ rows[:, window]
+        z[:, window] = mix_rows(alpha[:, group], rows[:, window])
     return z
 
 

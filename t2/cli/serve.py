@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -18,6 +18,9 @@ def run(
     factor_dtype: Literal["float32", "bfloat16", "float16", "int8", "uint8", "int4"] = "bfloat16",
     form: Literal["factored", "delta"] = "factored",
     support: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint=OPTIONAL)] = None,
+    engine: Literal["t2", "vllm", "ray"] = "t2",
+    replicas: int = 1,
+    max_replicas: Annotated[int | None, arg(help_behavior_hint=OPTIONAL)] = None,
     max_rows: int = 32,
     max_tokens: int = 2048,
     max_waiting: int = 1024,
@@ -43,6 +46,10 @@ def run(
             be uint8 or int4.
         form: Factors, or W beside the components of a support: faster, for experts on that support alone.
         support: Support of the delta form: a file or folder; the bank's own by default.
+        engine: This package's; several of it behind one address, by Ray Serve; or vLLM, which reads the bank's experts
+            (docs/vllm.md). Ray and vLLM have to be installed.
+        replicas: Servers behind the address, with Ray.
+        max_replicas: More servers start under load, up to this number, with Ray.
         max_rows: Requests that run at a time; others wait.
         max_tokens: Maximum tokens of a request, prompt and answer together.
         max_waiting: Maximum number of requests that wait.
@@ -54,33 +61,59 @@ def run(
         log_prompts: Write prompts to the log.
         compiled: Compile the model, on a CPU: the same answers, faster; kept for the next start. Needs a C++ compiler.
     """
+    keys = [] if api_keys is None else _keys("api_keys", api_keys)
+    if engine != "ray" and (replicas != 1 or max_replicas is not None):
+        raise ValueError("replicas: expected --engine ray beside it")
+    if engine == "vllm":
+        if admin_key is not None or log_prompts:
+            raise ValueError(
+                "admin_key, log_prompts: expected --engine t2 or ray beside them; vLLM has options of its own"
+            )
+        from t2.integrations.vllm.serve import serve as serve_by_vllm
+
+        return serve_by_vllm(
+            model,
+            bank=bank,
+            support=support,
+            host=host,
+            port=port,
+            factor_dtype=factor_dtype,
+            form=form,
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            api_keys=keys,
+        )
     import torch
 
     from t2.server.app import ServerOptions
-    from t2.server.run import serve
 
     options = ServerOptions(
-        api_keys=() if api_keys is None else tuple(_keys("api_keys", api_keys)),
+        api_keys=tuple(keys),
         admin_key=None if admin_key is None else _keys("admin_key", admin_key)[0],
         max_body=max_body,
         answer_seconds=answer_seconds,
         log_prompts=log_prompts,
     )
-    return serve(
-        model,
-        bank=bank,
-        host=host,
-        port=port,
-        options=options,
-        dtype=getattr(torch, factor_dtype),
-        form=form,
-        support=support,
-        max_rows=max_rows,
-        max_tokens=max_tokens,
-        max_waiting=max_waiting,
-        max_connections=max_connections,
-        compiled=compiled,
-    )
+    shared: dict[str, Any] = {
+        "bank": bank,
+        "host": host,
+        "port": port,
+        "options": options,
+        "dtype": getattr(torch, factor_dtype),
+        "form": form,
+        "support": support,
+        "max_rows": max_rows,
+        "max_tokens": max_tokens,
+        "max_waiting": max_waiting,
+        "compiled": compiled,
+    }
+    if engine == "ray":
+        from t2.integrations.ray import serve as serve_by_ray
+
+        return serve_by_ray(model, replicas=replicas, max_replicas=max_replicas, **shared)
+    from t2.server.run import serve
+
+    return serve(model, max_connections=max_connections, **shared)
 
 
 def _keys(name: str, path: Path) -> list[str]:

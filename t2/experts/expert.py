@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from t2.experts.layout import Layout
+from t2.experts.mixes import mix_rows
 from t2.weights.files import FileFormatError, file_errors, parse_json, read_safetensors, write_safetensors
 
 FORMAT_VERSION = "1"
@@ -139,14 +140,14 @@ class ExpertBank:
         if isinstance(weights, Tensor):
             if weights.dim() != 2 or weights.shape[1] != len(self):
                 raise ValueError(f"weights: expected shape [B, {len(self)}] (experts), got {list(weights.shape)}")
-            mixed = check_z("weights", weights, tuple(weights.shape)).float() @ self.matrix
+            mixed = mix_rows(check_z("weights", weights, tuple(weights.shape)).cpu(), self.matrix)
             return check_z("weights: the mix", mixed, tuple(mixed.shape))
         if not weights:
             raise ValueError("weights: expected at least one expert in a mix, got none")
         alpha = torch.tensor([float(weight) for weight in weights.values()])
         if not bool(torch.isfinite(alpha).all()):
             raise ValueError(f"weights: expected finite numbers, got {dict(weights)}")
-        mixed = alpha @ torch.stack([self._row(name) for name in weights])
+        mixed = mix_rows(alpha[None], torch.stack([self._row(name) for name in weights]))[0]
         return check_z("weights: the mix", mixed, tuple(mixed.shape))
 
     def save(self, path: str | Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import itertools
 import math
 import platform
 import shutil
@@ -39,6 +40,7 @@ from t2.model.routing import Route
 from t2.model.svf_model import SVFModel
 from t2kernels.backends import extension
 from t2kernels.files import cache_root, replacing
+from t2kernels.pages import collapse_pages
 
 if TYPE_CHECKING:
     from t2.generation.engine import Engine
@@ -115,6 +117,7 @@ class Compilation:
         try:
             if engine.svf.sigma.device.type != "cpu" or extension is None or isinstance(engine, WholeBatchEngine):
                 raise RuntimeError("programs are for engines of single tokens on CPUs with the package's kernels")
+            collapse_pages(itertools.chain(engine.svf.model.parameters(), engine.svf.model.buffers()))
             with tempfile.TemporaryDirectory() as folder:
                 traced = Path(folder) / "traced.pt2"
                 path = engine.call(lambda: prepare(engine, traced)).result()

@@ -1,4 +1,4 @@
-"""Experts as files of other formats: a merged model, an adapter of PEFT's SVF method, a LoRA adapter."""
+"""Experts as files of other formats: a merged model, adapters of PEFT's SVF method, of LoRA, and of vLLM's plug-in."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from t2.experts.expert import Expert
 from t2.experts.layout import Layout
 from t2.experts.support import support_of
+from t2.integrations.vllm.bank import write_adapter
 from t2.model.svf_model import SVFModel
 from t2.weights.files import atomic_directory
 
@@ -101,6 +102,15 @@ def export_lora(svf: SVFModel, expert: Expert, folder: Path | str, rank: int) ->
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": _suffixes(svf, layout)}
     _write(folder, tensors, config | {"lora_dropout": 0.0, "bias": "none"}, svf)
     return LoRALoss(rank, kept / whole if whole else 1.0, min(shares.items(), key=lambda item: item[1]))
+
+
+def export_vllm(svf: SVFModel, expert: Expert, folder: Path | str) -> None:
+    """Writes an adapter for vLLM with this package's plug-in: `vllm serve --lora-modules NAME=FOLDER` (docs/vllm.md).
+
+    Raises as `export_merged` does.
+    """
+    _check(svf, expert, folder)
+    write_adapter(expert, folder)
 
 
 def _check(svf: SVFModel, expert: Expert, folder: Path | str) -> Layout:

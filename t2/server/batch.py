@@ -117,7 +117,7 @@ async def _answer_all(
 
         async def one(index: int, digest: str, line: Line) -> None:
             try:
-                answer = await _answer(experts, mail, line, max_tokens)
+                answer = await answer_line(experts, mail, line, max_tokens)
             finally:
                 room.release()
             entry = {"index": index, "input": digest} | ({} if line.id is None else {"id": line.id}) | answer
@@ -133,7 +133,8 @@ async def _answer_all(
         os.fsync(file.fileno())
 
 
-async def _answer(experts: Experts, mail: Mail, line: Line, max_tokens: int) -> dict[str, Any]:
+async def answer_line(experts: Experts, mail: Mail, line: Line, max_tokens: int) -> dict[str, Any]:
+    """Text, expert and more of a request's answer; or its error, where the request is to blame."""
     try:
         prompt, words = chat_prompt(experts.tokenizer, line.said)
         chosen = await experts.choose(line.model, words)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-import math
-import re
 import threading
 import time
 import warnings
@@ -23,6 +21,7 @@ from t2.adaptation.base import Adaptation, Strategy, mixed
 from t2.adaptation.dispatch import PromptStrategy
 from t2.adaptation.strategies import PassOne, pass_one
 from t2.experts.expert import Expert
+from t2.experts.mixes import parse_mix
 from t2.generation.engine import Finished, QueueFull, Token
 from t2.generation.prompts import encode
 from t2.model.svf_model import ExpertChoice
@@ -32,7 +31,6 @@ from t2.tasks.classify import adaptation_problem
 
 BASE, AUTO = "base", "auto"
 SUFFIX = ".safetensors"
-_MIX = re.compile(r"(?P<name>.+):(?P<weight>[0-9.eE+-]+)")
 log = logging.getLogger("t2.server")
 
 
@@ -163,24 +161,20 @@ class Experts:
             return await self._chosen(words)
         if model in self.svf.bank and model != CLASSIFIER:
             return Chosen(model, model)
-        parts = [_MIX.fullmatch(part) for part in model.split("+")] if ":" in model else []
-        weights = {part["name"]: part["weight"] for part in parts if part is not None}
-        if not parts or None in parts or len(weights) < len(parts):
+        try:
+            weights = parse_mix(model)
+        except ValueError as error:
+            raise ApiError(400, f"model: {error}", "model") from error
+        if weights is None:
             raise self._unknown(model)
-        return Chosen(model, self._mix(model, weights))
+        return Chosen(model, self._mix(weights))
 
-    def _mix(self, model: str, weights: dict[str, str]) -> ExpertChoice:
+    def _mix(self, weights: dict[str, float]) -> ExpertChoice:
         for name in weights:
             if name not in (self.model, BASE) and (name not in self.svf.bank or name == CLASSIFIER):
                 raise self._unknown(name)
-        try:
-            alpha = [float(weight) for weight in weights.values()]
-        except ValueError as error:
-            raise ApiError(400, f"model: expected a mix NAME:WEIGHT+NAME:WEIGHT, got {model!r}", "model") from error
-        if not all(math.isfinite(weight) and abs(weight) <= 10 for weight in alpha):
-            raise ApiError(400, f"model: expected weights from -10 to 10, got {model!r}", "model")
         names = [BASE if name == self.model else name for name in weights]
-        z = mixed(self.svf.bank, names, torch.tensor([alpha]))[0]
+        z = mixed(self.svf.bank, names, torch.tensor([list(weights.values())]))[0]
         try:
             self.svf.slot_table.scales_of(z)
         except ValueError as error:

@@ -1,0 +1,174 @@
+"""Experts of a bank folder as vLLM's adapters: one folder per content, found by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from t2.experts import support
+from t2.experts.expert import Expert
+from t2.experts.mixes import mix_rows, parse_mix
+from t2.weights.files import atomic_directory
+from t2kernels.files import cache_root
+
+BANK, SUPPORT = "T2_BANK", "T2_SUPPORT"
+"""Environment variables: the bank's folder; the support of the delta form, default that of the bank's experts."""
+SUFFIX = ".safetensors"
+CLASSIFIER, BASE = "classifier", "base"
+ROWS = 3
+"""Rows of bfloat16 numbers whose sum is a float32 number exactly."""
+log = logging.getLogger("vllm.t2")
+
+
+def split_exactly(values: Tensor) -> Tensor:
+    """Rows [3, n] of numbers that bfloat16 holds, whose sum is `values` [n] float32.
+
+    vLLM casts adapters to the model's dtype, and a scale near 1 does not survive that: so adapters hold z - 1, and
+    hold it in parts.
+    """
+    rows = []
+    for _ in range(ROWS):
+        rows.append(values.bfloat16().float())
+        values = values - rows[-1]
+    return torch.stack(rows)
+
+
+def write_adapter(expert: Expert, folder: Path | str) -> None:
+    """Writes an expert in the form of a LoRA adapter of rank 1, whole or not at all: z - 1 of each matrix is its A."""
+    names = expert.layout.names
+    tensors = {}
+    for name in names:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = split_exactly(expert[name] - 1)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(1, 1)
+    suffixes = sorted({name.rpartition(".")[2] for name in names})
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": suffixes, "bias": "none"}
+    with atomic_directory(folder) as temporary:
+        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        (temporary / "adapter_config.json").write_text(json.dumps(config))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An expert's folder in the form that vLLM reads, named by its content."""
+
+    name: str
+    path: Path
+
+    @property
+    def number(self) -> int:
+        """vLLM's lora_int_id, by content, and beyond those that it counts up itself."""
+        return (1 << 62) + int(self.path.name[:15], 16)
+
+
+class Bank:
+    """The experts NAME.safetensors of a folder.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder).expanduser()
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{BANK}: expected a folder of experts, got {self.folder}")
+        self._adapters = cache_root() / "vllm-adapters"
+        self._made: dict[tuple[str, tuple[tuple[int, int], ...]], Adapter] = {}
+
+    @classmethod
+    def from_environment(cls) -> Bank:
+        folder = os.environ.get(BANK)
+        if not folder:
+            raise ValueError(f"{BANK}: expected the folder of the bank in this environment variable, got none")
+        return cls(folder)
+
+    @property
+    def names(self) -> list[str]:
+        """All experts, in order."""
+        names = (path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}"))
+        return sorted(name for name in names if not name.startswith(".") and name != CLASSIFIER)
+
+    def _file(self, name: str) -> Path | None:
+        file = self.folder / f"{name}{SUFFIX}"
+        plain = bool(name) and "\0" not in name and Path(name).name == name and not name.startswith(".")
+        return file if plain and file.is_file() else None
+
+    def find(self, name: str) -> Adapter | None:
+        """The adapter of an expert or a mix by name, made if need be; None where the bank has no such expert.
+
+        Raises:
+            OSError, ValueError, TypeError: a file cannot be read, or experts do not fit each other.
+        """
+        file, weights = self._file(name), None
+        files = [file]
+        if file is None:
+            weights = parse_mix(name)
+            if weights is None:
+                return None
+            files = [self._file(part) for part in weights if part != BASE]
+        try:
+            stamps = tuple((about.st_mtime_ns, about.st_size) for path in files if path and (about := path.stat()))
+        except FileNotFoundError:
+            return None
+        if len(stamps) < len(files) or not files:
+            return None
+        known = self._made.get((name, stamps))
+        if known is None or not known.path.is_dir():
+            experts = [Expert.load(path) for path in files if path]
+            known = Adapter(name, self._write(experts[0] if weights is None else _mixed(experts, weights)))
+            self._made = {key: made for key, made in self._made.items() if key[0] != name}
+            self._made[name, stamps] = known
+        return known
+
+    def _write(self, expert: Expert) -> Path:
+        layout = expert.layout
+        about = json.dumps([layout.names, layout.ranks, layout.fingerprint, ROWS]).encode()
+        content = hashlib.sha256(about + expert.z.numpy().tobytes()).hexdigest()
+        folder = self._adapters / content[:32]
+        if not folder.is_dir():
+            write_adapter(expert, folder)
+        return folder
+
+    def experts(self) -> list[Expert]:
+        """All experts but the classifier."""
+        return [Expert.load(self.folder / f"{name}{SUFFIX}") for name in self.names]
+
+
+def _mixed(experts: Sequence[Expert], weights: dict[str, float]) -> Expert:
+    layout, given = experts[0].layout, iter(experts)
+    rows = []
+    for name in weights:
+        expert = None if name == BASE else next(given)
+        if expert is not None:
+            layout.check_same(expert.layout, f"expert {name!r}")
+        rows.append(torch.ones(layout.R) if expert is None else expert.z)
+    return Expert(mix_rows(torch.tensor([list(weights.values())]), torch.stack(rows))[0], layout)
+
+
+def set_support() -> None:
+    """Writes the support of the bank's experts to a file and names it in `T2_SUPPORT`, if that names none yet.
+
+    The processes that vLLM starts then have one support, whatever comes into the bank meanwhile.
+    """
+    if os.environ.get(SUPPORT) or not os.environ.get(BANK):
+        return
+    experts = Bank.from_environment().experts()
+    if not experts:
+        return
+    positions = support.support_of(experts)
+    if not len(positions):
+        return
+    key = hashlib.sha256(experts[0].layout.fingerprint.encode() + positions.numpy().tobytes()).hexdigest()
+    path = cache_root() / "vllm-adapters" / f"support-{key[:32]}{SUFFIX}"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        support.save(path, positions, experts[0].layout)
+    os.environ[SUPPORT] = str(path)
