@@ -42,7 +42,8 @@ MIXES = (
     "logic:0.5+base:0.5",
     "sums:1+reading:1+base:-1",
 )
-ADAPTERS = {"enable_lora": True, "max_lora_rank": 1}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS = {"enable_lora": True, "max_lora_rank": 1, "lora_target_modules": TARGETS}
 CHECKED = {"factored": "t2_svf", "delta, our kernels": "t2_svf_delta", "delta, vLLM's kernels": None}
 PLAIN, LORA = "no experts", "LoRA, rank 16"
 TIMED: dict[str, str | None] = {
@@ -139,7 +140,7 @@ def speeds(python: Path, folder: Path, rounds: int, new_tokens: int) -> dict[str
     for name, method in TIMED.items():
         options = ADAPTERS | {"max_loras": EXPERTS, "quantization": method}
         workers[name] = started(python, folder, options, bank)
-    lora = {"enable_lora": True, "max_lora_rank": 16, "max_loras": EXPERTS}
+    lora = ADAPTERS | {"max_lora_rank": 16, "max_loras": EXPERTS}
     workers[LORA] = started(python, folder, lora, None)
     found: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
     prompts = [[100 + i + j for j in range(PROMPT)] for i in range(EXPERTS)]
@@ -218,14 +219,17 @@ def main(
 ) -> None:
     """Args:
     vllm_python: Python with vLLM for CPUs and this package.
-    requests: Answers to compare with those of merged models.
+    requests: Answers to compare with those of merged models; 0 keeps what the file for the results has.
     new_tokens: Of each of them.
     rounds: Turns that each way takes.
     results: File for the results as JSON.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        answers = check(vllm_python, Path(folder) / "checked", requests, new_tokens)
+        if requests:
+            answers = check(vllm_python, Path(folder) / "checked", requests, new_tokens)
+        else:
+            answers = json.loads(results.read_text())["answers"]
         (Path(folder) / "timed").mkdir()
         model, tokenizer = t2.load(MODEL)
         model.save_pretrained(Path(folder) / "timed")

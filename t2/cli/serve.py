@@ -82,6 +82,7 @@ def run(
             max_rows=max_rows,
             max_tokens=max_tokens,
             api_keys=keys,
+            compiled=compiled,
         )
     import torch
 

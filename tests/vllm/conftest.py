@@ -96,6 +96,7 @@ def engine(case, method, **options):
 
     given = {"max_loras": 8, "max_cpu_loras": 8, "max_num_seqs": 16, "max_model_len": 64, "dtype": "float32"}
     given |= {"enable_lora": True, "max_lora_rank": 1, "quantization": method, "skip_tokenizer_init": True}
+    given |= {"enforce_eager": True}
     llm = LLM(str(case.folder), **given | options)
     try:
         yield llm

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm.config import CompilationMode
 
 import t2
+from t2.integrations.export import export_vllm
 
 from .conftest import PROMPTS, answers, engine
 
@@ -34,6 +36,18 @@ def test_a_mixed_batch_is_the_merged_models(case, form):
     assert found == wanted
     assert again == found
     assert len({tuple(each) for each in wanted}) > len(wanted) // 2  # experts say different things
+
+
+@pytest.mark.parametrize("method", ["t2_svf", "t2_svf_delta"])
+def test_compiled_passes_give_the_same_answers(case, method):
+    made = case(support=24)
+    asked = asked_of(made)
+    with engine(made, method, enforce_eager=False) as llm:
+        config = llm.llm_engine.vllm_config.compilation_config
+        assert config.mode == CompilationMode.DYNAMO_TRACE_ONCE
+        assert answers(llm, asked) == expected(made, asked)
+        made.add("e1", 99)
+        assert answers(llm, asked) == expected(made, asked)  # tables are read where they are
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3"])
@@ -100,3 +114,30 @@ def test_two_processes_share_the_matrices(case, monkeypatch, family, form):
     asked = asked_of(made)
     with engine(made, method, tensor_parallel_size=2) as llm:
         assert answers(llm, asked) == expected(made, asked)
+
+
+def test_an_exported_adapter_and_a_foreign_one(case, tmp_path):
+    from safetensors.torch import save_file
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    made = case(support=24)
+    export_vllm(made.svf, made.expert(7), tmp_path / "mine")
+    made.svf.add_expert("mine", made.expert(7))
+    names = made.svf.layout.names
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(
+        (tmp_path / "mine" / "adapter_config.json").read_text()  # of rank 1, like a LoRA adapter's
+    )
+    weights = {name: made.svf.model.get_submodule(name) for name in names}
+    tensors = {f"base_model.model.{name}.lora_A.weight": torch.zeros(1, m.in_features) for name, m in weights.items()}
+    tensors |= {f"base_model.model.{name}.lora_B.weight": torch.zeros(m.out_features, 1) for name, m in weights.items()}
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors")
+    options = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    prompt = {"prompt_token_ids": PROMPTS[0]}
+    with engine(made, "t2_svf_delta") as llm:
+        mine = LoRARequest("mine", 1, str(tmp_path / "mine"))
+        (found,) = llm.generate([prompt], options, use_tqdm=False, lora_request=mine)
+        assert list(found.outputs[0].token_ids) == made.merged("mine", PROMPTS[0])
+        with pytest.raises(Exception, match="got a LoRA adapter"):
+            llm.generate([prompt], options, use_tqdm=False, lora_request=LoRARequest("l", 2, str(tmp_path / "lora")))

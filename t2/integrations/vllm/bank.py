@@ -16,8 +16,9 @@ from torch import Tensor
 
 from t2.experts import support
 from t2.experts.expert import Expert
+from t2.experts.layout import Layout
 from t2.experts.mixes import mix_rows, parse_mix
-from t2.weights.files import atomic_directory
+from t2.weights.files import atomic_directory, read_safetensors
 from t2kernels.files import cache_root
 
 BANK, SUPPORT = "T2_BANK", "T2_SUPPORT"
@@ -42,6 +43,11 @@ def split_exactly(values: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def suffixes(layout: Layout) -> list[str]:
+    """Last parts of the names of the matrices."""
+    return sorted({name.rpartition(".")[2] for name in layout.names})
+
+
 def write_adapter(expert: Expert, folder: Path | str) -> None:
     """Writes an expert in the form of a LoRA adapter of rank 1, whole or not at all: z - 1 of each matrix is its A."""
     names = expert.layout.names
@@ -49,8 +55,7 @@ def write_adapter(expert: Expert, folder: Path | str) -> None:
     for name in names:
         tensors[f"base_model.model.{name}.lora_A.weight"] = split_exactly(expert[name] - 1)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(1, 1)
-    suffixes = sorted({name.rpartition(".")[2] for name in names})
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": suffixes, "bias": "none"}
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": suffixes(expert.layout), "bias": "none"}
     with atomic_directory(folder) as temporary:
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         (temporary / "adapter_config.json").write_text(json.dumps(config))
@@ -95,6 +100,19 @@ class Bank:
         """All experts, in order."""
         names = (path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}"))
         return sorted(name for name in names if not name.startswith(".") and name != CLASSIFIER)
+
+    @property
+    def layout(self) -> Layout | None:
+        """That of the experts; None where there are none."""
+        for name in self.names:
+            path = self.folder / f"{name}{SUFFIX}"
+            return Layout.from_metadata(read_safetensors(path, "expert")[1], str(path))
+        return None
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Last parts of the names of the experts' matrices."""
+        return [] if self.layout is None else suffixes(self.layout)
 
     def _file(self, name: str) -> Path | None:
         file = self.folder / f"{name}{SUFFIX}"

@@ -60,6 +60,7 @@ class SVFLayer:
             parts.append(_packed(w, u, s, vh, dtype, device, own=self.own, delta=self.delta))
         self.sizes = [part.out_features for part in parts]
         self._packed, self.parts = parts, nn.ModuleList(parts)
+        self.plan.tensors += self.parts.buffers()
         self.group = FactoredGroup(parts)
         # a row per slot of s z, or s (z - 1) in the delta form; row 0 is the base
         firsts = [torch.zeros_like(part.s) if self.delta else part.s for part in parts]
@@ -141,7 +142,7 @@ class SVFLayer:
     def _slots(self, rows: int, on_cpu: bool) -> Tensor:
         """The row of the tables for each token."""
         indices = self.punica_wrapper._token_lora_indices[:rows]
-        if not on_cpu or not is_forward_context_available():
+        if torch.compiler.is_compiling() or not on_cpu or not is_forward_context_available():
             return (indices + 1).clamp_(0, self.max_loras)
         shared = get_forward_context().additional_kwargs
         key = (SLOTS, id(self.punica_wrapper), rows)

@@ -24,6 +24,7 @@ from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.files import read_safetensors
 from t2.weights.streaming import Checkpoint
 from t2kernels import Factors
+from t2kernels.pages import collapse_pages
 
 CHECKPOINT = "T2_CHECKPOINT"
 """Environment variable: the folder with the plain weights of a model that vLLM reads quantised."""
@@ -58,6 +59,8 @@ class ModelPlan:
             raise ValueError(f"model: expected a module of vLLM for each of {folder}, got several for one")
         self._cache = FactorCache()
         self._served: set[str] = set()
+        self.tensors: list[Tensor] = []
+        """Of all layers, as they are packed."""
 
     @classmethod
     def of(cls, config: VllmConfig) -> ModelPlan:
@@ -149,7 +152,13 @@ class ModelPlan:
         return own - window.start
 
     def check_served(self) -> None:
-        """ValueError where experts change matrices that no layer of vLLM took, whose part would be left out."""
+        """Once all layers are there, before the first expert.
+
+        Raises:
+            ValueError: experts change matrices that no layer of vLLM took, whose part would be left out.
+        """
+        collapse_pages(self.tensors)
+        self.tensors.clear()
         left = [name for name in self._weights if name not in self._served]
         if left and get_pp_group().world_size == 1:
             raise ValueError(
@@ -159,10 +168,8 @@ class ModelPlan:
 
 def _layout() -> Layout | None:
     """The layout of the bank's experts, or of the support's file."""
-    if os.environ.get(BANK):
-        bank = Bank.from_environment()
-        for name in bank.names:
-            return Layout.from_metadata(read_safetensors(bank.folder / f"{name}.safetensors", "expert")[1], name)
+    if os.environ.get(BANK) and (layout := Bank.from_environment().layout) is not None:
+        return layout
     given = os.environ.get(SUPPORT, "")
     if given and not given.isdecimal() and Path(given).is_file():
         return Layout.from_metadata(read_safetensors(given, "support")[1], given)

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
+from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.platforms import current_platform
 
 from t2.integrations.vllm.names import METHODS, NAME
 from t2.integrations.vllm.plan import ModelPlan
@@ -55,7 +56,16 @@ class SVFQuantizationConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if get_current_vllm_config().lora_config is None:
             raise ValueError(f"enable_lora: expected it beside the quantisation method {self.name}, got none")
+        _compile_again()
         return SVFLinearMethod(self.delta, self.storage or layer.params_dtype)
+
+
+def _compile_again() -> None:
+    """Lets vLLM compile the model although it has adapters, which its CPU build leaves out: these layers trace."""
+    config = get_current_vllm_config()
+    options = config.compilation_config
+    if current_platform.is_cpu() and options.mode == CompilationMode.NONE and not config.model_config.enforce_eager:
+        options.mode = CompilationMode.DYNAMO_TRACE_ONCE
 
 
 class SVFLinearMethod(UnquantizedLinearMethod):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from t2.adaptation.bank_folder import bank_path
-from t2.integrations.vllm.bank import BANK, SUPPORT
+from t2.integrations.vllm.bank import BANK, SUPPORT, Bank
 from t2.integrations.vllm.names import method_name
 from t2.server.run import is_loopback
 from t2.weights.streaming import checkpoint_folder
@@ -28,6 +28,7 @@ def vllm_command(
     max_rows: int,
     max_tokens: int,
     api_keys: Sequence[str] = (),
+    compiled: bool = True,
 ) -> list[str]:
     """The arguments of `vllm serve` for a model and a bank.
 
@@ -49,6 +50,10 @@ def vllm_command(
         str(max_rows),
     ]
     arguments += ["--max-model-len", str(max_tokens), "--middleware", MIDDLEWARE]
+    if targets := Bank(bank).target_modules:
+        arguments += ["--lora-target-modules", *targets]
+    if not compiled:
+        arguments.append("--enforce-eager")
     return arguments + (["--api-key", *api_keys] if api_keys else [])
 
 
