@@ -10,10 +10,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <atomic>
+#include <memory>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -167,15 +170,16 @@ Tensor float_matrix(const Tensor& x, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(x, {rows, columns}, ScalarType::Float);
 }
 
+void set_bias(t2::RowOutput& out, const Tensor& bias, int64_t features) {
+  STD_TORCH_CHECK(bias.numel() == features && bias.is_contiguous(), "bias: expected ", features, " contiguous values");
+  out.bias = bias.const_data_ptr();
+  out.bias_dtype = dtype_of(bias, "bias");
+}
+
 t2::RowOutput output(const Tensor& y, const Tensor* bias) {
   const int64_t features = y.size(y.dim() - 1);
   t2::RowOutput out{y.mutable_data_ptr(), dtype_of(y, "y"), features, nullptr, t2::DType::f32};
-  if (bias != nullptr) {
-    STD_TORCH_CHECK(bias->numel() == features && bias->is_contiguous(), "bias: expected ", features,
-                    " contiguous values");
-    out.bias = bias->const_data_ptr();
-    out.bias_dtype = dtype_of(*bias, "bias");
-  }
+  if (bias != nullptr) set_bias(out, *bias, features);
   return out;
 }
 
@@ -374,59 +378,81 @@ class Intermediate {
   float* data_;
 };
 
+// Layers that share their input, as lists with an entry for each; `parts` matrices of u and vh belong to each.
+struct Group {
+  const std::vector<Tensor>&u, &vh, &component_scales, &scales, &biases, &bases, &base_scales;
+  const std::vector<int64_t>& out_features;
+
+  size_t layers() const { return scales.size(); }
+  size_t parts() const { return u.size() / scales.size(); }
+  void check() const {
+    const size_t n = scales.size();
+    STD_TORCH_CHECK(n > 0 && u.size() == vh.size() && u.size() % n == 0 && out_features.size() == n &&
+                        (component_scales.empty() || component_scales.size() == n) &&
+                        (biases.empty() || biases.size() == n) && (bases.empty() || bases.size() == n) &&
+                        (base_scales.empty() || base_scales.size() == n),
+                    "scales: expected one entry per layer, as in u, vh and out_features; got ", n);
+  }
+  const Tensor* bias(size_t l) const { return !biases.empty() && biases[l].numel() > 0 ? &biases[l] : nullptr; }
+};
+
+void run_group(const Tensor& x, const Group& g, const Tensor& slots, bool bf16_products,
+               const std::vector<t2::RowOutput>& outs) {
+  const int64_t in_features = x.size(x.dim() - 1);
+  const size_t layers = g.layers(), parts = g.parts();
+  const Rows rows = rows_of(x, in_features, "x", bf16_products);
+  int64_t ranks = 0;
+  for (const Tensor& s : g.scales) ranks += s.size(s.dim() - 1);
+  const Intermediate intermediate(x, rows.count * ranks);
+  float* t = intermediate.data();
+  Batch batch(rows.count);
+  std::vector<Routing> routes;  // they keep what the products point to
+  routes.reserve(layers);
+  for (size_t l = 0; l < layers; ++l) {
+    const int64_t rank = g.scales[l].size(g.scales[l].dim() - 1);
+    const Factors f =
+        factors(g.u.data() + l * parts, g.vh.data() + l * parts, parts, g.out_features[l], rank, in_features);
+    add_shrink(batch, rows, f, t, rank);
+    t += rows.count * rank;
+  }
+  t = intermediate.data();
+  for (size_t l = 0; l < layers; ++l) {
+    const int64_t rank = g.scales[l].size(g.scales[l].dim() - 1);
+    const Factors f =
+        factors(g.u.data() + l * parts, g.vh.data() + l * parts, parts, g.out_features[l], rank, in_features);
+    routes.push_back(routing(g.scales[l], slots, rows.count, rank));
+    const float* component = nullptr;
+    if (!g.component_scales.empty()) component = float_vector(g.component_scales[l], rank, "component_scales");
+    const auto dense = base_of(g.bases.empty() ? nullptr : &g.bases[l],
+                               g.base_scales.empty() ? nullptr : &g.base_scales[l], g.out_features[l], in_features);
+    add_expand(batch, rows, dense, f, t, rank, routes.back(), component, outs[l]);
+    t += rows.count * rank;
+  }
+  batch.run();
+}
+
 std::vector<Tensor> factored_linear_group(const Tensor& x, const std::vector<Tensor>& u, const std::vector<Tensor>& vh,
                                           const std::vector<Tensor>& component_scales,
                                           const std::vector<Tensor>& scales, const Tensor& slots,
                                           const std::vector<Tensor>& biases, const std::vector<int64_t>& out_features,
                                           bool bf16_products, const std::vector<Tensor>& bases,
                                           const std::vector<Tensor>& base_scales) {
-  const size_t layers = scales.size();
-  STD_TORCH_CHECK(layers > 0 && u.size() == vh.size() && u.size() % layers == 0 && out_features.size() == layers &&
-                      (component_scales.empty() || component_scales.size() == layers) &&
-                      (biases.empty() || biases.size() == layers) && (bases.empty() || bases.size() == layers) &&
-                      (base_scales.empty() || base_scales.size() == layers),
-                  "scales: expected one entry per layer, as in u, vh and out_features; got ", layers);
-  const size_t parts = u.size() / layers;
-  const int64_t in_features = x.size(x.dim() - 1);
-  const Rows rows = rows_of(x, in_features, "x", bf16_products);
-  int64_t ranks = 0;
-  for (const Tensor& s : scales) ranks += s.size(s.dim() - 1);
-  const Intermediate intermediate(x, rows.count * ranks);
-  float* t = intermediate.data();
-  Batch batch(rows.count);
-  std::vector<Routing> routes;  // they keep what the products point to
+  const Group group{u, vh, component_scales, scales, biases, bases, base_scales, out_features};
+  group.check();
   std::vector<Tensor> ys;
-  routes.reserve(layers);
-  ys.reserve(layers);
-  for (size_t l = 0; l < layers; ++l) {
-    const int64_t rank = scales[l].size(scales[l].dim() - 1);
-    const Factors f = factors(u.data() + l * parts, vh.data() + l * parts, parts, out_features[l], rank, in_features);
-    add_shrink(batch, rows, f, t, rank);
-    t += rows.count * rank;
-  }
-  t = intermediate.data();
-  for (size_t l = 0; l < layers; ++l) {
-    const int64_t rank = scales[l].size(scales[l].dim() - 1);
-    const Factors f = factors(u.data() + l * parts, vh.data() + l * parts, parts, out_features[l], rank, in_features);
-    routes.push_back(routing(scales[l], slots, rows.count, rank));
-    const float* component = nullptr;
-    if (!component_scales.empty()) component = float_vector(component_scales[l], rank, "component_scales");
-    const bool has_bias = !biases.empty() && biases[l].numel() > 0;
-    const auto dense = base_of(bases.empty() ? nullptr : &bases[l], base_scales.empty() ? nullptr : &base_scales[l],
-                               out_features[l], in_features);
+  std::vector<t2::RowOutput> outs;
+  ys.reserve(group.layers());
+  for (size_t l = 0; l < group.layers(); ++l) {
     ys.push_back(like(x, out_features[l]));
-    add_expand(batch, rows, dense, f, t, rank, routes.back(), component,
-               output(ys.back(), has_bias ? &biases[l] : nullptr));
-    t += rows.count * rank;
+    outs.push_back(output(ys.back(), group.bias(l)));
   }
-  batch.run();
+  run_group(x, group, slots, bf16_products, outs);
   return ys;
 }
 
-// The same with all lists in one, of which `counts` says the lengths: AOTInductor's executor takes no empty ones.
-std::vector<Tensor> factored_linear_group_flat(const Tensor& x, const Tensor& slots, const std::vector<Tensor>& tensors,
-                                               const std::vector<int64_t>& counts,
-                                               const std::vector<int64_t>& out_features, bool bf16_products) {
+// Lists one after the other, of which `counts` says the lengths: u, vh, component_scales, scales, biases, bases,
+// base_scales.
+std::vector<std::vector<Tensor>> split(const std::vector<Tensor>& tensors, const std::vector<int64_t>& counts) {
   std::vector<std::vector<Tensor>> lists;
   auto next = tensors.begin();
   for (const int64_t count : counts) {
@@ -435,8 +461,73 @@ std::vector<Tensor> factored_linear_group_flat(const Tensor& x, const Tensor& sl
     next += count;
   }
   STD_TORCH_CHECK(lists.size() == 7 && next == tensors.end(), "counts: expected 7 that add up to ", tensors.size());
+  return lists;
+}
+
+// The same with all lists in one: AOTInductor's executor takes no empty ones.
+std::vector<Tensor> factored_linear_group_flat(const Tensor& x, const Tensor& slots, const std::vector<Tensor>& tensors,
+                                               const std::vector<int64_t>& counts,
+                                               const std::vector<int64_t>& out_features, bool bf16_products) {
+  const auto lists = split(tensors, counts);
   return factored_linear_group(x, lists[0], lists[1], lists[2], lists[3], slots, lists[4], out_features, bf16_products,
                                lists[5], lists[6]);
+}
+
+// Groups whose tensors stay where they are, with scales that may be written to: handed in once, called by number.
+struct KeptGroup {
+  std::vector<std::vector<Tensor>> lists;
+  std::vector<int64_t> out_features;
+  bool bf16_products;
+
+  Group group() const {
+    return {lists[0], lists[1], lists[2], lists[3], lists[4], lists[5], lists[6], out_features};
+  }
+};
+std::mutex kept_mutex;
+std::unordered_map<int64_t, std::shared_ptr<const KeptGroup>> kept_groups;
+int64_t kept_count = 0;
+
+int64_t keep_group(const std::vector<Tensor>& tensors, const std::vector<int64_t>& counts,
+                   const std::vector<int64_t>& out_features, bool bf16_products) {
+  auto kept = std::make_shared<KeptGroup>(KeptGroup{split(tensors, counts), out_features, bf16_products});
+  kept->group().check();
+  const std::lock_guard<std::mutex> lock(kept_mutex);
+  kept_groups[++kept_count] = std::move(kept);
+  return kept_count;
+}
+
+void release_group(int64_t number) {
+  const std::lock_guard<std::mutex> lock(kept_mutex);
+  kept_groups.erase(number);
+}
+
+// The outputs of all layers side by side.
+Tensor kept_group_linear(const Tensor& x, const Tensor& slots, int64_t number, int64_t out_features) {
+  std::shared_ptr<const KeptGroup> kept;
+  {
+    const std::lock_guard<std::mutex> lock(kept_mutex);
+    const auto found = kept_groups.find(number);
+    STD_TORCH_CHECK(found != kept_groups.end(), "group: expected one that is kept, got ", number);
+    kept = found->second;
+  }
+  const Group group = kept->group();
+  int64_t total = 0;
+  for (const int64_t features : kept->out_features) total += features;
+  STD_TORCH_CHECK(total == out_features, "out_features: expected ", total, ", got ", out_features);
+  const Tensor y = like(x, total);
+  const t2::DType dtype = dtype_of(y, "y");
+  const int64_t bytes = dtype == t2::DType::f32 ? 4 : 2;
+  std::vector<t2::RowOutput> outs;
+  int64_t first = 0;
+  for (size_t l = 0; l < group.layers(); ++l) {
+    char* data = static_cast<char*>(y.mutable_data_ptr()) + first * bytes;
+    t2::RowOutput out{data, dtype, total, nullptr, t2::DType::f32};
+    if (const Tensor* bias = group.bias(l)) set_bias(out, *bias, kept->out_features[l]);
+    outs.push_back(out);
+    first += kept->out_features[l];
+  }
+  run_group(x, group, slots, kept->bf16_products, outs);
+  return y;
 }
 
 Tensor dense_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& row_scale, const OptionalTensor& bias,
@@ -562,6 +653,8 @@ STABLE_TORCH_LIBRARY_IMPL(t2kernels, CPU, m) {
   m.impl("factored_linear", TORCH_BOX(&factored_linear));
   m.impl("factored_linear_group", TORCH_BOX(&factored_linear_group));
   m.impl("factored_linear_group_flat", TORCH_BOX(&factored_linear_group_flat));
+  m.impl("keep_group", TORCH_BOX(&keep_group));
+  m.impl("kept_group_linear", TORCH_BOX(&kept_group_linear));
   m.impl("factored_linear_backward", TORCH_BOX(&factored_linear_backward));
   m.impl("dense_linear", TORCH_BOX(&dense_linear));
   m.impl("dense_linear_backward", TORCH_BOX(&dense_linear_backward));
@@ -587,6 +680,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported", [](const std::string& isa) { return t2::supported(isa.c_str()); }, pybind11::arg("isa"));
   m.def("chosen_isa", [] { return std::string(t2::kernels().isa); });
   m.def("select_isa", [](const std::string& isa) { return t2::select_kernels(isa.c_str()); }, pybind11::arg("isa"));
+  m.def("release_group", &release_group, pybind11::arg("number"));
   m.def("bf16_products", [] { return t2::kernels().bf16_products; });
   m.def(
       "multiply_adds",

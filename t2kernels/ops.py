@@ -74,6 +74,8 @@ _library.define(
     "factored_linear_group_flat(Tensor x, Tensor slots, Tensor[] tensors, int[] counts, SymInt[] out_features, "
     "bool bf16_products) -> Tensor[]"
 )
+_library.define("keep_group(Tensor[] tensors, int[] counts, int[] out_features, bool bf16_products) -> int")
+_library.define("kept_group_linear(Tensor x, Tensor slots, int group, SymInt out_features) -> Tensor")
 _library.define(
     "factored_linear_backward(Tensor grad_y, Tensor t, Tensor[] u, Tensor[] vh, Tensor? component_scale, "
     "Tensor scales, Tensor slots, SymInt in_features, bool need_dx, bool need_dscales, bool bf16_products, "
@@ -141,6 +143,11 @@ def _(x, u, vh, component_scale, scales, slots, bias, out_features, bf16_product
 @torch.library.register_fake("t2kernels::factored_linear_group")
 def _(x, u, vh, component_scales, scales, slots, biases, out_features, bf16_products, bases=(), base_scales=()):  # type: ignore[no-untyped-def]
     return [x.new_empty(*x.shape[:-1], features) for features in out_features]
+
+
+@torch.library.register_fake("t2kernels::kept_group_linear")
+def _(x, slots, group, out_features):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("t2kernels::factored_linear_group_flat")
@@ -298,6 +305,8 @@ torch.library.register_autograd("t2kernels::dense_linear", _dense_backward, setu
 factored_linear = torch.ops.t2kernels.factored_linear.default
 factored_linear_group = torch.ops.t2kernels.factored_linear_group.default
 factored_linear_group_flat = torch.ops.t2kernels.factored_linear_group_flat.default
+keep_group = torch.ops.t2kernels.keep_group.default
+kept_group_linear = torch.ops.t2kernels.kept_group_linear.default
 factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default
 dense_linear = torch.ops.t2kernels.dense_linear.default
 dense_linear_backward = torch.ops.t2kernels.dense_linear_backward.default

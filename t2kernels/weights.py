@@ -7,6 +7,7 @@ another dtype leaves them as they are: their storage format was chosen when they
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from operator import is_not
 from typing import Any, NamedTuple, Self
@@ -412,6 +413,40 @@ class FactoredGroup:
         if not self._made_of or any(map(is_not, operands, self._made_of)):
             self._kept, self._made_of = _joined(operands), operands
         return self._kept
+
+
+class KeptGroup:
+    """A group on the CPU whose scales and biases stay where they are: a call hands over x and slots alone.
+
+    The outputs lie side by side in one tensor. Scales may be written to between calls.
+
+    Args:
+        weights: layers of one form, storage format and in_features, as `linear_group` takes them.
+        scales: for each layer [slots, r] float32, contiguous rows.
+        biases: for each layer [out] or None.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[FactoredWeight | DeltaWeight],
+        scales: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+    ) -> None:
+        if extension is None:
+            raise RuntimeError("weights: expected the C++ extension, got an installation without it")
+        operands = _joined([weight._operands() for weight in weights])
+        self.out_features = sum(operands.out_features)
+        given = [weights[0].s.new_empty(0) if bias is None else bias.detach() for bias in biases]
+        lists = (operands.u, operands.vh, operands.component_scales, list(scales), given)
+        lists = (*lists, operands.bases, operands.base_scales)
+        tensors, counts = [t for each in lists for t in each], [len(each) for each in lists]
+        self._number: int = ops.keep_group(tensors, counts, operands.out_features, weights[0].bf16_products)
+        weakref.finalize(self, extension.release_group, self._number)
+
+    def linear_unchecked(self, x: Tensor, slots: Tensor) -> Tensor:
+        """The outputs [..., sum of out] of all layers, as `linear_group` gives them; not differentiable."""
+        y: Tensor = ops.kept_group_linear(x, slots, self._number, self.out_features)
+        return y
 
 
 def _joined(operands: Sequence[_Operands]) -> _Operands:

@@ -19,9 +19,9 @@ COMMANDS = {
     "serve": "Answer over HTTP as OpenAI's API does, each request with its own expert.",
     "train": "Train an expert for a task with reinforcement learning.",
     "transfer": "Convert an expert of one model into an expert of another.",
-    "export": "Write an expert as a merged model, a LoRA adapter or a PEFT adapter.",
+    "export": "Write an expert as a merged model, a LoRA adapter, or an adapter for PEFT or vLLM.",
     "adapt": "Search for the mix of experts that does best on a few examples of a task.",
-    "eval": "Evaluate a bank of experts: the paper's tables, timings and ablations.",
+    "eval": "Score experts beside the base on a task, or evaluate a bank as the paper does.",
 }
 """The line of each command in `t2 --help`. Its code is `run` in the module of that name in this folder."""
 RENAMED = {

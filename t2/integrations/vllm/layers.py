@@ -24,7 +24,8 @@ from vllm.lora.layers import (
 from t2.integrations.vllm.plan import Matrix, ModelPlan
 from t2.integrations.vllm.quantization import SVFLinearMethod
 from t2kernels import DeltaWeight, FactoredWeight
-from t2kernels.weights import FactoredGroup
+from t2kernels.backends import extension
+from t2kernels.weights import FactoredGroup, KeptGroup
 
 SLOTS = "t2_slots"
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +41,7 @@ class SVFLayer:
     base_layer: Any
     punica_wrapper: Any
     tp_size: int
+    tp_rank: int
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         self.lora_config, self.max_loras = lora_config, max_loras
@@ -65,6 +67,11 @@ class SVFLayer:
         # a row per slot of s z, or s (z - 1) in the delta form; row 0 is the base
         firsts = [torch.zeros_like(part.s) if self.delta else part.s for part in parts]
         self.tables = [first.repeat(max_loras + 1, 1) for first in firsts]
+        self.kept = None
+        if extension is not None and device.type == "cpu":
+            bias = self._own_bias() if self.own else None
+            biases = [None] * len(parts) if bias is None else list(bias.detach().split(self.sizes))
+            self.kept = KeptGroup(parts, self.tables, biases)
         # shapes that vLLM's manager makes its adapters for the warm-up from
         ranks = [len(self.plan.factors(name)[1]) for name in self.names]
         self.lora_a_stacked = tuple(torch.zeros(1, 1, 1, rank) for rank in ranks)
@@ -156,18 +163,30 @@ class SVFLayer:
             own: Any = super()
             y: Tensor = own.apply(x, bias)
             return y
+        return self._products(x, bias)
+
+    def _own_bias(self) -> Tensor | None:
+        """The bias that vLLM's layers give `apply`."""
+        layer = self.base_layer
+        if layer.skip_bias_add or (isinstance(self, RowParallelLinearWithLoRA) and self.tp_rank > 0):
+            return None
+        bias: Tensor | None = layer.bias
+        return bias
+
+    def _products(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The products of all matrices side by side."""
         flat = x.reshape(-1, x.shape[-1])
-        biases = [None] * len(self.sizes) if bias is None else list(bias.split(self.sizes))
-        out = self.group.linear_unchecked(flat, self.tables, self._slots(len(flat), x.is_cpu), biases)
-        joined = out[0] if len(out) == 1 else torch.cat(out, -1)
-        return joined.view(*x.shape[:-1], joined.shape[-1])
+        slots = self._slots(len(flat), x.is_cpu)
+        if self.kept is not None:
+            y = self.kept.linear_unchecked(flat, slots)
+        else:
+            biases = [None] * len(self.sizes) if bias is None else list(bias.split(self.sizes))
+            out = self.group.linear_unchecked(flat, self.tables, slots, biases)
+            y = out[0] if len(out) == 1 else torch.cat(out, -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        nothing = [None] * len(self.sizes)
-        out = self.group.linear_unchecked(flat, self.tables, self._slots(len(flat), x.is_cpu), nothing)
-        corrections = out[0] if len(out) == 1 else torch.cat(out, -1)
-        return output + corrections.view(output.shape)
+        return output + self._products(x, None)
 
     @classmethod
     def can_replace_layer(
