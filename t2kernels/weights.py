@@ -437,8 +437,8 @@ class KeptGroup:
         operands = _joined([weight._operands() for weight in weights])
         self.out_features = sum(operands.out_features)
         given = [weights[0].s.new_empty(0) if bias is None else bias.detach() for bias in biases]
-        lists = (operands.u, operands.vh, operands.component_scales, list(scales), given)
-        lists = (*lists, operands.bases, operands.base_scales)
+        u, vh, component_scales, _, bases, base_scales, _ = operands
+        lists = (u, vh, component_scales, list(scales), given, bases, base_scales)
         tensors, counts = [t for each in lists for t in each], [len(each) for each in lists]
         self._number: int = ops.keep_group(tensors, counts, operands.out_features, weights[0].bf16_products)
         weakref.finalize(self, extension.release_group, self._number)

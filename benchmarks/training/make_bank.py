@@ -18,9 +18,12 @@ import tyro
 
 from benchmarks.common.tables import ROOT, Table, with_interval
 from benchmarks.training.train_experts import DOMAINS, MODEL, PUZZLES, TASKS, command, runs
+from t2.adaptation.bank_edit import add_prompts
 from t2.adaptation.bank_folder import FORMAT, FORMAT_VERSION
 from t2.experts.expert import Expert
 from t2.experts.support import support_of
+from t2.tasks import get
+from t2.tasks.classify import OTHERS
 from t2.weights.files import atomic_directory
 from t2kernels.files import write_text
 
@@ -38,7 +41,7 @@ each expert is for, `tasks.json` what it was trained on.
 Right answers to {test} test problems each, with 95% intervals; the classification expert's are the names of categories
 that it says, of {labels}. Data: procedural tasks of [reasoning-gym](https://github.com/open-thought/reasoning-gym)
 (Apache-2.0), made from seeds; test prompts are in no other split. The category "others" was trained on questions of all
-kinds (`benchmarks/general-questions.jsonl`) and {puzzles}.
+kinds (`t2/banks/general-questions.jsonl`) and {puzzles}.
 Answers are short, in the form of the data; experts do nothing for prompts of other kinds, and the base's limits stay.
 
 Trained, from the repository's root, by
@@ -89,6 +92,16 @@ def main(folder: Path = ROOT / "runs") -> None:
             curves="\n".join(f"![training of {name}]({name}.png)" for name in chosen),
         )
         write_text(new / "README.md", card)
+        keep_prompts(new)
+
+
+def keep_prompts(bank: Path) -> None:
+    """Puts prompts of each domain, and of what the base answers, into a bank, as `t2 bank train-classifier` wants."""
+    for name in DOMAINS:
+        add_prompts(bank, name, get(TASKS[name][0], **TASKS[name][1]))
+    _, options = TASKS["classifier"]
+    others = dict(options["tasks"]["others"])
+    add_prompts(bank, OTHERS, get(others.pop("name"), **others))
 
 
 def _quoted(argument: str) -> str:

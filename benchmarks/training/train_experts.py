@@ -52,7 +52,7 @@ PUZZLES = (
     "letter_jumble",
 )
 """Tasks of reasoning-gym that stand, with general questions, for prompts outside the domains of the classifier."""
-GENERAL = {"name": "jsonl:benchmarks/general-questions.jsonl", "validation_size": 30, "test_size": 50}
+GENERAL = {"name": "jsonl:t2/banks/general-questions.jsonl", "validation_size": 30, "test_size": 50}
 _BY_NAME = {domain: {"name": name, **options} for domain, (name, options) in TASKS.items()}
 _PUZZLES = {"name": "mixture", "tasks": {task: {"name": f"reasoning-gym:{task}"} for task in PUZZLES}}
 _ELSE = {"name": "mixture", "tasks": {"general": GENERAL, "puzzles": _PUZZLES}}

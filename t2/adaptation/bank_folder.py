@@ -74,7 +74,7 @@ def load_bank_folder(path: str | Path) -> BankFolder:
             raise ValueError("domains: expected descriptions by name")
         domains = as_domains(content["domains"])
         for domain in domains:
-            _check_file_name(domain.name)
+            check_file_name(domain.name)
     experts = {domain.name: Expert.load(folder / f"{domain.name}.safetensors") for domain in domains}
     classifier = folder / f"{CLASSIFIER}.safetensors"
     bank = BankFolder(domains, experts, Expert.load(classifier) if classifier.exists() else None)
@@ -94,7 +94,7 @@ def save_bank_folder(
     if {domain.name for domain in domains} != set(experts):
         raise ValueError(f"experts: expected one for each of {[d.name for d in domains]}, got {list(experts)}")
     for domain in domains:
-        _check_file_name(domain.name)
+        check_file_name(domain.name)
     _checked(BankFolder(domains, experts, classifier), "experts")
     if path.exists():
         raise FileExistsError(f"path: expected a new folder, {path} exists")
@@ -157,7 +157,8 @@ def trained_domains(classifier: Expert, where: str = CLASSIFIER) -> tuple[str, .
         return tuple(map(str, options["domains"])) if "domains" in options else None
 
 
-def _check_file_name(name: str) -> None:
+def check_file_name(name: str) -> None:
+    """ValueError unless a domain's expert can have this name."""
     if name == CLASSIFIER or name.startswith(".") or Path(name).name != name or "\0" in name:
         raise ValueError(f"domains: expected names that are file names, other than {CLASSIFIER!r}, got {name!r}")
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Train an expert for a task with reinforcement learning.",
     "transfer": "Convert an expert of one model into an expert of another.",
     "export": "Write an expert as a merged model, a LoRA adapter, or an adapter for PEFT or vLLM.",
+    "bank": "Make and change banks of experts; train their classification expert.",
     "adapt": "Search for the mix of experts that does best on a few examples of a task.",
     "eval": "Score experts beside the base on a task, or evaluate a bank as the paper does.",
 }

@@ -40,7 +40,7 @@ def score_experts(
     token_budget: int = 16384,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Answers the first problems of a split greedily with the base and with each expert; prints and returns the figures.
+    """Answers the first problems of a split greedily with the base and each expert; prints and returns the figures.
 
     Files, task and data are checked before the model is loaded.
 

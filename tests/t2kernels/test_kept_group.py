@@ -56,19 +56,23 @@ def test_bits_of_the_group(form, storage, dtype):
             scale.normal_(generator=generator)  # read where they are
 
 
+@torch.compile(backend="eager", fullgraph=True)
+def compiled(kept, x, slots):
+    return kept.linear_unchecked(x, slots).relu()
+
+
 def test_it_traces_and_ends_with_its_owner():
     generator = torch.Generator().manual_seed(1)
     weights = layers("delta", torch.float32, generator)
     scales = [torch.randn(2, weight.rank, generator=generator) for weight in weights]
     kept = KeptGroup(weights, scales, [None] * 3)
     x, slots = torch.randn(3, 40, generator=generator), torch.tensor([1, 0, 1])
-    compiled = torch.compile(lambda x: kept.linear_unchecked(x, slots).relu(), backend="eager", fullgraph=True)
     wanted = kept.linear_unchecked(x, slots)
-    assert torch.equal(compiled(x), wanted.relu())
+    assert torch.equal(compiled(kept, x, slots), wanted.relu())
     with pytest.raises(RuntimeError, match="out_features: expected 185, got 3"):
         torch.ops.t2kernels.kept_group_linear(x, slots, kept._number, 3)
     number = kept._number
-    del kept, compiled
+    del kept
     torch._dynamo.reset()
     gc.collect()
     with pytest.raises(RuntimeError, match="group: expected one that is kept"):
