@@ -45,7 +45,12 @@ MIXES = (
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS = {"enable_lora": True, "max_lora_rank": 1, "lora_target_modules": TARGETS}
 CHECKED = {"factored": "t2_svf", "delta, our kernels": "t2_svf_delta", "delta, vLLM's kernels": None}
-PLAIN, LORA = "no experts", "LoRA, rank 16"
+PLAIN = "no experts"
+LORAS: dict[str, dict[str, Any]] = {
+    "LoRA, rank 16": {"enable_lora": True},
+    "LoRA, rank 16, lora_target_modules": {"enable_lora": True, "lora_target_modules": TARGETS},
+}
+"""Without `lora_target_modules` vLLM adds LoRA to embeddings and logits too."""
 TIMED: dict[str, str | None] = {
     "experts, delta, vLLM's kernels for W x": None,
     "experts, delta, our kernels": "t2_svf_delta",
@@ -136,25 +141,26 @@ def speeds(python: Path, folder: Path, rounds: int, new_tokens: int) -> dict[str
         adapters.append(str(folder / f"lora-{i}"))
         export_lora(svf, expert, adapters[-1], 16)
     names = [f"e{i}" for i in range(EXPERTS)]
-    workers = {PLAIN: started(python, folder, {}, None)}
-    for name, method in TIMED.items():
-        options = ADAPTERS | {"max_loras": EXPERTS, "quantization": method}
-        workers[name] = started(python, folder, options, bank)
-    lora = ADAPTERS | {"max_lora_rank": 16, "max_loras": EXPERTS}
-    workers[LORA] = started(python, folder, lora, None)
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
     prompts = [[100 + i + j for j in range(PROMPT)] for i in range(EXPERTS)]
-    for turn in tqdm(range(rounds + 1), desc="turns"):  # the first one warms up
-        for name, worker in workers.items():
-            given: dict[str, Any] = {"experts": names} if name in TIMED else {}
-            given = {"adapters": adapters} if name == LORA else given
-            seconds = worker.ask(prompts=prompts, new_tokens=new_tokens, **given)
-            for key in ("seconds", "prompt_seconds") if turn else ():
-                found[name].setdefault(key, []).append(seconds[key])
-    about = workers[PLAIN].about
-    for worker in workers.values():
+    plain = started(python, folder, {}, None)
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for name in tqdm([*TIMED, *LORAS], desc="ways"):
+        if name in TIMED:
+            options = ADAPTERS | {"max_loras": EXPERTS, "quantization": TIMED[name]}
+            worker, given = started(python, folder, options, bank), {"experts": names}
+        else:
+            options = LORAS[name] | {"max_lora_rank": 16, "max_loras": EXPERTS}
+            worker, given = started(python, folder, options, None), {"adapters": adapters}
+        turns: dict[str, list[dict[str, float]]] = {"own": [], PLAIN: []}
+        for turn in range(rounds + 1):  # the first one warms up
+            for key, each, extra in (("own", worker, given), (PLAIN, plain, {})):
+                seconds = each.ask(prompts=prompts, new_tokens=new_tokens, **extra)
+                turns[key] += [seconds] if turn else []
         worker.close()
-    return {"rounds": rounds, "new_tokens": new_tokens, "paths": found, **about}
+        found[name] = turns
+    about = plain.about
+    plain.close()
+    return {"rounds": rounds, "new_tokens": new_tokens, "ways": found, **about}
 
 
 def answers_table(results: Any) -> Table:
@@ -177,35 +183,32 @@ def answers_table(results: Any) -> Table:
 
 
 def speed_table(results: Any) -> Table:
-    """Tokens a second behind the prompts, and ratios to vLLM without experts and with LoRA."""
+    """Tokens a second behind the prompts, and ratios to vLLM without experts in the same turns."""
     timed = results["speed"]
-    speed = {
-        name: [
-            EXPERTS * (timed["new_tokens"] - 1) / (whole - prompts)
-            for whole, prompts in zip(path["seconds"], path["prompt_seconds"], strict=True)
-        ]
-        for name, path in timed["paths"].items()
+
+    def speeds_of(turns: list[dict[str, float]]) -> list[float]:
+        made = EXPERTS * (timed["new_tokens"] - 1)
+        return [made / (turn["seconds"] - turn["prompt_seconds"]) for turn in turns]
+
+    def seconds(turns: list[dict[str, float]]) -> str:
+        return f"{statistics.median(turn['prompt_seconds'] for turn in turns):.2f}"
+
+    plain = [turn for way in timed["ways"].values() for turn in way[PLAIN]]
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(speeds_of(way["own"]), speeds_of(way[PLAIN]), strict=True))
+        for name, way in timed["ways"].items()
     }
-
-    def ratio(name: str, peer: str) -> str:
-        return f"{statistics.median(a / b for a, b in zip(speed[name], speed[peer], strict=True)):.2f}"
-
-    rows = [
-        [
-            name,
-            f"{statistics.median(made):.0f}",
-            ratio(name, PLAIN),
-            ratio(name, LORA),
-            f"{statistics.median(timed['paths'][name]['prompt_seconds']):.2f}",
-        ]
-        for name, made in speed.items()
-    ]
+    rows = [[PLAIN, f"{statistics.median(speeds_of(plain)):.0f}", "1.00", "", seconds(plain)]]
+    for name, way in timed["ways"].items():
+        beside = [f"{ratios[name] / ratios[lora]:.1f}" for lora in LORAS if name in TIMED]
+        speed = f"{statistics.median(speeds_of(way['own'])):.0f}"
+        rows.append([name, speed, f"{ratios[name]:.2f}", ", ".join(beside), seconds(way["own"])])
     machine_ = results["machine"]
     return Table(
         f"vLLM {timed['vllm']}, {EXPERTS} requests with an expert each, support of {SUPPORT}, bfloat16, "
-        f"{timed['new_tokens']} tokens behind {PROMPT}, {machine_['threads']} cores of {machine_['processor']}, in "
-        f"turns, medians of {timed['rounds']}:",
-        ["", "tokens/s of answers", "/ no experts", "/ LoRA", "s for the prompts"],
+        f"{timed['new_tokens']} tokens behind {PROMPT}, {machine_['threads']} cores of {machine_['processor']}, each way "
+        f"in turns with vLLM without experts, medians of {timed['rounds']}:",
+        ["", "tokens/s of answers", "/ no experts", "/ LoRA of both kinds", "s for the prompts"],
         rows,
     )
 

@@ -28,7 +28,7 @@ DEFAULTS = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 32, "enab
 def adapters_of(request: dict[str, Any]) -> list[LoRARequest | None] | None:
     """vLLM's requests for the experts or LoRA adapters of the prompts."""
     if "experts" in request:
-        from t2.integrations.vllm.resolver import lora_request
+        from t2.integrations.vllm.bank import lora_request
 
         return [None if name is None else lora_request(name) for name in request["experts"]]
     if "adapters" in request:

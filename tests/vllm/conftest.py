@@ -110,7 +110,7 @@ def answers(llm, asked, new_tokens=12):
     """Greedy tokens of (expert's name or None, prompt) pairs."""
     from vllm import SamplingParams
 
-    from t2.integrations.vllm.resolver import lora_request
+    from t2.integrations.vllm.bank import lora_request
 
     options = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": prompt} for _, prompt in asked]

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -169,6 +170,24 @@ def _mixed(experts: Sequence[Expert], weights: dict[str, float]) -> Expert:
             layout.check_same(expert.layout, f"expert {name!r}")
         rows.append(torch.ones(layout.R) if expert is None else expert.z)
     return Expert(mix_rows(torch.tensor([list(weights.values())]), torch.stack(rows))[0], layout)
+
+
+def lora_request(name: str, bank: Bank | None = None) -> Any:
+    """vLLM's `LoRARequest` for an expert or a mix of the bank, for `LLM.generate(..., lora_request=...)`.
+
+    Args:
+        bank: default that of `T2_BANK`.
+
+    Raises:
+        KeyError: the bank has no such expert. OSError, ValueError, TypeError: its file cannot be used.
+    """
+    from vllm.lora.request import LoRARequest
+
+    bank = Bank.from_environment() if bank is None else bank
+    adapter = bank.find(name)
+    if adapter is None:
+        raise KeyError(f"name: expected an expert of {bank.folder} or a mix of such, got {name!r}")
+    return LoRARequest(lora_name=name, lora_int_id=adapter.number, lora_path=str(adapter.path))
 
 
 def set_support() -> None:

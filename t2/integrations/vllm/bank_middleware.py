@@ -23,7 +23,7 @@ from t2.adaptation.bank_folder import CLASSIFIER, load_bank_folder
 from t2.adaptation.dispatch import CONTENT_FREE
 from t2.adaptation.labels import label_tokens
 from t2.generation.prompts import encode
-from t2.integrations.vllm.bank import Bank
+from t2.integrations.vllm.bank import Bank, lora_request
 from t2.tasks.classify import OTHERS, adaptation_problem, labels_of
 
 AUTO = "auto"
@@ -183,8 +183,6 @@ class PassOne:
     async def _next(self, client: Any, prompt: list[int], allowed: Sequence[int]) -> dict[int, float]:
         """log p of each of these tokens among them, after a prompt."""
         from vllm import SamplingParams
-
-        from t2.integrations.vllm.resolver import lora_request
 
         options = SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=list(allowed), detokenize=False)
         expert = None if self.classifier is None else await asyncio.to_thread(lora_request, self.classifier, self.bank)

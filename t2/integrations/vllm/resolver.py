@@ -1,4 +1,4 @@
-"""Experts and mixes of a bank by the `model` of a request, and for `LLM.generate`."""
+"""Experts and mixes of a bank by the `model` of a request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from t2.integrations.vllm.bank import Bank
+from t2.integrations.vllm.bank import Bank, lora_request
 
 log = logging.getLogger("vllm.t2")
 
@@ -27,19 +27,3 @@ class BankResolver(LoRAResolver):
         except (OSError, ValueError, TypeError) as error:
             log.error("expert %r refused: %s", lora_name, error)
             return None
-
-
-def lora_request(name: str, bank: Bank | None = None) -> LoRARequest:
-    """vLLM's request for an expert or a mix of the bank, for `LLM.generate(..., lora_request=...)`.
-
-    Args:
-        bank: default that of `T2_BANK`.
-
-    Raises:
-        KeyError: the bank has no such expert. OSError, ValueError, TypeError: its file cannot be used.
-    """
-    bank = Bank.from_environment() if bank is None else bank
-    adapter = bank.find(name)
-    if adapter is None:
-        raise KeyError(f"name: expected an expert of {bank.folder} or a mix of such, got {name!r}")
-    return LoRARequest(lora_name=name, lora_int_id=adapter.number, lora_path=str(adapter.path))
