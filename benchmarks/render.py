@@ -27,6 +27,7 @@ from benchmarks.serving import (
     memory,
     peft_batches,
     plans,
+    ray_replicas,
     throughput,
     vllm_experts,
 )
@@ -80,6 +81,7 @@ PAGES: dict[str, dict[str, Block]] = {
     "docs/serving.md": {
         "engine-peers": (engine_peers.peers_table, "engine-peers.json"),
         "http-load": (http_load.load_table, "http-load.json"),
+        "ray-replicas": (ray_replicas.replicas_table, "ray-replicas.json"),
     },
     "docs/vllm.md": {
         "vllm-answers": (vllm_experts.answers_table, "vllm-experts.json"),

@@ -206,8 +206,8 @@ def speed_table(results: Any) -> Table:
     machine_ = results["machine"]
     return Table(
         f"vLLM {timed['vllm']}, {EXPERTS} requests with an expert each, support of {SUPPORT}, bfloat16, "
-        f"{timed['new_tokens']} tokens behind {PROMPT}, {machine_['threads']} cores of {machine_['processor']}, each way "
-        f"in turns with vLLM without experts, medians of {timed['rounds']}:",
+        f"{timed['new_tokens']} tokens behind {PROMPT}, {machine_['threads']} cores of {machine_['processor']}, each "
+        f"way in turns with vLLM without experts, medians of {timed['rounds']}:",
         ["", "tokens/s of answers", "/ no experts", "/ LoRA of both kinds", "s for the prompts"],
         rows,
     )
