@@ -32,7 +32,7 @@ from t2.weights.machine import machine
 
 MODEL = "smollm2-135m-instruct"
 TASK, TASK_OPTIONS = "reasoning-gym:chain_sum", '{"config": {"min_terms": 2, "max_terms": 2, "max_digits": 2}}'
-PROMPTS, SAMPLES, TOKENS, RATE, KL, PROBLEMS = 16, 8, 8, 3e-3, 0.01, 200
+PROMPTS, SAMPLES, TOKENS, RATE, KL, PROBLEMS = 8, 8, 12, 3e-3, 0.01, 200
 T2, TRL = "t2 train", "TRL's GRPOTrainer"
 
 

@@ -8,6 +8,7 @@ from vllm.config import CompilationMode
 
 import t2
 from t2.integrations.export import export_vllm
+from t2.integrations.vllm.plan import ModelPlan
 
 from .conftest import PROMPTS, answers, engine
 
@@ -87,6 +88,10 @@ def test_an_expert_beside_the_support_is_refused(case):
         late.save(made.bank / "late.safetensors")
         with pytest.raises(Exception, match="components beside it"):
             answers(llm, [("late", PROMPTS[0])])
+        tables = ModelPlan.of(llm.llm_engine.vllm_config).tables
+        broken = [int(row) for row in tables[0].isnan().all(1).nonzero()]
+        assert len(broken) == 1  # of all layers: half an expert never answers
+        assert all(bool(table[broken[0]].isnan().all()) for table in tables)
 
 
 def test_experts_of_other_weights_are_refused(case):

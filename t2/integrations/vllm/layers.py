@@ -67,6 +67,7 @@ class SVFLayer:
         # a row per slot of s z, or s (z - 1) in the delta form; row 0 is the base
         firsts = [torch.zeros_like(part.s) if self.delta else part.s for part in parts]
         self.tables = [first.repeat(max_loras + 1, 1) for first in firsts]
+        self.plan.tables += self.tables
         self.kept = None
         if extension is not None and device.type == "cpu":
             bias = self._own_bias() if self.own else None
@@ -133,6 +134,14 @@ class SVFLayer:
             table[index + 1] = table[0]
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        try:
+            self._set(index, lora_a, lora_b)
+        except Exception:
+            for table in self.plan.tables:  # vLLM takes the slot for a good one now: no answer is better than a mixture
+                table[index + 1] = torch.nan
+            raise
+
+    def _set(self, index: int, lora_a: Any, lora_b: Any) -> None:
         self.plan.check_served()
         given = lora_a if isinstance(lora_a, list) else [lora_a]
         for b in lora_b if isinstance(lora_b, list) else [lora_b]:

@@ -61,6 +61,8 @@ class ModelPlan:
         self._served: set[str] = set()
         self.tensors: list[Tensor] = []
         """Of all layers, as they are packed."""
+        self.tables: list[Tensor] = []
+        """Scales of all layers, [slots + 1, r] for each matrix."""
 
     @classmethod
     def of(cls, config: VllmConfig) -> ModelPlan:
