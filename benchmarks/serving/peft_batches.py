@@ -71,7 +71,7 @@ def with_adapters(config: Any) -> Any:
     return peft.eval()
 
 
-def main(new_tokens: int = 16, rounds: int = 5, results: Path = RESULTS / "peft-batches.json") -> None:
+def main(new_tokens: int = 96, rounds: int = 2, results: Path = RESULTS / "peft-batches.json") -> None:
     """Args:
     new_tokens: For each request.
     rounds: Turns that each path takes.
