@@ -15,7 +15,7 @@ MADV_COLLAPSE = 25  # Linux 6.1 and later
 def collapse_pages(tensors: Iterable[Tensor]) -> int:
     """Asks Linux to move the memory of CPU tensors into pages of 2 MB; returns the bytes that lie in such pages now.
 
-    Pages that hold parts of several tensors count once. Contents and addresses stay. It takes about a millisecond a
+    Pages that hold parts of several tensors count once. Contents and addresses stay. It takes a few milliseconds a
     page, may run beside whatever uses the tensors, and does nothing where the system cannot do it.
     """
     pages = set[int]()

@@ -437,9 +437,7 @@ class KeptGroup:
         operands = _joined([weight._operands() for weight in weights])
         self.out_features = sum(operands.out_features)
         given = [weights[0].s.new_empty(0) if bias is None else bias.detach() for bias in biases]
-        u, vh, component_scales, _, bases, base_scales, _ = operands
-        lists = (u, vh, component_scales, list(scales), given, bases, base_scales)
-        tensors, counts = [t for each in lists for t in each], [len(each) for each in lists]
+        tensors, counts = _flat(operands, scales, given)
         self._number: int = ops.keep_group(tensors, counts, operands.out_features, weights[0].bf16_products)
         weakref.finalize(self, extension.release_group, self._number)
 
@@ -460,6 +458,13 @@ def _joined(operands: Sequence[_Operands]) -> _Operands:
         [scale for each in operands for scale in each.base_scales],
         {},
     )
+
+
+def _flat(operands: _Operands, scales: Sequence[Tensor], biases: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The tensors of a group in one list, and the lengths of the lists that it joins."""
+    u, vh, component_scales, _, bases, base_scales, _ = operands
+    lists = (u, vh, component_scales, list(scales), biases, bases, base_scales)
+    return [t for each in lists for t in each], [len(each) for each in lists]
 
 
 def _run_group(
@@ -494,10 +499,8 @@ def _run_group(
                 )
             return ys
     if torch.compiler.is_exporting() and x.device.type == "cpu" and extension is not None:
-        u, vh, component_scales, out_features, bases, base_scales, _ = operands
-        lists = (u, vh, component_scales, scales, given, bases, base_scales)
-        tensors, counts = [t for each in lists for t in each], [len(each) for each in lists]
-        return ops.factored_linear_group_flat(x, slots, tensors, counts, out_features, bf16_products)
+        tensors, counts = _flat(operands, scales, given)
+        return ops.factored_linear_group_flat(x, slots, tensors, counts, operands.out_features, bf16_products)
     return ops.call(
         ops.factored_linear_group,
         x,

@@ -34,7 +34,7 @@ def show(folder: Path, statuses: Sequence[DomainStatus], console: Console) -> No
 
 
 def advice(folder: Path, statuses: Sequence[DomainStatus]) -> list[str]:
-    """What keeps automatic choice from knowing all domains, a line each."""
+    """Lines on what keeps automatic choice from knowing all domains."""
     if not statuses:
         return [f"no domains yet: t2 bank add {folder} --name NAME --expert FILE --description TEXT --task TASK"]
     found = [
@@ -62,9 +62,7 @@ def check(folder: Path, console: Console) -> bool:
     return not found
 
 
-def dispatch_accuracy(
-    model: str, classifiers: Mapping[str, Expert], folder: Path, dtype: str = "bfloat16"
-) -> dict[str, dict[str, float]]:
+def dispatch_accuracy(model: str, classifiers: Mapping[str, Expert], folder: Path) -> dict[str, dict[str, float]]:
     """Share of the bank's held-out prompts that each classification expert gives the right label, by label.
 
     A classification expert chooses among the domains it was trained on; prompts of others it can't get right.
@@ -72,7 +70,7 @@ def dispatch_accuracy(
     bank = load_bank_folder(folder)
     prompts = held_out_prompts(folder, bank.domains)
     layout = next(iter(bank.experts.values())).layout
-    svf, processor = load_svf(model, SVFConfig(list(layout.names), getattr(torch, dtype), bf16_products=True))
+    svf, processor = load_svf(model, SVFConfig(list(layout.names), torch.bfloat16, bf16_products=True))
     bank.add_to(svf)
     found = {}
     for name, classifier in classifiers.items():

@@ -38,12 +38,11 @@ GENERAL = SHIPPED / "general-questions.jsonl"
 
 @dataclass(frozen=True)
 class DomainStatus:
-    """What a bank has for one domain. `known`: to the classification expert; None where that cannot be told."""
+    """Prompts of one domain in a bank; and whether its classification expert knows it, None where no file says so."""
 
     domain: Domain
     prompts: Mapping[Split, int]
     known: bool | None
-    metadata: Mapping[str, str]
 
 
 def init_bank(folder: Path) -> None:
@@ -82,9 +81,7 @@ def add_domain(
     """
     check_file_name(name)
     vector = Expert.load(expert)
-    if not folder.exists():
-        init_bank(folder)
-    domains = _domains(folder)
+    domains = _domains(folder) if folder.exists() else {}
     if (name in domains) != replace:
         wanted = "one that the bank has" if replace else "a new one; replace takes the place of a domain"
         raise ValueError(f"name: expected {wanted}, got {name!r} beside {', '.join(domains) or 'no domains'}")
@@ -98,6 +95,8 @@ def add_domain(
             Expert.load(folder / f"{other}.safetensors").layout.check_same(vector.layout, f"expert {name!r}")
             break
     prompts = None if task is None else _prompts_of(task)
+    if not folder.exists():
+        init_bank(folder)
     if prompts is not None:
         _write_prompts(folder / "prompts" / name, name, prompts)
     with replacing(folder / f"{name}.safetensors") as temporary:
@@ -139,7 +138,6 @@ def bank_status(folder: Path) -> list[DomainStatus]:
             domain,
             _counts(folder, domain.name),
             False if bank.classifier is None else None if known is None else domain.name in known,
-            bank.experts[domain.name].metadata,
         )
         for domain in bank.domains
     ]
@@ -158,7 +156,7 @@ def classifier_task(folder: Path) -> tuple[str, str]:
         if lacking := [split for split, count in _counts(folder, label).items() if not count]:
             raise ValueError(
                 f"bank: expected prompts of {label!r} for {', '.join(lacking)} in {folder / 'prompts' / label}, got "
-                f"none; `t2 bank add ... --name {label} --replace --task TASK` keeps some"
+                f"none; `t2 bank add {folder} --name {label} --task TASK` keeps some"
             )
     tasks = {
         label: {"name": f"jsonl:{(folder / 'prompts' / label).resolve()}"}
@@ -209,12 +207,14 @@ def _prompts_of(task: Task) -> dict[Split, Sequence[Problem]]:
 
 
 def _write_prompts(folder: Path, label: str, prompts: Mapping[Split, Sequence[Problem]]) -> None:
-    with atomic_directory(folder.with_name(f"{folder.name}.new")) as temporary:
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+    with atomic_directory(new) as temporary:
         for split, problems in prompts.items():
             lines = [json.dumps({"prompt": question(p), "answer": label}, ensure_ascii=False) for p in problems]
             write_text(temporary / f"{split}.jsonl", "\n".join(lines) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    folder.with_name(f"{folder.name}.new").rename(folder)
+    new.rename(folder)
 
 
 def _counts(folder: Path, label: str) -> dict[Split, int]:

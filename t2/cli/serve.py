@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from t2.cli.options import OPTIONAL, Bank, Model
+
+NOT_TAKEN = {
+    "t2": ("replicas", "max_replicas"),
+    "ray": ("max_connections",),
+    "vllm": (
+        *("replicas", "max_replicas", "max_waiting", "max_connections", "max_body"),
+        *("answer_seconds", "admin_key", "log_prompts"),
+    ),
+}
+"""Options that an engine does not take."""
 
 
 def run(
@@ -61,14 +72,12 @@ def run(
         log_prompts: Write prompts to the log.
         compiled: Compile the model, on a CPU: the same answers, faster; kept for the next start. Needs a C++ compiler.
     """
+    given = locals()
+    unknown = [name for name in NOT_TAKEN[engine] if given[name] != signature(run).parameters[name].default]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: expected another --engine beside it than {engine}, which does not take it")
     keys = [] if api_keys is None else _keys("api_keys", api_keys)
-    if engine != "ray" and (replicas != 1 or max_replicas is not None):
-        raise ValueError("replicas: expected --engine ray beside it")
     if engine == "vllm":
-        if admin_key is not None or log_prompts:
-            raise ValueError(
-                "admin_key, log_prompts: expected --engine t2 or ray beside them; vLLM has options of its own"
-            )
         from t2.integrations.vllm.serve import serve as serve_by_vllm
 
         return serve_by_vllm(

@@ -13,7 +13,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from t2.experts.expert import Expert
-from t2.generation.evaluate import Evaluation, evaluate_experts
+from t2.generation.evaluate import Evaluation, evaluate_experts, figures
 from t2.model.load import load_svf
 from t2.model.svf_model import SVFConfig
 from t2.tasks import Split, get, options_of
@@ -89,7 +89,7 @@ def score_experts(
         "problems": len(asked),
         "factor_dtype": dtype,
         "machine": machine(),
-        "scores": {name: _figures(found[BASE], each) for name, each in found.items()},
+        "scores": {name: each | _beside(found[BASE], found[name]) for name, each in figures(found).items()},
     }
     if output is not None:
         write_text(output, json.dumps(results, indent=1) + "\n")
@@ -110,17 +110,9 @@ def _named(paths: Sequence[Path]) -> dict[str, Expert]:
     return found
 
 
-def _figures(base: Evaluation, own: Evaluation) -> dict[str, Any]:
+def _beside(base: Evaluation, own: Evaluation) -> dict[str, Any]:
     better, worse = better_worse(base.scores, own.scores)
-    return {
-        "accuracy": own.accuracy,
-        "interval": own.interval,
-        "better": better,
-        "worse": worse,
-        "p": paired_p(base.scores, own.scores),
-        "scores": own.scores,
-        "answers": own.answers,
-    }
+    return {"better": better, "worse": worse, "p": paired_p(base.scores, own.scores), "answers": own.answers}
 
 
 def _table(results: Mapping[str, Any]) -> Table:

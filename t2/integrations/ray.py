@@ -16,6 +16,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
@@ -34,13 +35,13 @@ from t2.server.batch import Line, answer_line
 from t2.server.errors import ApiError
 from t2.server.experts import SUFFIX, Experts
 from t2.server.opened import Opened, open_engine
-from t2.server.run import is_loopback, log_to_stderr
+from t2.server.run import check_address, log_to_stderr
 from t2.server.schema import parsed
 from t2kernels.files import replacing
 
 NAME, DESCRIBED = "t2", "domains.json"
 LOOK_SECONDS = 0.5
-"""How often a replica asks the keeper for files that have changed."""
+"""Pause between a replica's looks for files that have changed."""
 log = logging.getLogger("t2.server")
 Stamps = dict[str, tuple[int, int]]
 
@@ -97,12 +98,12 @@ class Mirror:
             (self.folder / name).unlink(missing_ok=True)
             del self._known[name]
 
-    async def watch(self) -> None:
-        """Looks again and again."""
+    def watch(self) -> None:
+        """Looks again and again, in a thread of its own."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            time.sleep(LOOK_SECONDS)
             try:
-                await asyncio.to_thread(self.look)
+                self.look()
             except Exception:
                 log.exception("the bank's keeper does not answer")
 
@@ -130,7 +131,8 @@ class Replica:
         work = functools.partial(self._step, opened, model, threads, compiled, engine)
         threading.Thread(target=work, name="t2-engine", daemon=True).start()
         self.server = Server(opened.result(), options)
-        self._watching: asyncio.Task[None] | None = None
+        if self.mirror is not None:
+            threading.Thread(target=self.mirror.watch, name="t2-bank", daemon=True).start()
 
     def _step(self, opened: Future[Opened], model: str, threads: int, compiled: bool, engine: dict[str, Any]) -> None:
         torch.set_num_threads(threads)
@@ -152,13 +154,8 @@ class Replica:
 
     async def check_health(self) -> None:
         """Raises once the engine has failed, so that Ray starts another replica."""
-        if self.mirror is not None and self._watching is None:
-            self._watching = asyncio.create_task(self.mirror.watch())
         if self.server.engine.failure is not None:
             raise RuntimeError(f"the engine has failed: {self.server.engine.failure}")
-
-    def __del__(self) -> None:
-        self._folder.cleanup()
 
 
 class Forwarding:
@@ -218,8 +215,7 @@ def serve(
         FileNotFoundError: no folder of the bank. ValueError: numbers that do not go together, or an address that others
             can reach without any key.
     """
-    if not is_loopback(host) and not options.api_keys:
-        raise ValueError(f"host: expected a key in --api-keys for an address that others can reach, got {host} without")
+    check_address(host, options.api_keys)
     if replicas < 1 or (max_replicas is not None and max_replicas < replicas):
         raise ValueError(f"replicas: expected 1 <= replicas <= max_replicas, got {replicas} and {max_replicas}")
     folder = None if bank is None else bank_path(bank)

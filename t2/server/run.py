@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def check_address(host: str, api_keys: Sequence[str]) -> None:
+    """ValueError for an address that others can reach without any key."""
+    if not is_loopback(host) and not api_keys:
+        raise ValueError(f"host: expected a key in --api-keys for an address that others can reach, got {host} without")
+
+
 def serve(
     model: str,
     *,
@@ -65,8 +72,7 @@ def serve(
     Raises:
         ValueError: an address that others can reach without any key.
     """
-    if not is_loopback(host) and not options.api_keys:
-        raise ValueError(f"host: expected a key in --api-keys for an address that others can reach, got {host} without")
+    check_address(host, options.api_keys)
     log_to_stderr()
     log = logging.getLogger("t2.server")
     opened = open_engine(model, bank, dtype=dtype, form=form, support=support, news=log.warning, **limits)

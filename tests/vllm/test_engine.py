@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from vllm.config import CompilationMode
@@ -101,6 +104,32 @@ def test_experts_of_other_weights_are_refused(case):
         model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     model.save_pretrained(made.folder)
     with pytest.raises(Exception, match="expected experts of the weights in"), engine(made, "t2_svf_delta"):
+        pass
+
+
+def test_an_expert_of_other_weights_is_refused_wherever_it_comes_from(case):
+    made = case(support=24)
+    layout = made.svf.layout
+    with engine(made, "t2_svf_delta") as llm:
+        t2.Expert(made.expert(3).z, replace(layout, fingerprint="0" * 64)).save(made.bank / "foreign.safetensors")
+        with pytest.raises(Exception, match="expected an expert of the weights in"):
+            answers(llm, [("foreign", PROMPTS[0])])
+
+
+@pytest.mark.parametrize("method", ["t2_svf_delta", None])
+def test_layers_that_hold_other_weights_than_the_checkpoint_are_refused(case, monkeypatch, tmp_path, method):
+    made = case(support=24)
+    monkeypatch.setenv("T2_CHECKPOINT", str(shutil.copytree(made.folder, tmp_path / "checkpoint")))
+    with engine(made, method) as llm:
+        assert answers(llm, [("e0", PROMPTS[0])]) == expected(made, [("e0", PROMPTS[0])])
+    model = made.svf.unload()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3].neg_()  # one row of one matrix
+    model.save_pretrained(made.folder)
+    with (
+        pytest.raises(Exception, match=r"layers\.1\.self_attn\.qkv_proj: expected the weights of"),
+        engine(made, method),
+    ):
         pass
 
 

@@ -7,13 +7,11 @@ Installed beside vLLM the package is found by it (entry point `vllm.general_plug
 
 from __future__ import annotations
 
-import logging
 import os
 
 SUPPORTED = ("0.32", "0.33")
 """Versions of vLLM whose private name `vllm.lora.utils._all_lora_classes` is known."""
 RESOLVER = "t2"
-log = logging.getLogger("vllm.t2")
 
 
 def register() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +14,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from t2.adaptation.bank_folder import CLASSIFIER
 from t2.experts import support
 from t2.experts.expert import Expert
 from t2.experts.layout import Layout
 from t2.experts.mixes import mix_rows, parse_mix
+from t2.tasks.classify import BASE
 from t2.weights.files import atomic_directory, read_safetensors
 from t2kernels.files import cache_root
 
 BANK, SUPPORT = "T2_BANK", "T2_SUPPORT"
 """Environment variables: the bank's folder; the support of the delta form, default that of the bank's experts."""
 SUFFIX = ".safetensors"
-CLASSIFIER, BASE = "classifier", "base"
 ROWS = 3
 """Rows of bfloat16 numbers whose sum is a float32 number exactly."""
-log = logging.getLogger("vllm.t2")
+FORMAT = 2
+"""Of the adapters; part of the hash that names their folders."""
+MOST_MIXES = 1000
+"""Mixes that one process makes: each is a folder on disk, and vLLM keeps its name."""
 
 
 def split_exactly(values: Tensor) -> Tensor:
@@ -44,17 +47,27 @@ def split_exactly(values: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def base_bits(fingerprint: str, rank: int) -> Tensor:
+    """A row [rank] of zeros and ones that tells one base's weights from another's, in any dtype."""
+    digest = hashlib.sha256(fingerprint.encode()).digest()
+    bits = torch.tensor([byte >> i & 1 for byte in digest for i in range(8)], dtype=torch.float32)
+    return bits.repeat(-(-rank // len(bits)))[:rank]
+
+
 def suffixes(layout: Layout) -> list[str]:
     """Last parts of the names of the matrices."""
     return sorted({name.rpartition(".")[2] for name in layout.names})
 
 
 def write_adapter(expert: Expert, folder: Path | str) -> None:
-    """Writes an expert in the form of a LoRA adapter of rank 1, whole or not at all: z - 1 of each matrix is its A."""
-    names = expert.layout.names
+    """Writes an expert in the form of a LoRA adapter, whole or not at all.
+
+    The A of each matrix holds z - 1, and a row of bits by which vLLM's layers know whose weights it is for.
+    """
     tensors = {}
-    for name in names:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = split_exactly(expert[name] - 1)
+    for name, rank in zip(expert.layout.names, expert.layout.ranks, strict=True):
+        rows = (*split_exactly(expert[name] - 1), base_bits(expert.layout.fingerprint, rank))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.stack(rows)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(1, 1)
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": suffixes(expert.layout), "bias": "none"}
     with atomic_directory(folder) as temporary:
@@ -104,7 +117,7 @@ class Bank:
 
     @property
     def layout(self) -> Layout | None:
-        """That of the experts; None where there are none."""
+        """Layout of the experts; None where there are none."""
         for name in self.names:
             path = self.folder / f"{name}{SUFFIX}"
             return Layout.from_metadata(read_safetensors(path, "expert")[1], str(path))
@@ -141,6 +154,8 @@ class Bank:
             return None
         known = self._made.get((name, stamps))
         if known is None or not known.path.is_dir():
+            if weights is not None and sum(":" in made for made, _ in self._made) >= MOST_MIXES:
+                raise ValueError(f"mix: expected at most {MOST_MIXES} different ones until vLLM starts again")
             experts = [Expert.load(path) for path in files if path]
             known = Adapter(name, self._write(experts[0] if weights is None else _mixed(experts, weights)))
             self._made = {key: made for key, made in self._made.items() if key[0] != name}
@@ -149,16 +164,12 @@ class Bank:
 
     def _write(self, expert: Expert) -> Path:
         layout = expert.layout
-        about = json.dumps([layout.names, layout.ranks, layout.fingerprint, ROWS]).encode()
+        about = json.dumps([layout.names, layout.ranks, layout.fingerprint, FORMAT]).encode()
         content = hashlib.sha256(about + expert.z.numpy().tobytes()).hexdigest()
         folder = self._adapters / content[:32]
         if not folder.is_dir():
             write_adapter(expert, folder)
         return folder
-
-    def experts(self) -> list[Expert]:
-        """All experts but the classifier."""
-        return [Expert.load(self.folder / f"{name}{SUFFIX}") for name in self.names]
 
 
 def _mixed(experts: Sequence[Expert], weights: dict[str, float]) -> Expert:
@@ -191,21 +202,23 @@ def lora_request(name: str, bank: Bank | None = None) -> Any:
 
 
 def set_support() -> None:
-    """Writes the support of the bank's experts to a file and names it in `T2_SUPPORT`, if that names none yet.
+    """Writes the support of the bank's files to one and names it in `T2_SUPPORT`, if that names none yet.
 
-    The processes that vLLM starts then have one support, whatever comes into the bank meanwhile.
+    The classification expert's is part of it. The processes that vLLM starts then have one support, whatever comes into
+    the bank meanwhile.
     """
     if os.environ.get(SUPPORT) or not os.environ.get(BANK):
         return
-    experts = Bank.from_environment().experts()
-    if not experts:
+    bank = Bank.from_environment()
+    layout = bank.layout
+    if layout is None:
         return
-    positions = support.support_of(experts)
+    positions = support.load(bank.folder, layout)
     if not len(positions):
         return
-    key = hashlib.sha256(experts[0].layout.fingerprint.encode() + positions.numpy().tobytes()).hexdigest()
+    key = hashlib.sha256(layout.fingerprint.encode() + positions.numpy().tobytes()).hexdigest()
     path = cache_root() / "vllm-adapters" / f"support-{key[:32]}{SUFFIX}"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        support.save(path, positions, experts[0].layout)
+        support.save(path, positions, layout)
     os.environ[SUPPORT] = str(path)

@@ -20,7 +20,9 @@ from vllm.lora.layers import (
     ReplicatedLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from t2.integrations.vllm.bank import ROWS, base_bits
 from t2.integrations.vllm.plan import Matrix, ModelPlan
 from t2.integrations.vllm.quantization import SVFLinearMethod
 from t2kernels import DeltaWeight, FactoredWeight
@@ -32,7 +34,7 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class SVFLayer:
-    """What a class of vLLM's LoRA layers needs to serve experts instead.
+    """Mixin that lets a class of vLLM's LoRA layers serve experts instead.
 
     W is in our own storage where vLLM was told the quantisation method `t2_svf`, and otherwise stays with vLLM's
     kernels, whose output gets the correction of the delta form.
@@ -74,7 +76,7 @@ class SVFLayer:
             biases = [None] * len(parts) if bias is None else list(bias.detach().split(self.sizes))
             self.kept = KeptGroup(parts, self.tables, biases)
         # shapes that vLLM's manager makes its adapters for the warm-up from
-        ranks = [len(self.plan.factors(name)[1]) for name in self.names]
+        ranks = [min(w.shape) for w in weights]
         self.lora_a_stacked = tuple(torch.zeros(1, 1, 1, rank) for rank in ranks)
         self.lora_b_stacked = tuple(torch.zeros(1, 1, 1, 1) for _ in ranks)
         if self.own:
@@ -122,7 +124,8 @@ class SVFLayer:
             device = _device_of(layer)
             y = layer.quant_method.apply(layer, x.to(device, layer.params_dtype)).float().cpu()
             wanted = x @ expected.T
-            same = float((y - wanted).norm() / wanted.norm()) < 0.3  # four bits differ by about a tenth
+            most = 0.02 if isinstance(layer.quant_method, UnquantizedLinearMethod) else 0.3  # 4 bits: about a tenth
+            same = float((y - wanted).norm() / wanted.norm()) < most
         if not same:
             raise ValueError(
                 f"{layer.prefix}: expected the weights of {', '.join(self.names)} in {self.plan.folder}, "
@@ -147,13 +150,22 @@ class SVFLayer:
         for b in lora_b if isinstance(lora_b, list) else [lora_b]:
             if b is not None and b.shape[0] != 1:
                 raise ValueError(f"{self.names[0]}: expected an expert of the bank, got a LoRA adapter")
-        rows = []
-        for name, table, part, kept, offsets in zip(
+        for name, table, part, kept, rows in zip(
             self.names, self.tables, self._packed, self.components, given, strict=True
         ):
-            rows.append(table[0] if offsets is None else _scales(name, offsets, part.s, kept))
-        for table, row in zip(self.tables, rows, strict=True):
-            table[index + 1] = row
+            if rows is None or not bool(rows.any()):  # vLLM warms up with zeros
+                table[index + 1] = table[0]
+            else:
+                table[index + 1] = _scales(name, self._offset(name, rows), part.s, kept)
+
+    def _offset(self, name: str, rows: Tensor) -> Tensor:
+        """z - 1 [r] from the rows of an adapter. Raises ValueError where these are another base's, or no expert's."""
+        rows = rows.float()
+        if len(rows) != ROWS + 1:
+            raise ValueError(f"{name}: expected an expert of the bank, got a LoRA adapter")
+        if not torch.equal(rows[ROWS].cpu(), base_bits(self.plan.fingerprint, rows.shape[1])):
+            raise ValueError(f"{name}: expected an expert of the weights in {self.plan.folder}, got one of others")
+        return rows[:ROWS].sum(0)
 
     def _slots(self, rows: int, on_cpu: bool) -> Tensor:
         """The row of the tables for each token."""
@@ -228,13 +240,8 @@ def _packed(
     return FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=short, float16_head=not delta)
 
 
-def _scales(name: str, offsets: Tensor, s: Tensor, components: Tensor | None) -> Tensor:
-    """A row of the table from the rows [n, r] that an adapter holds, whose sum is z - 1.
-
-    Raises:
-        ValueError: an expert of another rank, or one that changes components beside the support.
-    """
-    offset = offsets.float().sum(0)
+def _scales(name: str, offset: Tensor, s: Tensor, components: Tensor | None) -> Tensor:
+    """A row of the table from z - 1 [r]. Raises ValueError for an expert that changes components beside the support."""
     if components is not None:
         beside = torch.ones(len(offset), dtype=torch.bool)
         beside[components] = False
@@ -245,8 +252,6 @@ def _scales(name: str, offsets: Tensor, s: Tensor, components: Tensor | None) ->
                 "support in T2_SUPPORT"
             )
         offset = offset[components]
-    if len(offset) != len(s):
-        raise ValueError(f"{name}: expected an expert of {len(s)} components, got one of {len(offset)}")
     offset = offset.to(s.device)
     return s * offset if components is not None else s * (1 + offset)
 

@@ -14,7 +14,7 @@ METHODS: dict[str, tuple[bool, torch.dtype | None]] = {
     for form, known in (("", FACTORED), ("_delta", DELTA))
     for storage, dtype in {"": None, **known}.items()
 }
-"""Whether it is the delta form, and the storage; None is the model's dtype."""
+"""By name: whether the form is delta, and the storage; None is the model's dtype."""
 
 
 def method_name(form: str, storage: str) -> str:

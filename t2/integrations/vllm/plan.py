@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_pp_group, get_tp_group
-from vllm.logger import init_logger
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.model_loader.utils import get_model_cls
 
@@ -28,7 +27,6 @@ from t2kernels.pages import collapse_pages
 
 CHECKPOINT = "T2_CHECKPOINT"
 """Environment variable: the folder with the plain weights of a model that vLLM reads quantised."""
-log = init_logger("vllm.t2")
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class ModelPlan:
         self._cache = FactorCache()
         self._served: set[str] = set()
         self.tensors: list[Tensor] = []
-        """Of all layers, as they are packed."""
+        """Packed tensors of all layers."""
         self.tables: list[Tensor] = []
         """Scales of all layers, [slots + 1, r] for each matrix."""
 
@@ -132,6 +130,11 @@ class ModelPlan:
                 "which has others"
             )
         return keys
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the weights, as experts' files have it."""
+        return fingerprint(self.keys)
 
     def factors(self, name: str) -> Factors:
         """U [out, r], s [r] and Vh [r, in] of a matrix, float32; afterwards it counts as served."""

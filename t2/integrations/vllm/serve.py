@@ -11,7 +11,7 @@ from pathlib import Path
 from t2.adaptation.bank_folder import bank_path
 from t2.integrations.vllm.bank import BANK, SUPPORT, Bank
 from t2.integrations.vllm.names import method_name
-from t2.server.run import is_loopback
+from t2.server.run import check_address
 from t2.weights.streaming import checkpoint_folder
 
 MIDDLEWARE = "t2.integrations.vllm.bank_middleware.BankMiddleware"
@@ -40,15 +40,8 @@ def vllm_command(
     arguments = ["serve", str(folder), "--served-model-name", Path(model).name, "base"]
     arguments += ["--host", host, "--port", str(port), "--dtype", dtype]
     arguments += ["--quantization", method_name(form, factor_dtype)]
-    arguments += [
-        "--enable-lora",
-        "--max-lora-rank",
-        "1",
-        "--max-loras",
-        str(max_rows),
-        "--max-num-seqs",
-        str(max_rows),
-    ]
+    arguments += ["--enable-lora", "--max-lora-rank", "1"]
+    arguments += ["--max-loras", str(max_rows), "--max-num-seqs", str(max_rows)]
     arguments += ["--max-model-len", str(max_tokens), "--middleware", MIDDLEWARE]
     if targets := Bank(bank).target_modules:
         arguments += ["--lora-target-modules", *targets]
@@ -57,15 +50,16 @@ def vllm_command(
     return arguments + (["--api-key", *api_keys] if api_keys else [])
 
 
-def serve(model: str, *, bank: Path | None, support: Path | None, host: str, **options: object) -> int:
+def serve(
+    model: str, *, bank: Path | None, support: Path | None, host: str, api_keys: Sequence[str] = (), **options: object
+) -> int:
     """Becomes `vllm serve`, after the command was written to standard error.
 
     Raises:
         ValueError: no bank, or an address that others can reach without any key. ImportError: no vLLM. Others as
             `vllm_command`.
     """
-    if not is_loopback(host) and not options.get("api_keys"):
-        raise ValueError(f"host: expected a key in --api-keys for an address that others can reach, got {host} without")
+    check_address(host, api_keys)
     if find_spec("vllm") is None:
         raise ImportError("engine: expected vLLM beside this package (`pip install vllm`), found none")
     if bank is None:
@@ -73,7 +67,7 @@ def serve(model: str, *, bank: Path | None, support: Path | None, host: str, **o
     folder = bank_path(bank)
     if not folder.is_dir():
         raise FileNotFoundError(f"bank: expected a folder, got {folder}")
-    arguments = vllm_command(model, bank=folder, host=host, **options)  # type: ignore[arg-type]
+    arguments = vllm_command(model, bank=folder, host=host, api_keys=api_keys, **options)  # type: ignore[arg-type]
     added = {BANK: str(folder)} | ({} if support is None else {SUPPORT: str(support)})
     shown = [argument if i == 0 or arguments[i - 1] != "--api-key" else "..." for i, argument in enumerate(arguments)]
     print(*(f"{name}={value}" for name, value in added.items()), "vllm", *shown, file=sys.stderr, flush=True)

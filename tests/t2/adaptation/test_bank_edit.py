@@ -107,6 +107,22 @@ def test_what_does_not_fit_leaves_the_bank_as_it_was(files, name, options, messa
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_first_domain_that_does_not_fit_leaves_no_folder(files):
+    with pytest.raises(ValueError, match="description: expected one line"):
+        add(files, "sums", description=None)
+    assert not (files / "bank").exists()
+
+
+def test_what_a_killed_run_left_is_no_prompt(files):
+    add(files, "sums")
+    left = files / "bank" / "prompts" / "sums.new"
+    left.mkdir()
+    (left / "train.jsonl").write_text(json.dumps({"prompt": "old", "answer": "sums"}) + "\n")
+    add_prompts(files / "bank", "sums", task(files, "logic"))
+    prompts = (files / "bank" / "prompts" / "sums" / "train.jsonl").read_text()
+    assert "logic question" in prompts and "old" not in prompts
+
+
 def test_experts_of_another_base_are_refused(files):
     add(files, "sums")
     other = Layout(LAYOUT.names, LAYOUT.ranks, "e" * 64, "other")

@@ -234,3 +234,18 @@ def test_estimate_needs_the_config_alone(folder, cache, tmp_path, capsys, monkey
     ):
         assert run("estimate", *args) == 2
         assert text in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "name"),
+    [
+        ("t2", ("--replicas", "2"), "replicas"),
+        ("vllm", ("--max-replicas", "2"), "max_replicas"),
+        ("vllm", ("--max-body", "10"), "max_body"),
+        ("vllm", ("--log-prompts",), "log_prompts"),
+        ("ray", ("--max-connections", "10"), "max_connections"),
+    ],
+)
+def test_serve_refuses_what_its_engine_does_not_take(engine, options, name, capsys):
+    assert run("serve", "no-such-model", "--engine", engine, *options) == 2
+    assert f"t2: {name}: expected another --engine" in capsys.readouterr().err

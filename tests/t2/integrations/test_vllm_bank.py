@@ -14,7 +14,7 @@ import t2
 from t2.experts import support
 from t2.experts.layout import Layout
 from t2.integrations.vllm import bank as banks
-from t2.integrations.vllm.bank import Bank, set_support, split_exactly
+from t2.integrations.vllm.bank import ROWS, Bank, base_bits, set_support, split_exactly
 from t2.integrations.vllm.bank_middleware import BankMiddleware
 
 LAYOUT = Layout(("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"), (5, 7), "f" * 64, "tiny")
@@ -36,7 +36,9 @@ def folder(tmp_path, monkeypatch):
 def offsets(adapter):
     """z - 1 as vLLM's layers see it, whatever dtype adapters are cast to."""
     tensors = load_file(adapter.path / "adapter_model.safetensors")
-    return [tensors[f"base_model.model.{name}.lora_A.weight"].bfloat16().float().sum(0) for name in LAYOUT.names]
+    rows = [tensors[f"base_model.model.{name}.lora_A.weight"].bfloat16().float() for name in LAYOUT.names]
+    assert all(torch.equal(each[ROWS], base_bits(LAYOUT.fingerprint, each.shape[1])) for each in rows)
+    return [each[:ROWS].sum(0) for each in rows]
 
 
 def test_three_bfloat16_rows_hold_a_float32_exactly():
@@ -45,6 +47,24 @@ def test_three_bfloat16_rows_hold_a_float32_exactly():
     assert torch.equal(rows.bfloat16().float(), rows)
     assert torch.equal(rows.sum(0), values)
     assert torch.equal(split_exactly(torch.zeros(3)), torch.zeros(3, 3))
+
+
+def test_bits_tell_bases_apart_in_any_dtype():
+    one, other = base_bits("a" * 64, 300), base_bits("b" * 64, 300)
+    assert one.shape == (300,) and torch.equal(one.bfloat16().float(), one)
+    assert torch.equal(one[256:], one[:44])
+    assert 80 < int((one != other).sum()) < 220
+    assert base_bits("a" * 64, 1).shape == (1,)
+
+
+def test_a_process_makes_no_more_mixes_than_it_says(folder, monkeypatch):
+    monkeypatch.setattr(banks, "MOST_MIXES", 2)
+    bank = Bank(folder)
+    for weight in (1, 2):
+        assert bank.find(f"sums:{weight}") is not None
+    with pytest.raises(ValueError, match="expected at most 2 different ones"):
+        bank.find("sums:3")
+    assert bank.find("sums:1") is not None and bank.find("logic") is not None
 
 
 def test_an_adapter_is_z_minus_one_and_named_by_its_content(folder):
@@ -110,14 +130,14 @@ def test_no_folder(tmp_path, monkeypatch):
 
 
 def test_the_support_is_that_of_the_bank_at_the_start(folder, monkeypatch):
-    for name, first in (("sums", 1), ("logic", 6), ("1.5", 1)):
+    for name, first in (("sums", 1), ("logic", 6), ("1.5", 1), ("classifier", 8)):
         z = torch.ones(12)
         z[first] = 1.1
         t2.Expert(z, LAYOUT).save(folder / f"{name}.safetensors")
     set_support()
     path = banks.os.environ[banks.SUPPORT]
     monkeypatch.setenv(banks.SUPPORT, path)  # so that it is undone
-    assert support.load(path, LAYOUT).tolist() == [1, 6]
+    assert support.load(path, LAYOUT).tolist() == [1, 6, 8]
     t2.Expert.random(LAYOUT).save(folder / "late.safetensors")
     set_support()
     assert banks.os.environ[banks.SUPPORT] == path
