@@ -55,6 +55,63 @@ class Bug:
 BUGS = (
     # t2kernels
     Bug(
+        "outputs of kept groups lose their biases",
+        "csrc/binding.cpp",
+        "if (const Tensor* bias = group.bias(l)) set_bias(out, *bias, kept->out_features[l]);",
+        "",
+        "t2kernels/test_kept_group.py",
+    ),
+    Bug(
+        "a kept group is never released",
+        "t2kernels/weights.py",
+        "        weakref.finalize(self, extension.release_group, self._number)\n",
+        "",
+        "t2kernels/test_kept_group.py",
+    ),
+    # t2, mixes, banks, integrations
+    Bug(
+        "mixes of experts on a support leave it by rounding",
+        "t2/experts/mixes.py",
+        "torch.where((total - 1).abs() < 1e-6, 1.0, total).float()",
+        "total.float()",
+        "t2/experts/test_mixes.py",
+    ),
+    Bug(
+        "adapters for vLLM hold z - 1 in two parts",
+        "t2/integrations/vllm/bank.py",
+        "    for _ in range(ROWS):",
+        "    for _ in range(ROWS - 1):",
+        "t2/integrations/test_vllm_bank.py",
+    ),
+    Bug(
+        "names of experts lead out of the bank",
+        "t2/integrations/vllm/bank.py",
+        'Path(name).name == name and not name.startswith(".")',
+        "True",
+        "t2/integrations/test_vllm_bank.py",
+    ),
+    Bug(
+        "clients that vLLM refuses may choose experts",
+        "t2/integrations/vllm/bank_middleware.py",
+        '        if messages and messages[0]["status"] == 200:\n            return True',
+        "        if messages:\n            return True",
+        "t2/integrations/test_vllm_bank.py",
+    ),
+    Bug(
+        "a failed addition leaves a bank behind",
+        "t2/adaptation/bank_edit.py",
+        "    domains = _domains(folder) if folder.exists() else {}",
+        "    folder.exists() or init_bank(folder)\n    domains = _domains(folder)",
+        "t2/adaptation/test_bank_edit.py",
+    ),
+    Bug(
+        "replicas keep experts that are gone",
+        "t2/integrations/ray.py",
+        "[name for name in known if name not in stamps]",
+        "[]",
+        "t2/integrations/test_ray.py -k keeper",
+    ),
+    Bug(
         "int8 storage cuts fractions off instead of rounding",
         "t2kernels/packing.py",
         "(steps.round() if dtype == torch.int8 else steps)",

@@ -85,7 +85,7 @@ async def run(url: str, asked: list[Asked]) -> dict[str, Any]:
 
 
 def replicas_table(results: Any) -> Table:
-    """What clients saw."""
+    """Answers, failures and recovery."""
     rows = [
         ["answered, failed", f"{results['answered']}, {results['failed']}"],
         ["requests open at the killed replica or on their way to it, at most", str(OPEN)],

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,16 @@ def work(name: str) -> None:
             print(json.dumps(row | {"peak": memory.peak}), flush=True)
 
 
+def for_trl(task: Task) -> tuple[list[dict[str, Any]], Callable[..., list[float]]]:
+    """A task's training problems as rows of a dataset for TRL, and the reward function that belongs to them."""
+    problems = task.problems("train")
+
+    def reward(completions: list[list[dict[str, str]]], index: list[int], **columns: object) -> list[float]:
+        return task.rewards([problems[i] for i in index], [answer[0]["content"] for answer in completions])
+
+    return [{"prompt": list(problem.messages), "index": i} for i, problem in enumerate(problems)], reward
+
+
 def grpo(model: Any, tokenizer: Any, task: Task, memory: AnonymousPeak) -> None:
     """The same with TRL's trainer around the wrapped model."""
     from datasets import Dataset
@@ -91,11 +102,7 @@ def grpo(model: Any, tokenizer: Any, task: Task, memory: AnonymousPeak) -> None:
 
     svf = t2.SVFModel(model, t2.SVFConfig(dtype=torch.bfloat16, bf16_products=True, progress=False))
     svf.start_training()
-    problems = task.problems("train")
-    rows = [{"prompt": list(problem.messages), "index": i} for i, problem in enumerate(problems)]
-
-    def reward(completions: list[list[dict[str, str]]], index: list[int], **columns: object) -> list[float]:
-        return task.rewards([problems[i] for i in index], [answer[0]["content"] for answer in completions])
+    rows, reward = for_trl(task)
 
     class OnRequest(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -24,14 +24,13 @@ import tyro
 import t2
 from benchmarks.common.memory import AnonymousPeak
 from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
+from benchmarks.training.step_speed import MODEL, TASK, TASK_OPTIONS, for_trl
 from t2.generation.evaluate import evaluate_experts
 from t2.tasks import Task, get
 from t2.training import Trainer, TrainOptions
 from t2.weights.loading import tokenizer_of
 from t2.weights.machine import machine
 
-MODEL = "smollm2-135m-instruct"
-TASK, TASK_OPTIONS = "reasoning-gym:chain_sum", '{"config": {"min_terms": 2, "max_terms": 2, "max_digits": 2}}'
 PROMPTS, SAMPLES, TOKENS, RATE, KL, PROBLEMS = 8, 8, 12, 3e-3, 0.01, 200
 T2, TRL = "t2 train", "TRL's GRPOTrainer"
 
@@ -67,15 +66,13 @@ def trained_by_trl(task: Task, folder: Path, steps: int) -> tuple[t2.Expert, lis
     from t2.integrations.peft import SVFConfig, expert_of
 
     model, tokenizer = t2.load(MODEL)
-    problems = task.problems("train")
-    lines = [{"prompt": list(problem.messages), "index": i} for i, problem in enumerate(problems)]
+    lines, rewards = for_trl(task)
     rows: list[dict[str, float]] = []
     given: list[float] = []
 
-    def reward(completions: list[list[dict[str, str]]], index: list[int], **columns: object) -> list[float]:
-        found = task.rewards([problems[i] for i in index], [answer[0]["content"] for answer in completions])
-        given[:] = found
-        return found
+    def reward(**columns: Any) -> list[float]:
+        given[:] = rewards(**columns)
+        return list(given)
 
     class Timed(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -105,7 +105,7 @@ class BankMiddleware:
         return True
 
     async def _may_ask(self, scope: Any, send: Any) -> bool:
-        """Whether vLLM would answer this client at all; its refusal is sent where it would not."""
+        """True if vLLM answers this client at all; else its refusal is sent."""
         messages: list[Message] = []
 
         async def keep(message: Message) -> None:
@@ -153,7 +153,7 @@ class PassOne:
         return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
 
     def is_current(self) -> bool:
-        """Whether the folder is as it was."""
+        """True while no file of the folder has changed."""
         return self._read() == self._stamp
 
     async def choose(self, words: str, client: Any) -> tuple[str, str]:
