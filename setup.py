@@ -50,6 +50,8 @@ def extension() -> "CppExtension":
             "csrc/cpu/avx512.cpp",
             "csrc/cpu/avx512_bf16.cpp",
             "csrc/cpu/amx_bf16.cpp",
+            "csrc/cpu/neon.cpp",
+            "csrc/cpu/neon_bf16.cpp",
         ],
         include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
         define_macros=[TORCH_TARGET_VERSION],

@@ -9,7 +9,7 @@ from benchmarks.common.tables import Table
 
 
 def versions_table(results: Any) -> Table:
-    """Outcome of the kernels' tests by version of Python and torch."""
+    """Outcome of the kernels' tests by version of Python, each with one wheel, and torch."""
 
     def ordered(key: str) -> list[str]:
         return sorted({row[key] for row in results}, key=lambda name: [int(part) for part in name.split(".")])

@@ -673,6 +673,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", [] {
 #if defined(__x86_64__)
     return std::vector<std::string>{"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+#elif defined(__aarch64__)
+    return std::vector<std::string>{"portable", "neon", "neon_bf16"};
 #else
     return std::vector<std::string>{"portable"};
 #endif

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-_INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+_INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon", "neon_bf16")
 
 
 def _load_extension() -> tuple[ModuleType | None, str]:
@@ -96,7 +96,7 @@ def build_info() -> dict[str, object]:
 
 
 def select_instruction_set(name: str) -> None:
-    """Makes the CPU operators run on "portable", "avx2" or "avx512" from the next call on; ValueError if it can't.
+    """Makes the CPU operators run on a set of `build_info()["supported"]` from now on; ValueError for another one.
 
     The same choice is made for a whole process by the environment variable T2KERNELS_CPU.
     """

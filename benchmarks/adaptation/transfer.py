@@ -38,7 +38,7 @@ from t2.experts.transfer import Alignment, TransferOptions, match, transfer
 from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.files import raw_bytes
 from t2.weights.machine import machine
-from t2.weights.targets import select_targets, weight_matrix
+from t2.weights.targets import plain_targets, weight_matrix
 from t2kernels import Factors
 from t2kernels.files import replacing
 
@@ -86,7 +86,7 @@ def make_base(name: str) -> tuple[t2.SVFModel, Any]:
     if name in COPIES:
         change, seed = COPIES[name]
         generator = torch.Generator().manual_seed(seed)
-        for layer in select_targets(model, "all-linear").values():
+        for layer in plain_targets(model, "all-linear").values():
             weight = weight_matrix(layer)
             weight.copy_(change(weight, generator))
     return t2.SVFModel(model, t2.SVFConfig(cache=name == "itself")), tokenizer
@@ -112,7 +112,7 @@ class Experts:
                 **{key: options[key] for key in ("task", "task_options", "objective", "prompts_per_step")},
             }
         model, _ = t2.load(MODEL)
-        weights = {name: weight_matrix(layer) for name, layer in select_targets(model, "all-linear").items()}
+        weights = {name: weight_matrix(layer) for name, layer in plain_targets(model, "all-linear").items()}
         self.cache = FactorCache()
         self.keys = {name: done.key for name, done in decompose_weights(weights, self.cache).items()}
         layout = layout_of(model, weights, self.keys)

@@ -34,7 +34,7 @@ from benchmarks.common.tables import RESULTS, ROOT, Table, write_results
 from t2.demo.run import QUESTIONS, chat_batch
 from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.machine import machine
-from t2.weights.targets import select_targets, weight_matrix
+from t2.weights.targets import plain_targets, weight_matrix
 
 MODEL = "smollm2-135m-instruct"
 LLAMA_3_8B_LAYER = {
@@ -55,7 +55,7 @@ def smollm2_load() -> object:
 
 def smollm2_decompose() -> None:
     model, _ = t2.load(MODEL)
-    weights = {name: weight_matrix(layer) for name, layer in select_targets(model, "all-linear").items()}
+    weights = {name: weight_matrix(layer) for name, layer in plain_targets(model, "all-linear").items()}
     decompose_weights(weights, FactorCache(), progress=False)
 
 
@@ -93,7 +93,7 @@ class Layer(nn.Module):
 
 
 def llama_decompose() -> None:
-    weights = {name: weight_matrix(layer) for name, layer in select_targets(Layer(), "all-linear").items()}
+    weights = {name: weight_matrix(layer) for name, layer in plain_targets(Layer(), "all-linear").items()}
     decompose_weights(weights, FactorCache(), progress=False)
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.training.trl_grpo
 
-SmolLM2-135M-Instruct on sums of two numbers, rewards alone, bfloat16 factors, the same learning rate, KL coefficient,
-prompts a step and completions a prompt. Each trainer is a process of its own. The experts after the last step answer
-the same 200 fresh problems, greedy. Writes benchmarks/results/trl-grpo.json.
+SmolLM2-135M-Instruct on sums of two numbers, rewards alone, bfloat16 factors, GRPO's advantages, the same rate, KL
+coefficient, prompts a step and completions a prompt. Each run is a process of its own. The experts after the last
+step answer the same 200 fresh problems, greedy. Writes benchmarks/results/trl-grpo.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROMPTS, SAMPLES, TOKENS, RATE, KL, PROBLEMS = 8, 8, 12, 3e-3, 0.01, 200
 T2, TRL = "t2 train", "TRL's GRPOTrainer"
 
 
-def trained_by_t2(task: Task, folder: Path, steps: int) -> tuple[t2.Expert, list[dict[str, float]]]:
+def trained_by_t2(task: Task, folder: Path, steps: int, seed: int) -> tuple[t2.Expert, list[dict[str, float]]]:
     model, tokenizer = t2.load(MODEL)
     options = TrainOptions(
         task=TASK,
@@ -46,6 +46,9 @@ def trained_by_t2(task: Task, folder: Path, steps: int) -> tuple[t2.Expert, list
         max_new_tokens=TOKENS,
         learning_rate=RATE,
         kl_coefficient=KL,
+        baseline="group",
+        normalise_rewards=True,
+        seed=seed,
         factor_dtype="bfloat16",
         bf16_products=True,
         validate_every=10**9,
@@ -58,7 +61,7 @@ def trained_by_t2(task: Task, folder: Path, steps: int) -> tuple[t2.Expert, list
     return t2.Expert.load(trainer.policy.save(folder / "last.safetensors", {})), rows
 
 
-def trained_by_trl(task: Task, folder: Path, steps: int) -> tuple[t2.Expert, list[dict[str, float]]]:
+def trained_by_trl(task: Task, folder: Path, steps: int, seed: int) -> tuple[t2.Expert, list[dict[str, float]]]:
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -88,6 +91,7 @@ def trained_by_trl(task: Task, folder: Path, steps: int) -> tuple[t2.Expert, lis
         learning_rate=RATE,
         lr_scheduler_type="constant",
         beta=KL,
+        seed=seed,
         per_device_train_batch_size=PROMPTS * SAMPLES,
         num_generations=SAMPLES,
         max_completion_length=TOKENS,
@@ -112,13 +116,13 @@ def trained_by_trl(task: Task, folder: Path, steps: int) -> tuple[t2.Expert, lis
     return expert_of(trainer.model), rows
 
 
-def work(trainer: str, steps: int) -> dict[str, Any]:
+def work(trainer: str, steps: int, seed: int) -> dict[str, Any]:
     """Trains in this process; the peak of its anonymous memory while it does."""
     memory = AnonymousPeak(interval=0.05)
     memory.start()
     task = get(TASK, **json.loads(TASK_OPTIONS))
     with tempfile.TemporaryDirectory() as folder:
-        expert, rows = (trained_by_t2 if trainer == T2 else trained_by_trl)(task, Path(folder), steps)
+        expert, rows = (trained_by_t2 if trainer == T2 else trained_by_trl)(task, Path(folder), steps, seed)
     peak = memory.peak
     model, tokenizer = t2.load(MODEL)
     svf = t2.SVFModel(model, t2.SVFConfig(dtype=torch.bfloat16, bf16_products=True, progress=False))
@@ -132,40 +136,55 @@ def work(trainer: str, steps: int) -> dict[str, Any]:
 
 def trainers_table(results: Any) -> Table:
     """Accuracy, seconds a step and peak memory."""
+
+    def trained(runs: list[dict[str, Any]]) -> str:
+        found = [run["accuracy"]["trained"] for run in runs]
+        return f"{statistics.fmean(found):.1%} ({', '.join(f'{100 * each:.1f}' for each in found)})"
+
     rows = [
         [
             name,
-            f"{found['accuracy']['base']:.1%}",
-            f"{found['accuracy']['trained']:.1%}",
-            f"{statistics.median(row['seconds'] for row in found['steps']):.1f}",
-            f"{found['peak_anonymous_bytes'] / 1e9:.2f}",
+            f"{runs[0]['accuracy']['base']:.1%}",
+            trained(runs),
+            f"{statistics.median(row['seconds'] for run in runs for row in run['steps']):.1f}",
+            f"{max(run['peak_anonymous_bytes'] for run in runs) / 1e9:.2f}",
         ]
-        for name, found in results["trainers"].items()
+        for name, runs in results["trainers"].items()
     ]
     about = results["machine"]
     return Table(
         f"SVF on sums of two numbers by rewards alone, {results['steps']} steps of {PROMPTS} prompts with {SAMPLES} "
         f"completions, {PROBLEMS} fresh problems, {about['threads']} cores of {about['processor']} "
         "(`python -m benchmarks.training.trl_grpo`):",
-        ["trainer", "base", "trained", "s a step", "peak anonymous, GB"],
+        ["trainer", "base", "trained, mean and each seed", "s a step", "peak anonymous, GB"],
         rows,
     )
 
 
-def main(trainer: str | None = None, steps: int = 30, results: Path = RESULTS / "trl-grpo.json") -> None:
+def main(
+    trainer: str | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    seeds: int = 3,
+    results: Path = RESULTS / "trl-grpo.json",
+) -> None:
     """Args:
     trainer: Train with this one in this process and print the figures; default both, in processes.
     steps: Of training.
+    seed: Of the run in this process.
+    seeds: Runs of each trainer.
     results: File for the results as JSON.
     """
     if trainer is not None:
-        print(json.dumps(work(trainer, steps)), flush=True)
+        print(json.dumps(work(trainer, steps, seed)), flush=True)
         return
-    found = {}
-    for name in (T2, TRL):
-        command = [sys.executable, "-m", "benchmarks.training.trl_grpo", "--trainer", name, "--steps", str(steps)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, list[dict[str, Any]]] = {T2: [], TRL: []}
+    for number in range(seeds):
+        for name, runs in found.items():
+            command = [sys.executable, "-m", "benchmarks.training.trl_grpo", "--trainer", name]
+            command += ["--steps", str(steps), "--seed", str(number)]
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
     content = {"machine": machine(), "steps": steps, "trainers": found}
     write_results(results, content)
     trainers_table(content).show()

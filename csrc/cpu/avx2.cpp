@@ -1,6 +1,6 @@
 // AVX2 + FMA + F16C: a register tile of 6 rows x 1 panel (3 x 2, 1 x 4), 12 sums of 8 lanes in 16 registers.
 #if defined(__x86_64__)
-#include "x86_target.h"
+#include "target.h"
 T2_TARGET_BEGIN("avx2,fma,f16c")
 #include <immintrin.h>
 

@@ -1,6 +1,6 @@
 // AVX-512 F/BW/DQ/VL.
 #if defined(__x86_64__)
-#include "x86_target.h"
+#include "target.h"
 T2_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #include "avx512_lanes.h"
 

@@ -1,6 +1,6 @@
 // AVX-512 with dot products of bfloat16 (BF16) and of 16-bit integers (VNNI): two FMAs a lane where float32 has one.
 #if defined(__x86_64__)
-#include "x86_target.h"
+#include "target.h"
 T2_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16")
 #define T2_DOT_PRODUCTS
 #include "avx512_lanes.h"

@@ -7,6 +7,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 #include "matmul.h"
@@ -14,10 +16,11 @@
 namespace t2 {
 namespace {
 
+#if defined(__x86_64__)
 // Whether the processor multiplies tiles of bfloat16 and Linux lets this process: their registers are 8 KiB, which a
 // process asks for before its first use.
 bool has_tile_registers() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // cpuid 7, edx
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -27,6 +30,17 @@ bool has_tile_registers() {
   return false;
 #endif
 }
+#elif defined(__aarch64__)
+// Whether Linux says that the processor has the dot products of neon_bf16.cpp; elsewhere nobody is asked.
+bool has_dot_products() {
+#if defined(__linux__)
+  constexpr unsigned long kDotProducts = 1ul << 20, kInt8 = 1ul << 13, kBf16 = 1ul << 14;  // AT_HWCAP, then AT_HWCAP2
+  return (getauxval(AT_HWCAP) & kDotProducts) != 0 && (~getauxval(AT_HWCAP2) & (kInt8 | kBf16)) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 const Kernels* compiled[] = {
 #if defined(__x86_64__)
@@ -34,6 +48,9 @@ const Kernels* compiled[] = {
     &kAvx512Bf16,
     &kAvx512,
     &kAvx2,
+#elif defined(__aarch64__)
+    &kNeonBf16,
+    &kNeon,
 #endif
     &kPortable,
 };
@@ -52,6 +69,8 @@ bool runs_here(const Kernels& set) {
     static const bool tiles = has_tile_registers();
     return dots && tiles;
   }
+#elif defined(__aarch64__)
+  if (&set == &kNeonBf16) return has_dot_products();
 #endif
   return true;
 }

@@ -36,7 +36,7 @@ constexpr int64_t block_bytes(DType dtype) {
 }  // namespace t2
 
 // The rest is for files that define lanes first (matmul_impl.h lists them) and T2_VECTOR_BITS: 512 (AVX-512), 256
-// (AVX2) or 0 (portable).
+// (AVX2), 128 (NEON) or 0 (portable).
 #if defined(T2_VECTOR_BITS)
 namespace {
 
@@ -119,7 +119,17 @@ inline void from_float(float v, bf16* out) {
   out->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-#if T2_VECTOR_BITS > 0
+#if T2_VECTOR_BITS == 128
+inline float to_float(f16 v) {
+  __fp16 half;
+  std::memcpy(&half, &v, 2);
+  return static_cast<float>(half);
+}
+inline void from_float(float v, f16* out) {
+  const auto half = static_cast<__fp16>(v);
+  std::memcpy(out, &half, 2);
+}
+#elif T2_VECTOR_BITS > 0
 inline float to_float(f16 v) { return _cvtsh_ss(v.bits); }
 inline void from_float(float v, f16* out) { out->bits = _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
 #else
@@ -295,6 +305,64 @@ inline void load(Pairs16& pairs, const int8_t* p) {
   const auto* q = reinterpret_cast<const __m128i*>(p);
   pairs.lo = _mm256_cvtepi8_epi16(_mm_loadu_si128(q));
   pairs.hi = _mm256_cvtepi8_epi16(_mm_loadu_si128(q + 1));
+}
+
+#elif T2_VECTOR_BITS == 128
+inline uint16x8_t load_halves(const void* p, int i) { return vld1q_u16(static_cast<const uint16_t*>(p) + 8 * i); }
+inline void load(Lane16& lane, const bf16* p) {
+  for (int i = 0; i < 2; ++i) {
+    const uint16x8_t halves = load_halves(p, i);
+    lane.v[2 * i] = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16));
+    lane.v[2 * i + 1] = vreinterpretq_f32_u32(vshll_high_n_u16(halves, 16));
+  }
+}
+inline void load_even(Lane16& lane, const bf16* p) {
+  four([&](int i) { lane.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(load_halves(p, i)), 16)); });
+}
+inline void load_odd(Lane16& lane, const bf16* p) {
+  const uint32x4_t upper = vdupq_n_u32(0xffff0000u);
+  four([&](int i) { lane.v[i] = vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u16(load_halves(p, i)), upper)); });
+}
+inline uint32x4_t round_to_bf16(float32x4_t v) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(v);
+  const uint32x4_t lowest = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t rounded = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), lowest);
+  return vbslq_u32(vceqq_f32(v, v), vshrq_n_u32(rounded, 16), vdupq_n_u32(0x7fc0));
+}
+inline void store(const Lane16& lane, bf16* p) {
+  four([&](int i) { vst1_u16(reinterpret_cast<uint16_t*>(p) + 4 * i, vmovn_u32(round_to_bf16(lane.v[i]))); });
+}
+inline void load(Lane16& lane, const f16* p) {
+  for (int i = 0; i < 2; ++i) {
+    const float16x8_t halves = vreinterpretq_f16_u16(load_halves(p, i));
+    lane.v[2 * i] = vcvt_f32_f16(vget_low_f16(halves));
+    lane.v[2 * i + 1] = vcvt_high_f32_f16(halves);
+  }
+}
+inline void store(const Lane16& lane, f16* p) {
+  four([&](int i) {
+    vst1_u16(reinterpret_cast<uint16_t*>(p) + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(lane.v[i])));
+  });
+}
+inline uint8x16_t load_bytes(const void* p, int i) { return vld1q_u8(static_cast<const uint8_t*>(p) + 16 * i); }
+inline void load(Quads16& quads, const q8* p) {
+  four([&](int i) { quads.v[i] = load_bytes(p, i); });
+}
+inline void load_low(Quads16& quads, const q4* p) {
+  four([&](int i) { quads.v[i] = vandq_u8(load_bytes(p, i), vdupq_n_u8(15)); });
+}
+inline void load_high(Quads16& quads, const q4* p) {
+  four([&](int i) { quads.v[i] = vshrq_n_u8(load_bytes(p, i), 4); });
+}
+inline void load(Pairs16& pairs, const bf16* p) {
+  four([&](int i) { pairs.v[i] = vreinterpretq_s16_u16(load_halves(p, i)); });
+}
+inline void load(Pairs16& pairs, const int8_t* p) {
+  for (int i = 0; i < 2; ++i) {
+    const int8x16_t bytes = vld1q_s8(p + 16 * i);
+    pairs.v[2 * i] = vmovl_s8(vget_low_s8(bytes));
+    pairs.v[2 * i + 1] = vmovl_high_s8(bytes);
+  }
 }
 
 #else

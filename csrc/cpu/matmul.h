@@ -107,9 +107,12 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16;
 extern const Kernels kAmxBf16;
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
+extern const Kernels kNeonBf16;
 #endif
 
-// The best set this processor runs. T2KERNELS_CPU=portable|avx2|avx512|avx512_bf16|amx_bf16 asks for one by name.
+// The best set this processor runs. T2KERNELS_CPU asks for one by its `isa`.
 const Kernels& kernels();
 // Switches to a set by name; returns false when it is not compiled in or not supported here.
 bool select_kernels(const char* isa);

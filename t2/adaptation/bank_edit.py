@@ -20,6 +20,7 @@ from t2.adaptation.bank_folder import (
     FORMAT,
     FORMAT_VERSION,
     SHIPPED,
+    bank_path,
     check_file_name,
     load_bank_folder,
     trained_domains,
@@ -45,14 +46,24 @@ class DomainStatus:
     known: bool | None
 
 
-def init_bank(folder: Path) -> None:
-    """Makes a bank without domains, whose prompts for the base are the packaged general questions.
+def init_bank(folder: Path, copy_of: Path | None = None) -> None:
+    """Makes a bank without domains, whose prompts for the base are the packaged general questions; or a copy.
+
+    Args:
+        copy_of: the bank that is copied: a folder, or the name of one that ships.
 
     Raises:
         FileExistsError: there is something already.
+        FileNotFoundError, FileFormatError: what is to be copied is no bank.
     """
     if folder.exists():
         raise FileExistsError(f"bank: expected a new folder, {folder} exists")
+    if copy_of is not None:
+        source = bank_path(copy_of)
+        load_bank_folder(source)
+        with atomic_directory(folder) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+        return
     general = JsonlTask(GENERAL, validation_size=SIZES["validation"], test_size=SIZES["test"])
     with atomic_directory(folder) as temporary:
         _write_prompts(temporary / "prompts" / OTHERS, OTHERS, _prompts_of(general))

@@ -18,6 +18,7 @@ from t2.adaptation.inference import two_pass
 from t2.adaptation.options import FewShotOptions
 from t2.adaptation.search import SearchProgress
 from t2.adaptation.strategies import PASS_ONE, PassOne, pass_one
+from t2.generation.sampling import Sampling
 from t2.model.svf_model import SVFConfig, SVFModel
 from t2.tasks import Split, get, options_of
 from t2.weights.loading import load
@@ -61,13 +62,13 @@ def answer(
     *,
     dtype: str,
     max_new_tokens: int,
-    sample: bool,
+    sampling: Sampling,
 ) -> None:
     """Print each prompt, the expert that pass one chose and why, and the completion; then both passes' seconds."""
     _check_classifier("adapt", strategy, bank)
     svf, tokenizer = open_model(model, dtype, bank)
     chosen = pass_one(strategy, svf, tokenizer, bank.domains)
-    result = two_pass(svf, tokenizer, prompts, chosen, max_new_tokens=max_new_tokens, do_sample=sample)
+    result = two_pass(svf, tokenizer, prompts, chosen, max_new_tokens=max_new_tokens, **sampling.seeded())
     adaptation = result.adaptation
     for prompt, row, reason, text in zip(prompts, adaptation.alpha, adaptation.reasons, result.answers, strict=True):
         print(f"> {prompt}\n[{adaptation.names[int(row.argmax())]}: {reason}]\n{text.strip()}\n")
@@ -128,12 +129,14 @@ def adapt_to_task(
 @contextmanager
 def _progress(console: Console, name: str, generations: int) -> Iterator[Callable[[SearchProgress], None]]:
     columns = (TextColumn(name), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
+    with Progress(*columns, TextColumn("{task.description}"), console=console, disable=not console.is_terminal) as bar:
         line = bar.add_task("the base, each expert, and the first mixes", total=generations)
 
         def announce(found: SearchProgress) -> None:
             last = found.generations[-1]
             text = f"best {last.best.score:.1%}, mean {last.mean:.1%}, {last.evaluated} new, {last.seconds:.1f} s"
+            if not console.is_terminal:  # a log gets lines instead
+                console.print(f"generation {len(found.generations)}/{generations}: {text}", highlight=False)
             bar.update(line, completed=len(found.generations), description=text)
 
         yield announce

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
+from t2.cli.options_file import with_options_file
+
 if TYPE_CHECKING:
     from tyro.extras import SubcommandApp
 
@@ -21,6 +23,7 @@ COMMANDS = {
     "transfer": "Convert an expert of one model into an expert of another.",
     "export": "Write an expert as a merged model, a LoRA adapter, or an adapter for PEFT or vLLM.",
     "bank": "Make and change banks of experts; train their classification expert.",
+    "bench": "Measure this machine, one layer and one model beside the dense ones.",
     "adapt": "Search for the mix of experts that does best on a few examples of a task.",
     "eval": "Score experts beside the base on a task, or evaluate a bank as the paper does.",
 }
@@ -30,6 +33,7 @@ RENAMED = {
     "--experts": "--candidates",
     "--plan": "--spec of `t2 eval`, or `t2 estimate MODEL` in place of `t2 decompose --plan`",
     "--skip-even-prompts": "--skip-zero-advantage",
+    "--sample": "--temperature 1",
     "--no-skip-even-prompts": "--no-skip-zero-advantage",
 }
 """Option names of version 0.1."""
@@ -45,6 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
         for option in (argument.partition("=")[0].replace("_", "-") for argument in arguments[1:]):
             if option in RENAMED:
                 raise ValueError(f"{option}: expected the new name {RENAMED[option]}, got the old one")
+        arguments = with_options_file(arguments)
         description = "Transformer-squared on fused SVF kernels. `t2 --version` prints the version."
         code = _app(arguments[:1]).cli(prog="t2", description=description, args=arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -18,9 +18,11 @@ Folder = Annotated[Positional[Path], arg(metavar="FOLDER", help="The bank's fold
 
 @dataclass(frozen=True)
 class Init:
-    """Make a bank without domains."""
+    """Make a bank without domains, or a copy of another one."""
 
     folder: Folder
+    copy_of: Annotated[Path | None, arg(metavar="BANK", help_behavior_hint=OPTIONAL)] = None
+    """Bank to copy: a folder, or the name of one that ships."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def run(action: OmitSubcommandPrefixes[OmitArgPrefixes[Action]]) -> int:
     if isinstance(action, TrainClassifier):
         return _train(action, console)
     if isinstance(action, Init):
-        bank_edit.init_bank(action.folder)
+        bank_edit.init_bank(action.folder, action.copy_of)
     elif isinstance(action, Add):
         task = None if action.task is None else get(action.task, **options_of(action.task_options))
         if action.expert is not None:

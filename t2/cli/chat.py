@@ -34,7 +34,7 @@ def run(
     import torch
     from rich.console import Console
 
-    from t2.generation.engine import Sampling
+    from t2.generation.sampling import Sampling
     from t2.server.chat import chat
     from t2.server.opened import open_engine
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
 from t2.adaptation.strategies import PASS_ONE, PassOne
 from t2.cli.options import OPTIONAL, Bank, Candidates, FactorDtype, Model, ModelDtype, Prompts, Stream
+
+if TYPE_CHECKING:
+    from t2.generation.sampling import Sampling
 
 
 def run(
@@ -24,7 +27,9 @@ def run(
     image: Annotated[tuple[Path, ...], arg(metavar="FILE ...", help_behavior_hint=OPTIONAL)] = (),
     factor_dtype: FactorDtype = "float32",
     max_new_tokens: int = 64,
-    sample: bool = False,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
     model_dtype: ModelDtype = "float32",
     stream: Stream = "auto",
 ) -> int:
@@ -46,16 +51,21 @@ def run(
         domains: One line for each of --candidates on the questions it is for.
         image: One image file for all prompts, or one per prompt; for a vision-language model.
         max_new_tokens: Maximum length of a completion, in tokens.
-        sample: Sample instead of decoding greedily.
+        temperature: Sampling temperature; 0 decodes greedily. With --input, of the lines that have none of their own.
+        top_p: Probability mass of the likeliest tokens that are sampled from. With --input as --temperature.
+        seed: Seed for sampling. With --input as --temperature.
     """
+    from t2.generation.sampling import Sampling
+
+    sampling = Sampling(temperature, top_p, seed)
     if input is not None:
         others: dict[str, object] = {"prompt": prompt, "expert": expert, "candidates": candidates, "image": image}
-        others |= {"domains": domains, "adapt": adapt, "sample": sample}
+        others |= {"domains": domains, "adapt": adapt}
         if beside := [name for name, value in others.items() if value]:
             raise ValueError(f"input: expected none of {', '.join(others)} beside it, got {', '.join(beside)}")
         if output is None:
             raise ValueError("output: expected a file for the answers beside --input, got none")
-        return _answer_file(model, bank, input, output, factor_dtype, max_new_tokens)
+        return _answer_file(model, bank, input, output, factor_dtype, max_new_tokens, sampling)
     if not prompt or output is not None:
         raise ValueError("prompt: expected at least one, or --input and --output")
     if adapt is not None:
@@ -64,7 +74,7 @@ def run(
         if expert:
             raise ValueError("expert: expected none with --adapt, which chooses from --bank or --candidates")
         opened = open_bank(bank, candidates, domains)
-        answer(model, prompt, opened, adapt, dtype=factor_dtype, max_new_tokens=max_new_tokens, sample=sample)
+        answer(model, prompt, opened, adapt, dtype=factor_dtype, max_new_tokens=max_new_tokens, sampling=sampling)
         return 0
     if bank is not None or candidates or domains:
         raise ValueError(f"adapt: expected {' or '.join(PASS_ONE)} beside a bank, got none")
@@ -90,20 +100,22 @@ def run(
     problems = [Problem((user_message(text, len(own)),), images=own) for text, own in zip(prompt, images, strict=True)]
     batch = prompt_batch(problems, tokenizer)
     names = [str(path) for path in expert] * (len(prompt) if len(expert) == 1 else 1) or None
-    out = svf.generate(**batch, experts=names, max_new_tokens=max_new_tokens, do_sample=sample)
+    out = svf.generate(**batch, experts=names, max_new_tokens=max_new_tokens, **sampling.seeded())
     for text, row in zip(prompt, out[:, batch["input_ids"].shape[1] :], strict=True):
         print(f"> {text}\n{str(tokenizer_of(tokenizer).decode(row, skip_special_tokens=True)).strip()}\n")
     return 0
 
 
-def _answer_file(model: str, bank: Path | None, source: Path, output: Path, dtype: str, max_tokens: int) -> int:
+def _answer_file(
+    model: str, bank: Path | None, source: Path, output: Path, dtype: str, max_tokens: int, sampling: Sampling
+) -> int:
     import torch
     from rich.console import Console
 
     from t2.server.batch import answer_file, read_lines
     from t2.server.opened import open_engine
 
-    read_lines(source)  # what is wrong with them is said before a model is loaded
+    lines = read_lines(source, sampling)  # what is wrong with them is said before a model is loaded
     console = Console(stderr=True)
     opened = open_engine(model, bank, dtype=getattr(torch, dtype), news=console.print)
-    return 0 if answer_file(opened, source, output, max_tokens=max_tokens, console=console) else 130
+    return 0 if answer_file(opened, lines, output, max_tokens=max_tokens, console=console) else 130

@@ -25,7 +25,15 @@ def run(model: Model, training: OmitArgPrefixes[TrainOptions]) -> int:
     if not result.finished:
         out.print(f"Stopped at step {result.state.step}. The same command with --resume continues from there.")
         return 0
-    out.print(f"{result.expert}: step {result.state.best_step}, validation {result.state.best_score:.1%}")
+    state = result.state
+    if state.best_step:
+        out.print(f"{result.expert}: step {state.best_step}, validation {state.best_score:.1%}")
+    else:
+        out.print(
+            f"No step was better on validation than the start ({state.best_score:.1%}), which {result.expert} holds. "
+            "docs/faq.md says what to check.",
+            style="yellow",
+        )
     for name, found in (("base", result.base), ("trained", result.best)):
         if found is not None:
             low, high = found.interval

@@ -58,7 +58,7 @@ def run(
     from t2.model.svf_model import SVFConfig, SVFModel
     from t2.weights.factor_cache import weight_key
     from t2.weights.loading import load
-    from t2.weights.targets import select_targets, weight_matrix
+    from t2.weights.targets import matrices_of, select_targets
     from t2kernels.files import write_text
 
     source, out, targets = Expert.load(expert), Console(), as_targets(target_modules)
@@ -67,8 +67,9 @@ def run(
     loaded, tokenizer = load(model)
     svf = SVFModel(loaded, SVFConfig(targets, getattr(torch, factor_dtype))) if scored_task else None
     if svf is None:
-        weights = {name: weight_matrix(layer) for name, layer in select_targets(loaded, targets).items()}
-        layout = layout_of(loaded, weights, {name: weight_key(weight) for name, weight in weights.items()})
+        weights = matrices_of(loaded, select_targets(loaded, targets))
+        keys = {name: weight_key(w if isinstance(w, torch.Tensor) else w()) for name, w in weights.items()}
+        layout = layout_of(loaded, weights, keys)
     else:
         layout = svf.layout
     transfers.transfer(source, layout, options, shuffle_seed=shuffle_seed).save(output)

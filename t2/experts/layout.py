@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from t2.weights.files import FileFormatError, file_errors, parse_json
 
@@ -105,8 +106,11 @@ class Layout:
             return cls(tuple(names), tuple(ranks), metadata["fingerprint"], metadata["base_model"])
 
 
-def layout_of(model: nn.Module, weights: Mapping[str, Tensor], keys: Mapping[str, str]) -> Layout:
-    """The layout of a model's target weights [out, in], by module name, with their keys in the factor cache."""
+def layout_of(model: nn.Module, weights: Mapping[str, Any], keys: Mapping[str, str]) -> Layout:
+    """The layout of a model's target weights [out, in], by module name, with their keys in the factor cache.
+
+    weights: tensors, or anything else with their shapes.
+    """
     return Layout(
         names=tuple(weights),
         ranks=tuple(min(weight.shape) for weight in weights.values()),

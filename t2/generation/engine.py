@@ -28,32 +28,12 @@ from t2.experts.registry import ExpertChoice
 from t2.generation.cached_batch import SVFRunner
 from t2.generation.head import OutputHead
 from t2.generation.row_cache import SPAN, Places, PrefixStore, RowCache, run_pass
-from t2.generation.sampling import draw_tokens, likeliest_tokens, without_tail
+from t2.generation.sampling import Sampling, draw_tokens, likeliest_tokens, without_tail
 from t2.model.requests import routed_slots
 from t2.model.svf_model import SVFModel
 
 T = TypeVar("T")
 Reason = Literal["stop", "length", "cancelled", "error"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: greedily at temperature 0, else drawn from the nucleus of `top_p` with the seed's numbers.
-
-    seed: None is a new one for each request.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed: expected an integer of at most 64 bits, got {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LogitsProcessor,
-)
+from transformers import LogitsProcessor, set_seed
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: greedily at temperature 0, else drawn from the nucleus of `top_p` with the seed's numbers.
+
+    seed: None is a new one for each request.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature: expected a finite number >= 0, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p: expected a number above 0 and at most 1, got {self.top_p}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed: expected an integer of at most 64 bits, got {self.seed}")
+
+    def seeded(self) -> dict[str, Any]:
+        """Options of `generate` in transformers, whose generators are seeded here where there is a seed."""
+        if self.temperature == 0.0:
+            return {"do_sample": False}
+        if self.seed is not None:
+            set_seed(self.seed)
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
 
 BLOCK = 256
 """Entries of the vocabulary whose probabilities are added up before the token is looked for among them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,17 +18,18 @@ from t2.experts.slots import SlotTable
 from t2.experts.support import resolve
 from t2.model.attention import give_back, take_over
 from t2.model.config import FactorSource, SVFConfig
-from t2.model.layers import Packed, RoutedLinear, SharedInput, pack, unpack
+from t2.model.layers import Packed, QuantizedBase, RoutedLinear, SharedInput, pack, plain_linear, unpack
 from t2.model.routing import Router
 from t2.weights.factor_cache import FactorCache, decompose_weights, weight_key
 from t2.weights.files import raw_bytes
+from t2.weights.quantized import Dequantized, activation_dtype, device_of_layer, is_quantized, without_quantization
 from t2.weights.targets import (
     Linear,
     as_stored,
     groups_of_one_input,
     language_modules,
+    matrices_of,
     other_linears,
-    weight_matrix,
 )
 from t2kernels import DeltaWeight, FactoredWeight, Factors, decompose
 from t2kernels.packing import DENSE_STORAGE_DTYPES, EIGHT_BITS, GPU_STORAGE_DTYPES, INT4
@@ -61,7 +63,7 @@ class DecomposedLayers:
         self,
         model: nn.Module,
         config: SVFConfig,
-        targets: Mapping[str, Linear],
+        targets: Mapping[str, nn.Module],
         readers: WeightReaders | None,
         factors: FactorSource | None,
     ) -> None:
@@ -69,7 +71,7 @@ class DecomposedLayers:
             raise ValueError(f"weights: expected one for each target layer, got none for {sorted(unknown)[:3]}")
         if factors is not None:
             _check_source(factors, targets)
-        device = next(iter(targets.values())).weight.device
+        device = device_of_layer(next(iter(targets.values())))
         if device.type == "meta":
             device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         known = DENSE_STORAGE_DTYPES if device.type == "cpu" else GPU_STORAGE_DTYPES
@@ -88,22 +90,28 @@ class DecomposedLayers:
 
     # In
 
-    def insert(self, targets: Mapping[str, Linear]) -> None:
+    def insert(self, targets: Mapping[str, nn.Module]) -> None:
         """Decomposes these layers and puts the result in their place; on an error the model is as it was.
 
         Where weights are read one by one the model is unusable after an error.
         """
-        matrices = {name: weight_matrix(layer) for name, layer in targets.items()}
+        matrices = matrices_of(self.model, targets)
         if self.cache is not None:
-            sources = matrices if self.readers is None else {name: self.readers[name] for name in targets}
+            sources: Mapping[str, Tensor | Callable[[], Tensor]] = matrices
+            if self.readers is not None:
+                sources = {name: self.readers[name] for name in targets}
             done = decompose_weights(sources, self.cache, progress=self.config.progress)
             keys = {name: entry.key for name, entry in done.items()}
         elif self.factors is None:
-            keys = {name: weight_key(weight) for name, weight in matrices.items()}
+            keys = {name: weight_key(_in_memory(weight)) for name, weight in matrices.items()}
         else:
             keys = dict.fromkeys(matrices, "")  # until they are there
         self.layout = layout_of(self.model, matrices, keys)
-        self._by_key = {} if self.readers is None else {keys[name]: self.readers[name] for name in targets}
+        self._by_key: dict[str, Callable[[], Tensor]] = {}
+        if self.readers is not None:
+            self._by_key = {keys[name]: self.readers[name] for name in targets}
+        else:
+            self._by_key = {keys[name]: each for name, each in matrices.items() if isinstance(each, Dequantized)}
         del matrices  # views that would keep every dense weight alive while the factors are loaded
         slots = (64 if self.device.type == "cuda" else 8) if self.config.slots is None else self.config.slots
         sigma = torch.empty(self.layout.R, device=self.device)
@@ -133,8 +141,9 @@ class DecomposedLayers:
             layer.router = self.router
         self.table.bind(list(self.routed.values()))
 
-    def _replace(self, index: int, name: str, layer: Linear, key: str) -> None:
-        weight, source = weight_matrix(layer), self.factors
+    def _replace(self, index: int, name: str, layer: nn.Module, key: str) -> None:
+        (matrix,) = matrices_of(self.model, {name: layer}).values()
+        weight, source = _in_memory(matrix), self.factors
         if source is not None:
             factors = _check_factors(name, source(name, weight) if callable(source) else source[name](), weight)
             key = _factors_key(factors)
@@ -144,12 +153,12 @@ class DecomposedLayers:
             factors = decompose(weight)
         factors = Factors(*(factor.to(self.device) for factor in factors))  # packed there, as its kernels read them
         self.table.sigma[self.layout.window(name)] = factors.s
-        stored = weight
+        stored: Tensor | nn.Module = QuantizedBase(layer) if is_quantized(layer) else weight
         if weight.is_meta and self.table.support is not None:
             assert self.cache is not None
             stored = self.cache.load_weight_or(key, self._by_key.get(key)).to(self.device)
         packed = self._pack(name, stored, factors, self.config.dtype or weight.dtype, self.table.support)
-        del factors, stored
+        del factors, stored, matrix
         dense = None if self.cache else weight.clone()
         del weight
         routed = RoutedLinear(index, name, packed, layer, self.router)
@@ -157,7 +166,7 @@ class DecomposedLayers:
         self.model.set_submodule(name, routed)
 
     def _pack(
-        self, name: str, weight: Tensor, factors: Factors, dtype: torch.dtype, support: Tensor | None
+        self, name: str, weight: Tensor | nn.Module, factors: Factors, dtype: torch.dtype, support: Tensor | None
     ) -> FactoredWeight | DeltaWeight:
         u, s, vh = factors
         rounded = self.config.bf16_products
@@ -179,11 +188,14 @@ class DecomposedLayers:
         packed = {}
         for name, layer in self.routed.items():
             weight, factors = self.dense(name)
-            packed[name] = self._pack(name, weight, factors, layer.weight.dtype, support)
+            base = QuantizedBase(layer.__dict__["module"]) if layer.keeps_module else weight
+            packed[name] = self._pack(name, base, factors, layer.weight.dtype, support)
         self.table, self.registry, self.router = table, registry, Router(table)
         self.config = replace(self.config, form="delta", support=support.cpu())
         for name, layer in self.routed.items():
             layer.weight, layer.router, layer.shared_input = packed[name], self.router, None
+            if layer.keeps_module:
+                layer.bias = None  # the module, which is the weight's base now, adds it
         self._share_inputs()
         self.table.bind(list(self.routed.values()))
 
@@ -261,9 +273,27 @@ class DecomposedLayers:
         for module in merged.modules():
             unpack(module)
         give_back(merged)
+        self._now_plain(merged)
         return merged
 
+    def _now_plain(self, merged: nn.Module) -> None:
+        """Says what merging costs a quantised model, whose matrices are plain ones now."""
+        kept = [layer.layer for layer in self.layers.values() if layer.layer.keeps_module]
+        if not kept:
+            return
+        without_quantization(merged)
+        dtype = activation_dtype(merged)
+        size = sum(layer.in_features * layer.out_features for layer in kept)
+        warnings.warn(
+            f"{len(kept)} quantised matrices are plain ones of {dtype} now, with the expert built in: "
+            f"{size * dtype.itemsize / 1e6:.0f} MB. Quantising the result again rounds the expert's change too; the "
+            "delta form keeps the quantised base beside the expert",
+            stacklevel=4,
+        )
+
     def _merged_layer(self, name: str, layer: DecomposedLayer, z: Tensor) -> nn.Module:
+        if layer.layer.keeps_module:
+            return plain_linear(self.merged_weight(name, z), layer.layer.__dict__["module"]).train(layer.layer.training)
         module: Linear = layer.layer.__dict__["module"]
         plain, empty = copy.deepcopy(module), module.weight
         weight = as_stored(module, self.merged_weight(name, z)).to(empty.dtype)
@@ -277,21 +307,28 @@ class DecomposedLayers:
 
         All dense weights are read before any layer is put back, so a failure leaves the wrapped model whole.
         """
-        weights = {}
+        weights: dict[str, Tensor | None] = {}
         for name, layer in self.layers.items():
-            weight = layer.weight
             if z is not None:
-                weight = self.merged_weight(name, z)
+                weights[name] = self.merged_weight(name, z)
+            elif layer.layer.keeps_module:
+                weights[name] = None
             elif self.cache is not None:
-                weight = self.cache.load_weight_or(layer.key, self._by_key.get(layer.key))
-            assert weight is not None
-            weights[name] = weight
+                weights[name] = self.cache.load_weight_or(layer.key, self._by_key.get(layer.key))
+            else:
+                weights[name] = layer.weight
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer.layer.restored(weights[name]))
         for packed in self.packed.values():
             unpack(packed)
         give_back(self.model)
+        if z is not None:
+            self._now_plain(self.model)
         self.layers, self.packed = {}, {}
+
+
+def _in_memory(matrix: Tensor | Dequantized) -> Tensor:
+    return matrix if isinstance(matrix, Tensor) else matrix()
 
 
 def _within(support: Tensor, window: slice) -> Tensor:
@@ -299,7 +336,7 @@ def _within(support: Tensor, window: slice) -> Tensor:
     return support[(support >= window.start) & (support < window.stop)] - window.start
 
 
-def _check_source(source: FactorSource, targets: Mapping[str, Linear]) -> None:
+def _check_source(source: FactorSource, targets: Mapping[str, nn.Module]) -> None:
     if callable(source):
         return
     if not isinstance(source, Mapping):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from t2.model.routing import Route, Router
+from t2.weights.quantized import is_quantized
 from t2.weights.targets import Linear, as_stored, weight_matrix
 from t2kernels import DeltaWeight, DenseWeight, FactoredWeight
 from t2kernels.weights import FactoredGroup
@@ -27,21 +28,24 @@ class RoutedLinear(nn.Module):
         name: of the module.
         weight: the factors, or W and the components of the support.
         module: the linear layer that this one stands for. Its weight is emptied; what is left of it has the dtype that
-            the layer would have, casts of the model included.
+            the layer would have, casts of the model included. A quantised layer stays whole; in the delta form it is
+            the weight's base, and adds its own bias.
         router: of the model.
     """
 
     scales: Tensor
 
     def __init__(
-        self, index: int, name: str, weight: FactoredWeight | DeltaWeight, module: Linear, router: Router
+        self, index: int, name: str, weight: FactoredWeight | DeltaWeight, module: nn.Module, router: Router
     ) -> None:
         super().__init__()
         self.index = index
         self.name = name
         self.weight = weight
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.bias = module.bias
+        self.keeps_module = is_quantized(module)
+        within = isinstance(weight, DeltaWeight) and isinstance(weight.base, QuantizedBase)
+        self.bias: Any = None if within else _frozen(getattr(module, "bias", None))
         self.router = router
         self.shared_input: SharedInput | None = None
         self.place = 0  # among the layers of one shared input
@@ -49,15 +53,25 @@ class RoutedLinear(nn.Module):
         self.__dict__["module"] = module  # not a submodule: its parameters are this one's
         self.train(module.training)
         share_hooks(module, self)
+        if self.keeps_module:
+            return
+        assert isinstance(module, Linear)
         if weight_matrix(module).is_meta:
             empty = module.weight.new_empty(0, device=weight.s.device)
             module.weight = nn.Parameter(empty, requires_grad=module.weight.requires_grad)
         else:
             module.weight.data = module.weight.new_empty(0)
 
-    def restored(self, weight: Tensor) -> Linear:
-        """The layer this one stands for, with its weight [out, in] again, in the dtype and on the device of now."""
+    def restored(self, weight: Tensor | None) -> nn.Module:
+        """The layer this one stands for, with its weight [out, in] again, in the dtype and on the device of now.
+
+        weight: of a quantised layer None where it is to be as it was; else the result is a plain layer.
+        """
+        if self.keeps_module:
+            quantized: nn.Module = self.__dict__["module"]
+            return (quantized if weight is None else plain_linear(weight, quantized)).train(self.training)
         module: Linear = self.__dict__["module"]
+        assert weight is not None
         empty = module.weight
         module.weight.data = as_stored(module, weight).to(empty.device, empty.dtype)
         return module.train(self.training)
@@ -74,6 +88,8 @@ class RoutedLinear(nn.Module):
             super()._apply(fn, recurse)
         finally:
             self._buffers["scales"] = scales
+        if self.keeps_module:
+            return self
         module: Linear = self.__dict__["module"]
         module.weight.data, module.bias = fn(module.weight.data), self.bias
         return self
@@ -273,6 +289,33 @@ def _state(weight: Tensor) -> tuple[object, ...]:
     """Changes when a weight is replaced, moved, cast or written to."""
     version = -1 if weight.is_inference() else weight._version
     return weight.data_ptr(), version, weight.dtype, weight.device, weight.shape
+
+
+class QuantizedBase(nn.Module):
+    """A quantised layer as the base of the delta form: its product without its hooks, which the `RoutedLinear` runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module.forward(x)
+        return y
+
+
+def plain_linear(weight: Tensor, layer: nn.Module) -> nn.Linear:
+    """An nn.Linear with this weight [out, in] and a layer's bias."""
+    bias = getattr(layer, "bias", None)
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return plain
+
+
+def _frozen(bias: Any) -> nn.Parameter | None:
+    """A bias as a parameter; quantised layers may have it as a buffer."""
+    return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach(), requires_grad=False)
 
 
 def share_hooks(module: nn.Module, other: nn.Module) -> None:

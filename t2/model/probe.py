@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2.model.probe_inputs import ROWS, Inputs, input_candidates
-from t2.weights.targets import Linear, Unsuitable
+from t2.weights.targets import Unsuitable
 
 MARGIN = 10.0
 """Outputs may move this many times as far as with that error."""
@@ -89,7 +89,7 @@ class Probe:
                 return cls(inputs, ROWS, output)
         return None
 
-    def look(self, model: nn.Module, targets: Mapping[str, Linear], rounding: float) -> Unsuitable:
+    def look(self, model: nn.Module, targets: Mapping[str, nn.Module], rounding: float) -> Unsuitable:
         """Runs the plain model: which targets see no requests in their rows, and how far rounding moves the outputs."""
         with recording(targets) as self.calls:
             run_model(model, self.inputs, self.rows)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from t2.model.decomposed import DecomposedLayers
 from t2.model.probe import Probe
 from t2.model.verify import ROUNDING, VerificationError, check
+from t2.weights.quantized import activation_dtype, is_quantized
 from t2.weights.targets import Linear, Unsuitable
 
 
@@ -20,9 +22,13 @@ class VerifiedWrapping:
     `left_out` is shared with the model: layers that stay dense, and why.
     """
 
-    def __init__(self, decomposed: DecomposedLayers, targets: Mapping[str, Linear], left_out: Unsuitable) -> None:
+    def __init__(self, decomposed: DecomposedLayers, targets: Mapping[str, nn.Module], left_out: Unsuitable) -> None:
         config = decomposed.config
-        dtypes = {layer.weight.dtype for layer in targets.values()}
+        own = activation_dtype(decomposed.model)
+        dtypes = {
+            layer.weight.dtype if isinstance(layer, Linear) and not is_quantized(layer) else own
+            for layer in targets.values()
+        }
         self.rounding = max(ROUNDING[config.dtype or dtype] + ROUNDING[dtype] for dtype in dtypes)
         if config.bf16_products:
             self.rounding += ROUNDING[torch.bfloat16]
@@ -30,7 +36,7 @@ class VerifiedWrapping:
         self.left_out = left_out
         self._decomposed = decomposed
 
-    def wrap(self, targets: Mapping[str, Linear], example_inputs: Mapping[str, Any] | None) -> None:
+    def wrap(self, targets: Mapping[str, nn.Module], example_inputs: Mapping[str, Any] | None) -> None:
         """Decomposes the targets that pass the probe; the model is as it was if there are none.
 
         Raises:
@@ -72,7 +78,7 @@ class VerifiedWrapping:
                 )
             targets = self._leave_out(targets, Unsuitable(dict.fromkeys(trouble.names, trouble.cause)))
 
-    def _leave_out(self, targets: Mapping[str, Linear], reasons: Unsuitable) -> dict[str, Linear]:
+    def _leave_out(self, targets: Mapping[str, nn.Module], reasons: Unsuitable) -> dict[str, nn.Module]:
         self.left_out.update(reasons)
         left = {name: layer for name, layer in targets.items() if name not in reasons}
         if not left:

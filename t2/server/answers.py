@@ -14,8 +14,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from t2.generation.engine import Engine, Finished, QueueFull, Request, Sampling, Token
+from t2.generation.engine import Engine, Finished, QueueFull, Request, Token
 from t2.generation.prompts import encode
+from t2.generation.sampling import Sampling
 from t2.server.errors import ApiError
 from t2.server.experts import Chosen
 from t2.server.text import GrowingText

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from rich.console import Console
 from tqdm import tqdm
 
 from t2.generation.compiled_pass import Compilation
+from t2.generation.sampling import Sampling
 from t2.server.answers import Answers, Mail, chat_prompt
 from t2.server.errors import ApiError
 from t2.server.experts import Experts
 from t2.server.opened import Opened
 from t2.server.schema import Body, Message, parsed
 from t2.weights.files import FileFormatError, parse_json
+
+GREEDY = Sampling()
 
 
 class Line(Body):
@@ -48,12 +52,18 @@ class Line(Body):
         return [message.plain for message in self.messages]
 
 
-def read_lines(path: Path) -> list[tuple[str, Line]]:
-    """Every request with a hash of its line. Raises FileFormatError, which names the first line that is none."""
+def read_lines(path: Path, sampling: Sampling = GREEDY) -> list[tuple[str, Line]]:
+    """Every request with a hash of its line. Raises FileFormatError, which names the first line that is none.
+
+    sampling: of the lines that do not say.
+    """
+    defaults = {name: value for name, value in asdict(sampling).items() if value is not None}
     found = []
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            found.append((xxhash.xxh3_64_hexdigest(text), parsed(Line, text)))
+            line = parsed(Line, text)
+            missing = {name: value for name, value in defaults.items() if name not in line.model_fields_set}
+            found.append((xxhash.xxh3_64_hexdigest(text), line.model_copy(update=missing)))
         except ApiError as error:
             raise FileFormatError(f"{path}, line {number}: {error}") from error
     if not found:
@@ -83,13 +93,14 @@ def answered(path: Path, lines: Sequence[tuple[str, Line]]) -> set[int]:
     return places
 
 
-def answer_file(opened: Opened, source: Path, output: Path, *, max_tokens: int, console: Console) -> bool:
-    """Answers every request of `source` that `output` has no answer to; False if it was interrupted.
+def answer_file(
+    opened: Opened, lines: Sequence[tuple[str, Line]], output: Path, *, max_tokens: int, console: Console
+) -> bool:
+    """Answers every request (`read_lines`) that `output` has no answer to; False if it was interrupted.
 
     Answers are written as they come, each with the index of its request. An answer that can't be made is a line with
     "error".
     """
-    lines = read_lines(source)
     done = answered(output, lines)
     if done:
         console.print(f"{len(done)} of {len(lines)} are answered in {output}")

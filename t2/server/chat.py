@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from t2.generation.engine import Sampling
+from t2.generation.sampling import Sampling
 from t2.server.answers import Answers, Mail, chat_prompt
 from t2.server.errors import ApiError
 from t2.server.experts import Experts

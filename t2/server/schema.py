@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from t2.generation.engine import Sampling
+from t2.generation.sampling import Sampling
 from t2.server.errors import ApiError
 
 MOST_STOPS = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,38 @@ def _read(path: Path) -> list[Row]:
 PANELS = (
     ("validation", "validation accuracy", "%"),
     ("reward", "mean reward", ""),
+    ("loss", "loss", ""),
     ("kl", "KL to the base, nats a token", ""),
-    ("length", "answer length, tokens", ""),
+    ("entropy", "entropy, nats a token", ""),
+    ("length", "completion length, tokens", ""),
 )
+FEW = 30
+"""Values of a panel that are marked by points; more are a line."""
 
 
 def plot(metrics: Metrics, path: Path, title: str, best_step: int | None = None) -> None:
-    """Validation accuracy with the base as a dashed line, reward, KL and length over the steps, as a PNG."""
+    """Validation accuracy with the base as a dashed line, and the other `PANELS` over the steps, as a PNG.
+
+    A metric that the run does not have (rewards of a next-token run) has no panel. Accuracy runs from 0 to 100%, and
+    all panels have the same steps.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = [panel for panel in PANELS if panel[0] == "validation" or metrics.series(panel[0])[0]]
+    columns = min(3, len(panels))
+    figure = Figure(figsize=(4.2 * columns, 3.2 * math.ceil(len(panels) / columns)), layout="constrained")
     figure.suptitle(title)
-    for axes, (name, label, unit) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    last = max((row["step"] for row in metrics.rows), default=0) or 1
+    grid = list(figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, label, unit) in zip(grid, panels, strict=False):
         steps, values = metrics.series(name)
         values = [100 * value for value in values] if unit == "%" else values
-        axes.plot(steps, values, marker="o" if name == "validation" else None, markersize=3, color="tab:blue")
+        axes.plot(steps, values, marker="o" if len(values) <= FEW else None, markersize=3, color="tab:blue")
+        axes.set_xlim(-0.02 * last, 1.02 * last)
+        if unit == "%":
+            axes.set_ylim(-3, 103)
         axes.set_xlabel("step")
         axes.set_ylabel(f"{label}, {unit}" if unit else label)
         axes.grid(alpha=0.3)

@@ -120,6 +120,8 @@ class TrainOptions:
     """Number of test examples for the base and the result at the end; 0 skips the test."""
     save_every: int = 1
     """Steps between checkpoints."""
+    patience: int = 0
+    """End after this many validations in a row without a better one (those after a cold start); 0 never does."""
 
     entropy_alarm: float = 0.1
     """Raise an alarm when the policy's entropy falls below this share of its first value."""
@@ -139,7 +141,7 @@ class TrainOptions:
         at_least_one = ("steps", "prompts_per_step", "samples_per_prompt", "token_budget", "validate_every")
         for name in (*at_least_one, "validation_size", "save_every", "lora_rank"):
             self._check(name, getattr(self, name) >= 1, "an integer >= 1")
-        for name in ("warmup_steps", "cold_start_steps", "test_size", "kl_coefficient"):
+        for name in ("warmup_steps", "cold_start_steps", "test_size", "patience", "kl_coefficient"):
             self._check(name, getattr(self, name) >= 0, "a number >= 0")
         for name in ("temperature", "learning_rate", "cold_start_learning_rate", "max_grad_norm"):
             self._check(name, getattr(self, name) > 0, "a number > 0")
@@ -177,6 +179,6 @@ class TrainOptions:
 
         An option that the saved run does not have yet counts with its default.
         """
-        free = {"steps", "test_size", "trackers", "token_budget", "save_every", "stream"}
+        free = {"steps", "patience", "test_size", "trackers", "token_budget", "save_every", "stream"}
         saved = SINCE | {RENAMED.get(name, name): value for name, value in saved.items()}
         return [name for name, value in self.to_dict().items() if name not in free and value != saved.get(name)]

@@ -31,7 +31,7 @@ from t2.training.options import TrainOptions
 from t2.training.parametrisation import initial_parameters, z_from
 from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.files import atomic_directory, content_digest
-from t2.weights.targets import select_targets, weight_matrix
+from t2.weights.targets import plain_targets, select_targets, weight_matrix
 from t2kernels.files import write_text
 
 
@@ -221,7 +221,7 @@ class DenseComposePolicy(ExpertPolicy):
 
     def __init__(self, model: PreTrainedModel, options: TrainOptions) -> None:
         self.identity = base_identity(model)
-        targets = select_targets(model, target_modules(options))
+        targets = plain_targets(model, target_modules(options))
         weights = {name: weight_matrix(layer) for name, layer in targets.items()}
         cache = FactorCache()
         done = decompose_weights(weights, cache)

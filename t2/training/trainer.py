@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,6 +48,7 @@ from t2.weights.files import FileFormatError, file_errors
 from t2.weights.loading import Tokenizer, tokenizer_of
 from t2kernels.files import write_text
 
+CHECKPOINT = "checkpoint.safetensors"
 SCORED_TOKENS = 1024
 """Tokens of a batch whose gradient chooses a support: all components are free then, and no step needs as much."""
 
@@ -96,21 +98,8 @@ class Trainer:
         self.tokenizer = tokenizer = tokenizer_of(tokenizer)
         self.accelerator = accelerator or make_accelerator(options)
         self.console = console or Console(quiet=not self.accelerator.is_main_process)
-        self.problems = task.problems("train")
-        self.validation = task.problems("validation")[: options.validation_size]
-        if not len(self.problems) or not len(self.validation):
-            raise ValueError(
-                f"task: expected problems to train on and to validate with, got {len(self.problems)} and "
-                f"{len(self.validation)} of {task.name}"
-            )
-        if (options.objective == "next-token" or options.cold_start_steps) and all(
-            problem.solution is None for problem in self.problems
-        ):
-            raise ValueError(
-                "objective, cold_start_steps: the likelihood of solutions expects a task that has some, got "
-                f"{task.name}, which has none"
-            )
-        self._check_folder()
+        self.problems, self.validation = check_problems(task, options)
+        check_folder(options)
         self.new_tokens = options.max_new_tokens or task.max_new_tokens
         eos_ids = eos_ids_of(model, tokenizer)
         if not eos_ids or tokenizer.pad_token_id is None:
@@ -137,16 +126,7 @@ class Trainer:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.options.output / "checkpoint.safetensors"
-
-    def _check_folder(self) -> None:
-        exists = self._checkpoint.is_file()
-        if exists and not self.options.resume:
-            raise ValueError(
-                f"output: expected a folder without a run, got {self.options.output}; --resume continues it"
-            )
-        if self.options.resume and not exists:
-            raise FileNotFoundError(f"output: expected a run to resume in {self.options.output}, found no checkpoint")
+        return self.options.output / CHECKPOINT
 
     def _saved(self) -> Checkpoint | None:
         """The checkpoint to resume from, of a run with the same options."""
@@ -184,7 +164,10 @@ class Trainer:
             policy.restrict(top_components(scores, policy.layout, count))
 
     def _start(self, checkpoint: Checkpoint | None) -> Metrics:
-        path = self.options.output / "metrics.jsonl" if self.accelerator.is_main_process else None
+        main = self.accelerator.is_main_process
+        path = self.options.output / "metrics.jsonl" if main else None
+        if main:
+            write_text(self.options.output / "options.json", json.dumps(self.options.to_dict(), indent=1) + "\n")
         if checkpoint is None:
             return Metrics(path)
         checkpoint.check(self._checkpoint, self.policy.identity, self.policy.parameters)
@@ -234,17 +217,17 @@ class Trainer:
         """Trains to the last step, or until SIGINT, after which the checkpoint holds everything."""
         with self._interruptible(), self._progress() as announce:
             if self.state.base_score is None:
-                announce("validating the base")
                 self.state.base_score = self._score(self.validation, base=True).accuracy
+                announce(f"base: validation {self.state.base_score:.1%}")
                 self._validate({"step": 0, "base": self.state.base_score})
                 self._save()
-            while self.state.step < self.options.steps and not self._stopping:
+            while self.state.step < self.options.steps and not self._stopping and not self._out_of_patience():
                 row = self.step()
                 ended = self._alarmed(row)
                 self._stopping = self._agreed(self._stopping)
                 if self.state.step % self.options.save_every == 0:
                     self._save()
-                announce(_summary(row, self.state))
+                announce(_summary(row, self.state, self.options.steps))
                 if ended:
                     break
         self._save()
@@ -278,6 +261,15 @@ class Trainer:
         """Whether the next step follows rewards, not solutions."""
         options = self.options
         return options.objective == "policy-gradient" and self.state.step >= options.cold_start_steps
+
+    def _out_of_patience(self) -> bool:
+        """Whether as many validations as `patience` have passed since the best."""
+        options = self.options
+        waited = self.state.step - max(self.state.best_step, options.cold_start_steps)
+        if not options.patience or waited < options.patience * options.validate_every:
+            return False
+        self.console.print(f"step {self.state.step}: no better validation since step {self.state.best_step}; stopping")
+        return True
 
     def _mine(self, items: Sequence[Any]) -> Sequence[Any]:
         """This process' share."""
@@ -450,7 +442,8 @@ class Trainer:
         if self.state.best_score is None or score > self.state.best_score:
             self.state.best_score, self.state.best_step = score, self.state.step
             self.best = [parameter.detach().clone() for parameter in self.policy.parameters]
-        self._record(row | {"validation": score})
+        row["validation"] = score
+        self._record(row)
         self._plot()
 
     def _score(self, problems: Sequence[Problem], *, base: bool) -> Evaluation:
@@ -550,22 +543,54 @@ class Trainer:
 
     @contextmanager
     def _progress(self) -> Iterator[Callable[[str], None]]:
-        times = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        columns = (TextColumn(self.task.name), BarColumn(20), *times, TextColumn("{task.description}"))
-        with Progress(*columns, console=self.console) as bar:
+        name = TextColumn(self.task.name, table_column=Column(no_wrap=True, overflow="ellipsis", max_width=30))
+        columns = (name, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
             line = bar.add_task("", total=self.options.steps, completed=self.state.step)
-            yield lambda text: bar.update(line, completed=self.state.step, description=text)
+
+            def announce(text: str) -> None:
+                self.console.print(text, highlight=False)
+                bar.update(line, completed=self.state.step)
+
+            yield announce
 
 
-def _summary(row: Row, state: State) -> str:
+def check_problems(task: Task, options: TrainOptions) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    """Problems to train on and to validate with; raises where there are none, or none with the solutions it takes."""
+    problems, validation = task.problems("train"), task.problems("validation")[: options.validation_size]
+    if not len(problems) or not len(validation):
+        raise ValueError(
+            f"task: expected problems to train on and to validate with, got {len(problems)} and {len(validation)} of "
+            f"{task.name}"
+        )
+    needs_solutions = options.objective == "next-token" or options.cold_start_steps > 0
+    if needs_solutions and all(problem.solution is None for problem in problems):
+        raise ValueError(
+            "objective, cold_start_steps: the likelihood of solutions expects a task that has some, got "
+            f"{task.name}, which has none"
+        )
+    return problems, validation
+
+
+def check_folder(options: TrainOptions) -> None:
+    """Raises unless the output is a folder for a new run, or one with a checkpoint where a run is to be resumed."""
+    exists = (options.output / CHECKPOINT).is_file()
+    if exists and not options.resume:
+        raise ValueError(f"output: expected a folder without a run, got {options.output}; --resume continues it")
+    if options.resume and not exists:
+        raise FileNotFoundError(f"output: expected a run to resume in {options.output}, found no checkpoint")
+
+
+def _summary(row: Row, state: State, steps: int) -> str:
+    """A line for a step; of its validation only where it had one."""
     parts = [
         f"{name} {row[key]:.3g}"
         for name, key in (("reward", "reward"), ("loss", "loss"), ("KL", "kl"), ("entropy", "entropy"))
         if row.get(key) is not None and (key != "loss" or "reward" not in row)
     ]
-    if state.best_score is not None and state.base_score is not None:
-        parts.append(f"best {state.best_score:.1%} at {state.best_step} (base {state.base_score:.1%})")
-    return ", ".join(parts)
+    if "validation" in row:
+        parts.append(f"validation {row['validation']:.1%} (best {state.best_score:.1%}, base {state.base_score:.1%})")
+    return f"step {state.step}/{steps}: " + ", ".join(parts)
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
@@ -590,8 +615,10 @@ def train(model_name: str, options: TrainOptions, *, console: Console | None = N
     from t2.weights.loading import load
     from t2.weights.streaming import streams
 
-    accelerator = make_accelerator(options)
     task = get(options.task, **options_of(options.task_options))
+    check_problems(task, options)
+    check_folder(options)
+    accelerator = make_accelerator(options)
     dtype, device = getattr(torch, options.model_dtype), accelerator.device
     model: PreTrainedModel | SVFModel
     if options.method == "svf" and streams(model_name, options.stream):

@@ -28,7 +28,7 @@ from t2.weights.memory_model import (
 )
 from t2.weights.step_sizes import StepSizes
 from t2.weights.streaming import checkpoint_folder, skeleton
-from t2.weights.targets import Linear, linear_layers, other_linears, select_targets, weight_matrix
+from t2.weights.targets import Linear, linear_layers, other_linears, plain_targets, weight_matrix
 from t2kernels.packing import INT4
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -310,7 +310,7 @@ def estimate_model(
     source = path if is_local else checkpoint_folder(name_or_path, weights=False)
     config = AutoConfig.from_pretrained(str(source))
     model = skeleton(config, dtype)
-    targets = select_targets(model, target_modules, on_meta=True)
+    targets = plain_targets(model, target_modules, on_meta=True)
     groups: dict[tuple[int, int], list[str]] = {}
     for name, layer in targets.items():
         groups.setdefault(_shape(layer), []).append(name)

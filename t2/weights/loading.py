@@ -86,7 +86,9 @@ def load(
     else:
         model, tokenizer = _load_hub(name, dtype)
     model.name_or_path = model.config._name_or_path = name
-    return cast(Any, model).to(device).eval(), padded_left(tokenizer)
+    if not getattr(model, "is_quantized", False) or model.device != device:
+        cast(Any, model).to(device)  # bitsandbytes refuses every move, also one to where the model is
+    return model.eval(), padded_left(tokenizer)
 
 
 def padded_left(tokenizer: Tokenizer) -> Tokenizer:

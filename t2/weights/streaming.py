@@ -23,8 +23,9 @@ from transformers import (
 
 from t2.weights.files import FileFormatError
 from t2.weights.loading import ALIASES, alias_file, convert_gguf, load, reads_images
+from t2.weights.quantized import Dequantized
 from t2.weights.shards import Lazy, Shards, StoredWeight, is_sharded
-from t2.weights.targets import Linear, select_targets, weight_matrix
+from t2.weights.targets import Linear, matrices_of, plain_targets, select_targets
 
 Stream = Literal["auto", "yes", "no"]
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
@@ -38,17 +39,20 @@ def streams(name_or_path: str | Path, stream: Stream) -> bool:
     folder = Path(name_or_path).expanduser()
     if stream != "auto":
         return stream == "yes"
-    return is_sharded(folder) and not reads_images(AutoConfig.from_pretrained(str(folder)))
+    if not is_sharded(folder):
+        return False
+    config = AutoConfig.from_pretrained(str(folder))
+    return not reads_images(config) and getattr(config, "quantization_config", None) is None
 
 
 def target_weights(
     name_or_path: str | Path, target_modules: str | Sequence[str], *, stream: Stream = "auto", dtype: torch.dtype
-) -> Mapping[str, Tensor | StoredWeight]:
+) -> Mapping[str, Tensor | StoredWeight | Dequantized]:
     """The target matrices [out, in] of a model by module name, as `decompose_weights` takes them; `stream` as above."""
     if streams(name_or_path, stream):
         return Checkpoint(checkpoint_folder(name_or_path), dtype).weights(target_modules)
     model, _ = load(name_or_path, dtype=dtype)
-    return {name: weight_matrix(layer) for name, layer in select_targets(model, target_modules).items()}
+    return matrices_of(model, select_targets(model, target_modules))
 
 
 def checkpoint_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
@@ -97,7 +101,7 @@ class Checkpoint:
 
     def weights(self, target_modules: str | Sequence[str]) -> dict[str, StoredWeight]:
         """The target matrices by module name; reads none of them."""
-        targets = select_targets(self.skeleton, target_modules, on_meta=True)
+        targets = plain_targets(self.skeleton, target_modules, on_meta=True)
         return {name: self._stored(name, layer) for name, layer in targets.items()}
 
     def _stored(self, module: str, layer: Linear) -> StoredWeight:

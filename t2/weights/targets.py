@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,24 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from t2.weights.quantized import PLAIN, Dequantized, activation_dtype, device_of_layer, is_quantized, why_no_matrix
+
 Linear = nn.Linear | Conv1D
+"""Layers with a plain weight. Beside them `select_targets` finds layers that another library quantised."""
 
 
 def weight_matrix(linear: Linear) -> Tensor:
     """The weight as a matrix [out, in] (a view; GPT-2's Conv1D stores its transpose)."""
     return linear.weight.detach() if isinstance(linear, nn.Linear) else linear.weight.detach().T
+
+
+def matrices_of(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor | Dequantized]:
+    """The matrices [out, in] of target layers as `decompose_weights` takes them: plain ones as they are."""
+    dtype = activation_dtype(model)
+    return {
+        name: Dequantized(layer, dtype) if is_quantized(layer) else weight_matrix(cast(Linear, layer))
+        for name, layer in layers.items()
+    }
 
 
 def as_stored(linear: Linear, matrix: Tensor) -> Tensor:
@@ -58,12 +72,15 @@ class Unsuitable(dict[str, str]):
         )
 
 
-def why_unsuitable(layer: nn.Module) -> str | None:
-    """The reason why a layer is no plain y = x W^T + b; None if it is, or if it is nothing like a linear layer.
+def why_unsuitable(layer: nn.Module, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why a layer is no y = x W^T + b; None if it is, or if it is nothing like a linear layer.
 
-    Subclasses of nn.Linear count as plain if nothing is in them but a weight and a bias and they compute just that.
+    Subclasses of nn.Linear count if nothing is in them but a weight and a bias and they compute just that; layers that
+    another library quantised if they are linear for activations of `dtype`, where it is given.
     """
     kind = type(layer)
+    if dtype is not None and is_quantized(layer):
+        return why_no_matrix(layer, dtype)
     if kind in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter and type(layer.weight.data) is Tensor:
         return None
     if not isinstance(layer, nn.Linear | Conv1D):
@@ -110,7 +127,7 @@ def _computes_its_matrix(layer: nn.Linear | Conv1D) -> bool:
 
 
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
-    """Every linear layer (nn.Linear, Conv1D) of the model by name, but for its output embedding (lm_head).
+    """Every plain linear layer (nn.Linear, Conv1D) of the model by name, but for its output embedding (lm_head).
 
     In a model that reads images these are the layers of its language model: what comes before, the vision tower and
     what connects it, sees patches of images, not requests that could each have an expert.
@@ -122,9 +139,20 @@ def linear_layers(model: nn.Module) -> dict[str, Linear]:
     }
 
 
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer that another library quantised and that computes W x + b, by name, but for the output embedding."""
+    dtype = activation_dtype(model)
+    return {
+        name: module
+        for name, module in _candidates(model).items()
+        if is_quantized(module) and why_no_matrix(module, dtype) is None
+    }
+
+
 def unsuitable_layers(model: nn.Module) -> Unsuitable:
     """The layers of the model that are like linear ones, but that nothing here can stand in for."""
-    reasons = {name: why_unsuitable(module) for name, module in _candidates(model).items()}
+    dtype = activation_dtype(model)
+    reasons = {name: why_unsuitable(module, dtype) for name, module in _candidates(model).items()}
     return Unsuitable({name: reason for name, reason in reasons.items() if reason is not None})
 
 
@@ -135,15 +163,17 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 def select_targets(
     model: nn.Module, target_modules: str | Sequence[str], *, on_meta: bool = False
-) -> dict[str, Linear]:
-    """The layers that `target_modules` names (see `SVFConfig`), in module order.
+) -> dict[str, nn.Module]:
+    """The layers, plain and quantised, that `target_modules` names (see `SVFConfig`), in module order.
 
     `on_meta`: whether their weights are on the meta device and come from elsewhere (`t2.weights.streaming`).
 
     Raises ValueError where nothing, or a suffix of the list, matches; and for layers that can't be replaced: on the
     meta device unless `on_meta`, or with a weight that another module shares.
     """
-    layers, unsuitable = linear_layers(model), unsuitable_layers(model)
+    linear, quantized = linear_layers(model), quantized_layers(model)
+    unsuitable = unsuitable_layers(model)
+    layers = {name: module for name, module in model.named_modules() if name in linear or name in quantized}
     named = _match([*layers, *unsuitable], target_modules, dense_parameters(model))
     chosen = {name: layer for name, layer in layers.items() if name in named}
     if not chosen:
@@ -154,6 +184,10 @@ def select_targets(
             owners.setdefault(id(parameter), []).append(f"{module_name}.{parameter_name}".lstrip("."))
     devices = set()
     for name, layer in chosen.items():
+        if name in quantized:
+            devices.add(device_of_layer(layer))
+            continue
+        assert isinstance(layer, Linear)
         if layer.weight.is_meta != on_meta:
             raise ValueError(
                 f"model: expected target weights on the meta device, got {name}.weight in memory"
@@ -165,12 +199,23 @@ def select_targets(
                 f"target_modules: expected weights that no other module shares, got {name}, tied with "
                 f"{[owner for owner in owners[id(layer.weight)] if owner != f'{name}.weight']}"
             )
-        if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if layer.weight.dtype not in PLAIN:
             raise TypeError(f"model: expected float32, bfloat16 or float16 weights, got {layer.weight.dtype} in {name}")
         devices.add(layer.weight.device)
     if len(devices) > 1:
         raise ValueError(f"model: expected all target weights on one device, got {sorted(map(str, devices))}")
     return chosen
+
+
+def plain_targets(model: nn.Module, target_modules: str | Sequence[str], *, on_meta: bool = False) -> dict[str, Linear]:
+    """`select_targets` for those who need weights in float32, bfloat16 or float16; ValueError for quantised layers."""
+    targets = select_targets(model, target_modules, on_meta=on_meta)
+    if quantized := [name for name, layer in targets.items() if is_quantized(layer)]:
+        raise ValueError(
+            f"model: expected plain weights, got layers that are quantised, such as {quantized[0]} "
+            f"({type(targets[quantized[0]]).__name__}); load the model dequantised"
+        )
+    return cast(dict[str, Linear], targets)
 
 
 PATTERNS = {
@@ -226,7 +271,7 @@ def dense_parameters(model: nn.Module) -> dict[str, int]:
     return {
         f"{name}.{own}".lstrip("."): parameter.numel()
         for name, module in language_modules(model).items()
-        if not isinstance(module, beside)
+        if not isinstance(module, beside) and not is_quantized(module)
         for own, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1 and min(parameter.shape[-2:]) > 1
     }
@@ -275,6 +320,7 @@ def block_weights(model: nn.Module, target_modules: str | Sequence[str]) -> dict
     regex = re.compile(PATTERNS.get(target_modules, ".*") if isinstance(target_modules, str) else ".*")
     unsuitable, modules = unsuitable_layers(model), language_modules(model)
     sizes = {name: layer.weight.numel() for name, layer in linear_layers(model).items()}
+    sizes |= {name: prod(Dequantized(layer, PLAIN[0]).shape) for name, layer in quantized_layers(model).items()}
     sizes |= {name: sum(p.numel() for p in modules[name].parameters()) for name in unsuitable}
     sizes |= {name: size for name, size in dense_parameters(model).items() if not _within(name, unsuitable)}
     return {name: size for name, size in sizes.items() if regex.fullmatch(name)}
@@ -322,5 +368,5 @@ def other_linears(model: nn.Module, *, on_meta: bool = False) -> dict[str, Linea
         and type(module) in (nn.Linear, Conv1D)
         and type(module.weight.data) is Tensor
         and module.weight.is_meta == on_meta
-        and module.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and module.weight.dtype in PLAIN
     }

@@ -12,7 +12,7 @@ INSTRUCTION_SETS = [isa for isa in extension.compiled_isas() if extension.suppor
 """The widest comes last."""
 WIDEST = INSTRUCTION_SETS[-1] if INSTRUCTION_SETS else None
 EXTREMES = list(dict.fromkeys(isa for isa in INSTRUCTION_SETS if isa in ("portable", WIDEST)))
-HARDWARE_DOTS = {"avx512_bf16", "amx_bf16"}
+HARDWARE_DOTS = {"avx512_bf16", "amx_bf16", "neon_bf16"}
 """Sets with dot products of bfloat16, which round in an order of their own."""
 
 

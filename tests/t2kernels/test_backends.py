@@ -58,7 +58,7 @@ def test_environment_chooses_the_instruction_set():
 @needs_extension
 def test_the_widest_supported_set_is_the_default():
     if "T2KERNELS_CPU" not in os.environ:
-        order = ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
+        order = ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon", "neon_bf16"]
         assert t2kernels.build_info()["chosen"] == max(
             (isa for isa in order if extension.supported(isa)), key=order.index
         )

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import t2
 from t2.generation import compiled_pass
 from t2.generation.compiled_pass import Compilation, PassModule, program_key
-from t2.generation.engine import Engine, Sampling, Token
+from t2.generation.engine import Engine, Token
+from t2.generation.sampling import Sampling
 from tests.t2.generation.test_engine import Answer, prompts
 
 

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 import t2
-from t2.generation.engine import Engine, Finished, QueueFull, Sampling, Token
+from t2.generation.engine import Engine, Finished, QueueFull, Token
+from t2.generation.sampling import Sampling
 from tests.t2.toy import toy_model
 
 

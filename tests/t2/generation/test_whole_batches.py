@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, T5Co
 
 import t2
 from t2.generation.compiled_pass import Compilation
-from t2.generation.engine import Engine, Sampling
+from t2.generation.engine import Engine
+from t2.generation.sampling import Sampling
 from t2.generation.whole_batches import WholeBatchEngine
 from t2.server.opened import open_engine
 from tests.t2.generation.test_engine import Answer, prompts

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import t2
 from t2.generation.engine import Engine
+from t2.generation.sampling import Sampling
 from t2.server.batch import answer_file, answered, read_lines
 from t2.server.opened import Opened
 from t2.weights.files import FileFormatError
@@ -38,7 +39,7 @@ def opened(bank: Path) -> Opened:
 
 
 def run(bank: Path, source: Path, output: Path) -> list[dict]:
-    assert answer_file(opened(bank), source, output, max_tokens=8, console=Console(quiet=True))
+    assert answer_file(opened(bank), read_lines(source), output, max_tokens=8, console=Console(quiet=True))
     entries = [json.loads(line) for line in output.read_text().splitlines()]
     return sorted(entries, key=lambda entry: entry["index"])
 
@@ -59,6 +60,14 @@ def test_every_line_gets_its_answer(bank, tmp_path):
     assert again == found
 
 
+def test_sampling_of_the_command_line_is_that_of_lines_without_their_own(tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"prompt": "a"}, {"prompt": "b", "temperature": 0.0, "seed": 3}])
+    first, second = (line.sampling(0) for _, line in read_lines(source, Sampling(0.5, 0.9, 7)))
+    assert first == Sampling(0.5, 0.9, 7) and second == Sampling(0.0, 0.9, 3)
+    first, second = (line.sampling(0) for _, line in read_lines(source))
+    assert first == Sampling() and second == Sampling(seed=3)
+
+
 def test_a_run_goes_on_where_it_was_cut_short(bank, tmp_path):
     source = write(tmp_path / "in.jsonl", REQUESTS)
     whole = run(bank, source, tmp_path / "whole.jsonl")
@@ -76,7 +85,7 @@ def test_messages_that_the_template_refuses_are_one_lines_error(bank, tmp_path):
     )
     said = [{"role": role, "content": "say"} for role in ("system", "user")]
     source = write(tmp_path / "in.jsonl", [{"messages": said}, {"messages": said[1:]}])
-    assert answer_file(model, source, tmp_path / "out.jsonl", max_tokens=3, console=Console(quiet=True))
+    assert answer_file(model, read_lines(source), tmp_path / "out.jsonl", max_tokens=3, console=Console(quiet=True))
     found = {e["index"]: e for e in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert "no system" in found[0]["error"]["message"] and found[1]["tokens"]
 
@@ -116,11 +125,12 @@ def test_killed_at_any_moment(bank, tmp_path):
     ]
     source, output = write(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
     code = (
-        "from pathlib import Path; from tests.t2.server.test_batch import opened, answer_file, Console; import sys;"
+        "from pathlib import Path; from tests.t2.server.test_batch import opened, answer_file, read_lines, Console;"
+        "import sys;"
         "o = opened(Path(sys.argv[1])); slow = o.engine._pass;"
         "import time; o.engine._pass = lambda: (time.sleep(0.01), slow());"
         "print('ready', flush=True);"
-        "answer_file(o, Path(sys.argv[2]), Path(sys.argv[3]), max_tokens=8, console=Console(quiet=True))"
+        "answer_file(o, read_lines(Path(sys.argv[2])), Path(sys.argv[3]), max_tokens=8, console=Console(quiet=True))"
     )
     for moment in range(20):
         process = subprocess.Popen(

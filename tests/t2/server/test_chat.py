@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from t2.generation.engine import Sampling
+from t2.generation.sampling import Sampling
 from t2.server.chat import chat
 from tests.t2.server.test_batch import opened
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import t2
 from t2.training import Trainer, TrainOptions, TrainResult
@@ -218,6 +221,50 @@ def test_a_cold_start_resumes_to_the_same_curve(make_options):
 def test_an_alarm_can_end_the_run(make_options):
     options = make_options(steps=12, learning_rate=0.5, kl_alarm=0.05, on_alarm="stop")
     assert run(options).state.step < 12
+
+
+def test_a_run_without_a_better_validation_ends_when_its_patience_does(make_options):
+    options = make_options(steps=20, learning_rate=1e-9, patience=2, validate_every=2)
+    result = run(options)
+    assert result.finished and result.state.step == 4 and result.state.best_step == 0 and result.best is not None
+    again = run(replace(options, resume=True))
+    assert again.finished and again.state.step == 4
+    further = run(replace(options, resume=True, patience=3))
+    assert further.finished and further.state.step == 6
+    cold = run(make_options(output=options.output / "cold", steps=20, learning_rate=1e-9, patience=2,
+                            cold_start_steps=5, cold_start_learning_rate=1e-9))  # fmt: skip
+    assert cold.finished and cold.state.step == 9
+
+
+def test_a_run_writes_its_options_beside_it(make_options):
+    options = make_options(steps=2)
+    run(options)
+    assert json.loads((options.output / "options.json").read_text()) == options.to_dict()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_every_step_is_a_line_that_fits(make_options, terminal):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, width=80)
+    run(make_options(steps=4, validate_every=2), console=console)
+    lines = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "\n", text.getvalue()).splitlines() if line.strip()]
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split(":")[0] for line in steps] == [f"step {i}/4" for i in (1, 2, 3, 4)]
+    assert ["validation" in line for line in steps] == [False, True, False, True]
+    assert max(map(len, lines)) <= 80 and any(line.startswith("base: validation") for line in lines)
+
+
+def test_what_is_wrong_is_said_before_the_model_is_loaded(make_options, tmp_path, monkeypatch):
+    monkeypatch.setattr("t2.weights.loading.load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "checkpoint.safetensors").write_bytes(b"")
+    task = {"task": "reasoning-gym:chain_sum"}
+    with pytest.raises(ValueError, match="expected a folder without a run"):
+        train("no-model", make_options(**task, output=folder))
+    with pytest.raises(FileNotFoundError, match="expected a run to resume"):
+        train("no-model", make_options(**task, resume=True))
+    assert list(tmp_path.iterdir()) == [folder] and len(list(folder.iterdir())) == 1
 
 
 def test_a_folder_with_a_run_is_left_alone(make_options):

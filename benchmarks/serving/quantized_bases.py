@@ -1,0 +1,205 @@
+"""Experts on bases that other libraries quantised: fidelity, mixed batches, a training step, tokens a second.
+
+    python -m benchmarks.serving.quantized_bases
+
+SmolLM2-135M-Instruct in every format whose library is installed and runs here. The base keeps its own kernels; experts
+are a correction on 64 components a matrix (the delta form). Writes benchmarks/results/quantized-bases.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+import t2
+from benchmarks.common.tables import RESULTS, Table, write_results
+from benchmarks.serving.fidelity import MODEL, distance, logits_of, text_windows
+from t2.demo.merged_check import check_row
+from t2.demo.run import QUESTIONS, chat_batch
+from t2.demo.throughput import ServingPath, fixed_length, time_paths
+from t2.weights.loading import ALIASES, alias_file, convert_gguf
+from t2.weights.machine import machine
+from t2.weights.quantized import is_quantized
+
+SUPPORT, REQUESTS, TOKENS = 64, 8, 32
+
+
+def formats() -> dict[str, Callable[[], Any]]:
+    """transformers' quantisation config of each format, by name; made when it is called."""
+
+    def bitsandbytes(**options: Any) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(**options)
+
+    def torchao(name: str, **options: Any) -> Any:
+        import torchao.quantization
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(getattr(torchao.quantization, name)(**options))
+
+    def hqq(bits: int) -> Any:
+        from transformers import HqqConfig
+
+        return HqqConfig(nbits=bits, group_size=64)
+
+    return {
+        "bfloat16, not quantised": lambda: None,
+        "bitsandbytes NF4": lambda: bitsandbytes(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        ),
+        "bitsandbytes int8": lambda: bitsandbytes(load_in_8bit=True),
+        "torchao int8, weights": lambda: torchao("Int8WeightOnlyConfig"),
+        "torchao int8, weights and activations": lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+        "torchao float8, weights": lambda: torchao("Float8WeightOnlyConfig"),
+        "HQQ 4 bits": lambda: hqq(4),
+    }
+
+
+def load(make: Callable[[], Any]) -> Any:
+    config, file = make(), alias_file(ALIASES[MODEL])
+    assert file is not None
+    options = {} if config is None else {"quantization_config": config}
+    model = AutoModelForCausalLM.from_pretrained(convert_gguf(file), dtype=torch.bfloat16, device_map="cpu", **options)
+    return model.eval()
+
+
+def wrap(model: Any) -> t2.SVFModel:
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "form": "delta", "support": SUPPORT, "progress": False}
+    svf = t2.SVFModel(model, t2.SVFConfig(**options, pack_others=False))
+    support = svf.support
+    assert support is not None
+    for seed in range(REQUESTS):
+        z = torch.ones(svf.layout.R)
+        z[support] += 0.1 * torch.randn(len(support), generator=torch.Generator().manual_seed(seed))
+        svf.add_expert(f"e{seed}", t2.Expert(z, svf.layout))
+    return svf
+
+
+def train_step(svf: t2.SVFModel, windows: Tensor) -> dict[str, float]:
+    """Losses before and after a step along z's gradient on a text, and seconds of forward and backward."""
+    z = svf.start_training()
+    ids = windows[:1, :256]
+
+    def loss() -> Tensor:
+        logits = svf(input_ids=ids).logits[:, :-1].float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    start = time.perf_counter()
+    before = loss()
+    before.backward()
+    seconds = time.perf_counter() - start
+    assert z.grad is not None
+    with torch.no_grad():
+        z -= 0.02 * z.grad.sign()
+        after = float(loss())
+    return {"before": float(before.detach()), "after": after, "seconds": seconds}
+
+
+def measure(make: Callable[[], Any], reference: Tensor, windows: Tensor, tokenizer: Any) -> dict[str, Any]:
+    """The figures of one format."""
+    base = load(make)
+    layers = sum(is_quantized(module) for module in base.modules())
+    own = logits_of(base, windows)
+    svf = wrap(load(make))
+    found: dict[str, Any] = {
+        "quantised_layers": layers,
+        "decomposed": len(svf.layout.names),
+        "base": distance(reference, own, windows),
+        "same_at_one": bool(torch.equal(logits_of(svf, windows), own)),
+    }
+    batch, names = chat_batch(tokenizer, list(QUESTIONS[:REQUESTS])), [f"e{i}" for i in range(REQUESTS)]
+    generated = svf.generate(
+        **batch, experts=names, **fixed_length(TOKENS), return_dict_in_generate=True, output_logits=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checks = [check_row(svf.merged_copy(name), batch, generated, row, name) for row, name in enumerate(names[:4])]
+    found["merged"] = {
+        "equal": sum(c.equal for c in checks),
+        "passed": sum(c.passed for c in checks),
+        "of": len(checks),
+    }
+    paths = [
+        ServingPath("base", 0, lambda n, **kw: base.generate(**kw), 3),
+        ServingPath("experts", REQUESTS, lambda n, **kw: svf.generate(experts=names[:n], **kw), 3),
+    ]
+    found["seconds"] = {each.name: each.seconds for each in time_paths(paths, batch, TOKENS)}
+    found["step"] = train_step(svf, windows)
+    return found
+
+
+def bases_table(results: Any) -> Table:
+    """Every format: its own drift, equality at z = 1, mixed batches, a step, and speed beside the base alone."""
+    rows = []
+    for name, found in results["formats"].items():
+        if "failed" in found:
+            rows.append([name, found["failed"], "", "", "", "", ""])
+            continue
+        base, experts = found["seconds"]["base"], found["seconds"]["experts"]
+        ratio = statistics.median(b / e for b, e in zip(base, experts, strict=True))
+        step, merged = found["step"], found["merged"]
+        rows.append(
+            [
+                name,
+                f"{found['decomposed']} of {max(found['quantised_layers'], found['decomposed'])}",
+                f"{found['base']['mean_kl']:.1e}",
+                "bit for bit" if found["same_at_one"] else "rounded",
+                f"{merged['passed']} of {merged['of']}",
+                f"{step['before']:.3f}, {step['after']:.3f}; {step['seconds']:.1f} s",
+                f"{REQUESTS * TOKENS / statistics.median(experts):.0f}, {ratio:.2f}",
+            ]
+        )
+    about = results["machine"]
+    return Table(
+        f"SmolLM2-135M-Instruct as other libraries quantise it, experts on {SUPPORT} components a matrix, {REQUESTS} "
+        f"requests with as many experts, {about['threads']} cores of {about['processor']} "
+        "(`python -m benchmarks.serving.quantized_bases`):",
+        [
+            "base",
+            "layers",
+            "its mean KL to float32",
+            "z = 1 and the base",
+            "rows as merged, or at ties",
+            "loss before and after a step of z",
+            "tokens/s, / base alone",
+        ],
+        rows,
+    )
+
+
+def main(results: Path = RESULTS / "quantized-bases.json") -> None:
+    """Args:
+    results: File for the results as JSON.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    out = Console()
+    model, tokenizer = t2.load(MODEL)
+    windows = text_windows(tokenizer, 1024)
+    reference = logits_of(model, windows)
+    found: dict[str, Any] = {}
+    for name, make in formats().items():
+        try:
+            found[name] = measure(make, reference, windows, tokenizer)
+        except ImportError as error:
+            found[name] = {"failed": f"not installed ({str(error).splitlines()[0][:80]})"}
+        out.print(name, found[name], markup=False)
+    content = {"machine": machine(), "formats": found}
+    write_results(results, content)
+    bases_table(content).show()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

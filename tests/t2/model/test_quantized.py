@@ -1,0 +1,177 @@
+"""Models whose layers another library quantised."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import t2
+from t2.model.layers import RoutedLinear
+from t2.weights.quantized import dequantized, is_quantized, why_no_matrix
+from t2.weights.targets import plain_targets, select_targets
+from tests.t2.toy import toy_model
+
+IDS = torch.tensor([[5, 6, 7, 8], [6, 7, 8, 9], [9, 8, 7, 6]])
+
+
+class EightBits(nn.Module):
+    """A layer as libraries have them: codes and scales of its own, and a product that dequantises."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().float().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("codes", (linear.weight.detach().float() / scale).round().to(torch.int8))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return (self.codes.float() * self.scale).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.matrix(x.dtype), self.bias)
+
+
+class Rounding(EightBits):
+    """The same with activations in 8 bits too, a scale a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+        return super().forward((x / step).round() * step)
+
+
+class Curved(EightBits):
+    """No linear map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def quantise(model: nn.Module, kind=EightBits, skip=("lm_head",)) -> nn.Module:
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and not name.endswith(skip):
+            model.set_submodule(name, kind(module))
+    return model
+
+
+def wrapped(kind=EightBits, **options) -> t2.SVFModel:
+    return t2.SVFModel(quantise(toy_model(), kind), t2.SVFConfig(progress=False, cache=False) if not options
+                       else t2.SVFConfig(progress=False, **{"cache": False} | options))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 7), (577, 31), (64, 1031)])
+def test_the_matrix_is_the_one_that_the_layer_multiplies_by(dtype, bias, shape):
+    torch.manual_seed(0)
+    layer = EightBits(nn.Linear(shape[1], shape[0], bias=bias)).to(dtype)
+    before = None if layer.bias is None else layer.bias.clone()
+    assert is_quantized(layer) and why_no_matrix(layer, dtype) is None
+    assert torch.equal(dequantized(layer, dtype), layer.matrix(dtype))
+    assert (layer.bias is None) == (before is None) and (before is None or torch.equal(layer.bias, before))
+
+
+def test_layers_that_round_their_inputs_have_one_and_others_none():
+    torch.manual_seed(0)
+    layer = Rounding(nn.Linear(300, 40))
+    assert torch.equal(dequantized(layer, torch.float32), layer.matrix(torch.float32))
+    assert "computes no W x + b" in why_no_matrix(Curved(nn.Linear(300, 40)), torch.float32)
+    with pytest.raises(ValueError, match="got a Curved that does not"):
+        dequantized(Curved(nn.Linear(300, 40)), torch.float32)
+    fails = EightBits(nn.Linear(8, 8))
+    fails.forward = lambda x: 1 / 0
+    assert "ZeroDivisionError" in why_no_matrix(fails, torch.float32)
+    assert not is_quantized(nn.Linear(3, 3)) and not is_quantized(nn.Linear(3, 3).double())
+    assert not is_quantized(nn.Embedding(3, 3)) and not is_quantized(nn.Sequential(EightBits(nn.Linear(3, 3))))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("form", [{"form": "delta", "support": 4}, {}], ids=["delta", "factored"])
+def test_a_batch_of_experts_is_each_built_in(form, cache, tmp_path):
+    plain = quantise(toy_model())
+    with torch.no_grad():
+        base = plain(input_ids=IDS).logits
+    svf = wrapped(cache=cache, cache_dir=tmp_path, **form)
+    assert svf.coverage.share == 1.0
+    expert = t2.Expert.random(svf.layout, std=0.1, seed=1)
+    if svf.support is not None:
+        z = torch.ones_like(expert.z)
+        z[svf.support] = expert.z[svf.support]
+        expert = t2.Expert(z, svf.layout)
+    svf.add_expert("one", expert)
+    with torch.no_grad():
+        mixed = svf(input_ids=IDS, experts=[None, "one", {"one": 1.0}]).logits
+        (torch.testing.assert_close(mixed[0], base[0], rtol=0, atol=0) if form
+         else torch.testing.assert_close(mixed[0], base[0], rtol=1e-3, atol=1e-4))  # fmt: skip
+        with pytest.warns(UserWarning, match="quantised matrices are plain ones of torch.float32 now"):
+            merged = svf.merged_copy("one")
+        assert not any(map(is_quantized, merged.modules()))
+        torch.testing.assert_close(mixed[1], merged(input_ids=IDS).logits[1], rtol=1e-3, atol=1e-4)
+    model = svf.unload()
+    assert sum(map(is_quantized, model.modules())) == sum(map(is_quantized, plain.modules())) > 0
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, base)
+
+
+def test_z_is_trained_on_a_quantised_base():
+    svf = wrapped(form="delta", support=4)
+    z = svf.start_training()
+    loss = svf(input_ids=IDS).logits.square().mean()
+    loss.backward()
+    assert z.grad is not None and z.grad.shape == svf.support.shape and z.grad.abs().min() > 0
+    trained = svf.finish_training()
+    assert torch.equal(trained.z, torch.ones(svf.layout.R))
+
+
+def test_a_factored_model_takes_a_support_and_moves_with_its_base():
+    svf = wrapped()
+    with torch.no_grad():
+        base = quantise(toy_model())(input_ids=IDS).logits
+        svf.take_support(torch.arange(svf.layout.R)[::5])
+        assert torch.equal(svf(input_ids=IDS).logits, base)
+    names = dict(svf.named_modules())
+    assert any(isinstance(module, EightBits) for module in names.values())
+
+
+def test_hooks_of_a_quantised_layer_run_once_and_see_the_expert():
+    model = quantise(toy_model())
+    name, layer = next((name, module) for name, module in model.named_modules() if is_quantized(module))
+    seen = []
+    layer.register_forward_hook(lambda module, args, y: seen.append(y.detach().clone()))
+    svf = t2.SVFModel(model, t2.SVFConfig(progress=False, cache=False, form="delta", support=4))
+    z = torch.ones(svf.layout.R)
+    z[svf.support] = 1.5
+    seen.clear()
+    with torch.no_grad():
+        svf(input_ids=IDS, experts=[None, z, None])
+    (y,) = seen
+    with torch.no_grad():
+        svf(input_ids=IDS)
+    assert torch.equal(y[0], seen[1][0]) and not torch.equal(y[1], seen[1][1])
+    assert isinstance(svf.factored_layers[name], RoutedLinear)
+
+
+def test_a_layer_that_is_not_linear_stays_and_is_named():
+    model = quantise(toy_model())
+    name = next(name for name, module in model.named_modules() if is_quantized(module))
+    model.set_submodule(name, Curved(toy_model().get_submodule(name)))
+    with pytest.warns(UserWarning, match="is quantised and computes no W x"):
+        svf = t2.SVFModel(model, t2.SVFConfig(progress=False, cache=False))
+    assert name in svf.left_out and name not in svf.layout.names
+
+
+def test_what_needs_plain_weights_says_so():
+    model = quantise(toy_model())
+    assert select_targets(model, "all-linear")
+    with pytest.raises(ValueError, match=r"expected plain weights, got layers that are quantised.*EightBits"):
+        plain_targets(model, "all-linear")
+
+
+def test_the_rest_of_a_plain_model_is_as_before():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svf = t2.SVFModel(toy_model(), t2.SVFConfig(progress=False, cache=False))
+    assert svf.coverage.share == 1.0 and not any(layer.keeps_module for layer in svf.factored_layers.values())
