@@ -27,7 +27,7 @@ def is_quantized(layer: nn.Module) -> bool:
     if any(hasattr(child, "in_features") for child in layer.modules() if child is not layer):
         return False  # a wrapper around linear layers, such as an adapter's
     tensors = (*layer.parameters(), *layer.buffers())
-    return not tensors or any(
+    return any(
         not tensor.is_floating_point() or tensor.itemsize == 1 or type(tensor.data) is not Tensor for tensor in tensors
     )
 
