@@ -8,6 +8,7 @@ are a correction on 64 components a matrix (the delta form). Writes benchmarks/r
 
 from __future__ import annotations
 
+import logging as std_logging
 import statistics
 import time
 import warnings
@@ -185,6 +186,7 @@ def main(results: Path = RESULTS / "quantized-bases.json") -> None:
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    std_logging.getLogger("bitsandbytes").setLevel(std_logging.ERROR)
     out = Console()
     model, tokenizer = t2.load(MODEL)
     windows = text_windows(tokenizer, 1024)

@@ -10,6 +10,7 @@ when all rows have its expert.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,8 @@ ROUNDING = {
     INT4: 1e-1,
 }
 """Relative error of a product, by the storage of its factors or the dtype of its input."""
+BESIDE = 3.0
+"""Rows may move this many times as far beside requests with other experts as the base's own rows do beside others."""
 STD = 0.3
 """Standard deviation of z - 1 in the experts of the probe."""
 
@@ -80,6 +83,15 @@ def check(decomposed: DecomposedLayers, probe: Probe, rounding: float, *, base: 
 
     try:
         plain = run(None)
+        if any(layer.keeps_module for layer in layers.values()):
+            own = _dependence(plain, probe, lambda inputs, rows: run_model(model, inputs, rows))
+            if own > tight:
+                tight = BESIDE * own
+                warnings.warn(
+                    f"the base's quantised layers give a request other outputs beside other requests, off by {own:.2g} "
+                    "of their size, whether it has an expert or not",
+                    stacklevel=5,
+                )
         if base:
             assert probe.output is not None
             off = distance(plain, probe.output, probe.bound, exact=exact)
@@ -104,6 +116,17 @@ def check(decomposed: DecomposedLayers, probe: Probe, rounding: float, *, base: 
     except Exception as error:
         return Trouble(_culprits(error, layers, lambda: run(None)), f"{type(error).__name__}: {error}")
     return None
+
+
+def _dependence(whole: Tensor, probe: Probe, run: Callable[[Mapping[str, Any], int], Tensor]) -> float:
+    """How far a request's outputs are from those that it has alone, relative to their size: the largest of all."""
+
+    def alone(value: Any, row: int) -> Any:
+        batched = isinstance(value, Tensor) and value.dim() and value.shape[0] == probe.rows
+        return value[row : row + 1] if batched else value
+
+    found = [run({name: alone(value, row) for name, value in probe.inputs.items()}, 1) for row in range(probe.rows)]
+    return float(relative_error(torch.cat(found), whole).max())
 
 
 def distance(got: Tensor, want: Tensor, bound: float, *, exact: bool) -> float | None:

@@ -43,6 +43,14 @@ class Rounding(EightBits):
         return super().forward((x / step).round() * step)
 
 
+class Batched(EightBits):
+    """Activations in 8 bits with one scale for all rows: a row's outputs depend on the others'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = x.abs().amax().clamp(min=1e-9) / 15
+        return super().forward((x / step).round() * step)
+
+
 class Curved(EightBits):
     """No linear map."""
 
@@ -175,3 +183,10 @@ def test_the_rest_of_a_plain_model_is_as_before():
         warnings.simplefilter("error")
         svf = t2.SVFModel(toy_model(), t2.SVFConfig(progress=False, cache=False))
     assert svf.coverage.share == 1.0 and not any(layer.keeps_module for layer in svf.factored_layers.values())
+
+
+def test_layers_that_look_at_the_whole_batch_are_wrapped_with_a_warning():
+    with pytest.warns(UserWarning, match="give a request other outputs beside other requests"):
+        svf = wrapped(Batched, form="delta", support=4)
+    with torch.no_grad():
+        assert torch.equal(svf(input_ids=IDS).logits, quantise(toy_model(), Batched)(input_ids=IDS).logits)
