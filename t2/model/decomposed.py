@@ -18,11 +18,18 @@ from t2.experts.slots import SlotTable
 from t2.experts.support import resolve
 from t2.model.attention import give_back, take_over
 from t2.model.config import FactorSource, SVFConfig
-from t2.model.layers import Packed, QuantizedBase, RoutedLinear, SharedInput, pack, plain_linear, unpack
+from t2.model.layers import Packed, RoutedLinear, SharedInput, pack, plain_linear, unpack
 from t2.model.routing import Router
 from t2.weights.factor_cache import FactorCache, decompose_weights, weight_key
 from t2.weights.files import raw_bytes
-from t2.weights.quantized import Dequantized, activation_dtype, device_of_layer, is_quantized, without_quantization
+from t2.weights.quantized import (
+    Dequantized,
+    QuantizedBase,
+    activation_dtype,
+    device_of_layer,
+    is_quantized,
+    without_quantization,
+)
 from t2.weights.targets import (
     Linear,
     as_stored,

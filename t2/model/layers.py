@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from t2.model.routing import Route, Router
-from t2.weights.quantized import is_quantized
+from t2.weights.quantized import QuantizedBase, is_quantized
 from t2.weights.targets import Linear, as_stored, weight_matrix
 from t2kernels import DeltaWeight, DenseWeight, FactoredWeight
 from t2kernels.weights import FactoredGroup
@@ -289,18 +289,6 @@ def _state(weight: Tensor) -> tuple[object, ...]:
     """Changes when a weight is replaced, moved, cast or written to."""
     version = -1 if weight.is_inference() else weight._version
     return weight.data_ptr(), version, weight.dtype, weight.device, weight.shape
-
-
-class QuantizedBase(nn.Module):
-    """A quantised layer as the base of the delta form: its product without its hooks, which the `RoutedLinear` runs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.module.forward(x)
-        return y
 
 
 def plain_linear(weight: Tensor, layer: nn.Module) -> nn.Linear:

@@ -7,8 +7,9 @@ one that the model computes with, and a layer that is not linear is found out.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,81 @@ class Dequantized:
 
     def __call__(self) -> Tensor:
         return dequantized(self.layer, self.dtype)
+
+
+class QuantizedBase(nn.Module):
+    """A quantised layer as the base of the delta form: its product without its hooks, and a gradient that is right.
+
+    Libraries' kernels for inference may leave the gradient of their input out, without a word. So before the first
+    backward pass the layer's own is compared with W^T dy: as it is, then in training mode; where neither is right, W is
+    dequantised for every backward pass.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._backward: Literal["own", "training", "dequantised"] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_inference_mode_enabled():  # tensor classes of libraries make tensors that inference mode forbids
+            with torch.inference_mode(False), torch.no_grad():
+                return self.forward(x.clone() if x.is_inference() else x)
+        if not torch.is_grad_enabled() or not x.requires_grad:
+            y: Tensor = self.module.forward(x)
+            return y
+        if self._backward is None:
+            self._backward = self._right_backward(x.dtype)
+        if self._backward == "dequantised":
+            found: Tensor = _WithDequantizedBackward.apply(x, self.module)
+            return found
+        return self._product(x, training=self._backward == "training")
+
+    def _product(self, x: Tensor, *, training: bool) -> Tensor:
+        before = self.module.training
+        try:
+            self.module.train(training or before)
+            y: Tensor = self.module.forward(x)
+        finally:
+            self.module.train(before)
+        return y
+
+    def _right_backward(self, dtype: torch.dtype) -> Literal["own", "training", "dequantised"]:
+        in_features, out_features = _features(self.module)
+        device, generator = device_of_layer(self.module), torch.Generator().manual_seed(2)
+        x = torch.randn(5, in_features, generator=generator).to(device, dtype).requires_grad_()
+        dy = torch.randn(5, out_features, generator=generator).to(device, dtype)
+        with torch.no_grad():
+            want = dy.float() @ dequantized(self.module, dtype).float()
+        for way, training in (("own", False), ("training", True)):
+            try:
+                with warnings.catch_warnings(), torch.enable_grad():
+                    warnings.simplefilter("ignore")
+                    (dx,) = torch.autograd.grad(self._product(x, training=training), x, dy)
+            except Exception:
+                continue
+            if _close(dx.float(), want):
+                return way  # type: ignore[return-value]
+        warnings.warn(
+            f"{type(self.module).__name__} gives no right gradient of its input: its weights are dequantised for every "
+            "backward pass, which takes the time of as many more tokens as the layer has inputs",
+            stacklevel=2,
+        )
+        return "dequantised"
+
+
+class _WithDequantizedBackward(torch.autograd.Function):
+    """The layer's product, with the gradient dy W of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module) -> Tensor:
+        ctx.module, ctx.dtype = module, x.dtype
+        with torch.no_grad():
+            y: Tensor = module.forward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ dequantized(ctx.module, ctx.dtype).to(dy.dtype), None
 
 
 def device_of_layer(layer: nn.Module) -> torch.device:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import t2
 from t2.model.layers import RoutedLinear
-from t2.weights.quantized import dequantized, is_quantized, why_no_matrix
+from t2.weights.quantized import QuantizedBase, dequantized, is_quantized, why_no_matrix
 from t2.weights.targets import plain_targets, select_targets
 from tests.t2.toy import toy_model
 
@@ -49,6 +49,20 @@ class Batched(EightBits):
     def forward(self, x: Tensor) -> Tensor:
         step = x.abs().amax().clamp(min=1e-9) / 15
         return super().forward((x / step).round() * step)
+
+
+class ForInference(EightBits):
+    """Its kernel has no gradient, and says nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach()) + 0 * x.sum()
+
+
+class InTraining(EightBits):
+    """Has one in training mode alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.training else x.detach()) + 0 * x.sum()
 
 
 class Curved(EightBits):
@@ -132,6 +146,32 @@ def test_z_is_trained_on_a_quantised_base():
     assert z.grad is not None and z.grad.shape == svf.support.shape and z.grad.abs().min() > 0
     trained = svf.finish_training()
     assert torch.equal(trained.z, torch.ones(svf.layout.R))
+
+
+@pytest.mark.parametrize(("kind", "way"), [(EightBits, "own"), (InTraining, "training"), (ForInference, "dequantised")])
+def test_gradients_are_right_whatever_the_layers_own_are(kind, way):
+    def gradient(kind):
+        svf = wrapped(kind, form="delta", support=4).eval()
+        z = svf.start_training()
+        svf(input_ids=IDS).logits.square().mean().backward()
+        bases = [module for module in svf.modules() if isinstance(module, QuantizedBase)]
+        assert bases and not any(base.module.training for base in bases)
+        return z.grad, {base._backward for base in bases}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, ways = gradient(kind)
+    assert way in ways and ways <= {way, None}  # nothing that has a gradient comes before the first layers
+    torch.testing.assert_close(found, gradient(EightBits)[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_without_a_gradient_says_what_it_costs():
+    base = QuantizedBase(ForInference(nn.Linear(7, 5)))
+    x = torch.randn(3, 7, requires_grad=True)
+    with pytest.warns(UserWarning, match="ForInference gives no right gradient of its input"):
+        y = base(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, base.module.matrix(torch.float32).sum(0).expand(3, 7))
 
 
 def test_a_factored_model_takes_a_support_and_moves_with_its_base():
