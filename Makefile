@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-slow test-vllm test-families test-versions test-sanitize lint docs bench rehearse-gpu clean
+.PHONY: help setup demo test test-slow test-vllm test-families test-versions test-sanitize lint docs bench journey rehearse-gpu clean
 
 help:
-	@echo "make setup | demo | test | test-slow | test-vllm | test-families | test-versions | test-sanitize | lint | docs | bench | rehearse-gpu | clean"
+	@echo "make setup | demo | test | test-slow | test-vllm | test-families | test-versions | test-sanitize | lint | docs | bench | journey | rehearse-gpu | clean"
 
 setup: $(INSTALLED)
 
@@ -79,6 +79,10 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.tasks.humaneval
 	$(BIN)/t2 demo --results $(RESULTS)/demo.json
 	$(BIN)/python -m benchmarks.kernels.report
+	$(BIN)/python -m benchmarks.render
+
+journey: $(INSTALLED)
+	$(BIN)/python -m benchmarks.journey.run
 	$(BIN)/python -m benchmarks.render
 
 rehearse-gpu:
