@@ -501,32 +501,56 @@ void release_group(int64_t number) {
   kept_groups.erase(number);
 }
 
-// The outputs of all layers side by side.
-Tensor kept_group_linear(const Tensor& x, const Tensor& slots, int64_t number, int64_t out_features) {
-  std::shared_ptr<const KeptGroup> kept;
-  {
-    const std::lock_guard<std::mutex> lock(kept_mutex);
-    const auto found = kept_groups.find(number);
-    STD_TORCH_CHECK(found != kept_groups.end(), "group: expected one that is kept, got ", number);
-    kept = found->second;
-  }
-  const Group group = kept->group();
-  int64_t total = 0;
-  for (const int64_t features : kept->out_features) total += features;
-  STD_TORCH_CHECK(total == out_features, "out_features: expected ", total, ", got ", out_features);
-  const Tensor y = like(x, total);
+std::shared_ptr<const KeptGroup> kept_group(int64_t number) {
+  const std::lock_guard<std::mutex> lock(kept_mutex);
+  const auto found = kept_groups.find(number);
+  STD_TORCH_CHECK(found != kept_groups.end(), "group: expected one that is kept, got ", number);
+  return found->second;
+}
+
+// The outputs of all layers of a group side by side, from row `first` of y on.
+void run_kept_group(const Tensor& x, const Tensor& slots, const KeptGroup& kept, const Tensor& y, int64_t first) {
+  const Group group = kept.group();
   const t2::DType dtype = dtype_of(y, "y");
-  const int64_t bytes = dtype == t2::DType::f32 ? 4 : 2;
+  const int64_t bytes = dtype == t2::DType::f32 ? 4 : 2, width = y.size(y.dim() - 1);
+  char* data = static_cast<char*>(y.mutable_data_ptr()) + first * width * bytes;
   std::vector<t2::RowOutput> outs;
-  int64_t first = 0;
+  int64_t total = 0;
   for (size_t l = 0; l < group.layers(); ++l) {
-    char* data = static_cast<char*>(y.mutable_data_ptr()) + first * bytes;
-    t2::RowOutput out{data, dtype, total, nullptr, t2::DType::f32};
-    if (const Tensor* bias = group.bias(l)) set_bias(out, *bias, kept->out_features[l]);
+    t2::RowOutput out{data + total * bytes, dtype, width, nullptr, t2::DType::f32};
+    if (const Tensor* bias = group.bias(l)) set_bias(out, *bias, kept.out_features[l]);
     outs.push_back(out);
-    first += kept->out_features[l];
+    total += kept.out_features[l];
   }
-  run_group(x, group, slots, kept->bf16_products, outs);
+  STD_TORCH_CHECK(total == width, "out_features: expected ", total, ", got ", width);
+  run_group(x, group, slots, kept.bf16_products, outs);
+}
+
+Tensor kept_group_linear(const Tensor& x, const Tensor& slots, int64_t number, int64_t out_features) {
+  const Tensor y = like(x, out_features);
+  run_kept_group(x, slots, *kept_group(number), y, 0);
+  return y;
+}
+
+// A group for each stretch of rows: the rows offsets[i] to offsets[i + 1] of x [rows, in] go through groups[i]. A slot a
+// row. The groups' outputs are equally wide. Groups run one after the other, each over all threads: a group of few rows
+// is limited by the bytes of its weights, which no other group shares.
+Tensor kept_groups_linear(const Tensor& x, const Tensor& slots, const std::vector<int64_t>& offsets,
+                          const std::vector<int64_t>& groups, int64_t out_features) {
+  const int64_t rows = x.size(0);
+  STD_TORCH_CHECK(x.dim() == 2 && slots.dim() == 1 && slots.size(0) == rows, "slots: expected one for each of ", rows,
+                  " rows");
+  STD_TORCH_CHECK(offsets.size() == groups.size() + 1 && offsets.front() == 0 && offsets.back() == rows,
+                  "offsets: expected ", groups.size() + 1, " from 0 to ", rows);
+  const Tensor y = like(x, out_features);
+  Tensor all_rows = x, all_slots = slots;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const int64_t first = offsets[i], count = offsets[i + 1] - first;
+    STD_TORCH_CHECK(count >= 0, "offsets: expected increasing ones, got ", first, " before ", offsets[i + 1]);
+    if (count == 0) continue;
+    run_kept_group(torch::stable::narrow(all_rows, 0, first, count), torch::stable::narrow(all_slots, 0, first, count),
+                   *kept_group(groups[i]), y, first);
+  }
   return y;
 }
 
@@ -655,6 +679,7 @@ STABLE_TORCH_LIBRARY_IMPL(t2kernels, CPU, m) {
   m.impl("factored_linear_group_flat", TORCH_BOX(&factored_linear_group_flat));
   m.impl("keep_group", TORCH_BOX(&keep_group));
   m.impl("kept_group_linear", TORCH_BOX(&kept_group_linear));
+  m.impl("kept_groups_linear", TORCH_BOX(&kept_groups_linear));
   m.impl("factored_linear_backward", TORCH_BOX(&factored_linear_backward));
   m.impl("dense_linear", TORCH_BOX(&dense_linear));
   m.impl("dense_linear_backward", TORCH_BOX(&dense_linear_backward));

@@ -77,6 +77,9 @@ _library.define(
 _library.define("keep_group(Tensor[] tensors, int[] counts, int[] out_features, bool bf16_products) -> int")
 _library.define("kept_group_linear(Tensor x, Tensor slots, int group, SymInt out_features) -> Tensor")
 _library.define(
+    "kept_groups_linear(Tensor x, Tensor slots, int[] offsets, int[] groups, SymInt out_features) -> Tensor"
+)
+_library.define(
     "factored_linear_backward(Tensor grad_y, Tensor t, Tensor[] u, Tensor[] vh, Tensor? component_scale, "
     "Tensor scales, Tensor slots, SymInt in_features, bool need_dx, bool need_dscales, bool bf16_products, "
     "Tensor? base, Tensor? base_scale) -> (Tensor, Tensor)"
@@ -148,6 +151,11 @@ def _(x, u, vh, component_scales, scales, slots, biases, out_features, bf16_prod
 @torch.library.register_fake("t2kernels::kept_group_linear")
 def _(x, slots, group, out_features):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("t2kernels::kept_groups_linear")
+def _(x, slots, offsets, groups, out_features):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.register_fake("t2kernels::factored_linear_group_flat")
@@ -307,6 +315,7 @@ factored_linear_group = torch.ops.t2kernels.factored_linear_group.default
 factored_linear_group_flat = torch.ops.t2kernels.factored_linear_group_flat.default
 keep_group = torch.ops.t2kernels.keep_group.default
 kept_group_linear = torch.ops.t2kernels.kept_group_linear.default
+kept_groups_linear = torch.ops.t2kernels.kept_groups_linear.default
 factored_linear_backward = torch.ops.t2kernels.factored_linear_backward.default
 dense_linear = torch.ops.t2kernels.dense_linear.default
 dense_linear_backward = torch.ops.t2kernels.dense_linear_backward.default

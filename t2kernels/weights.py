@@ -447,6 +447,25 @@ class KeptGroup:
         return y
 
 
+def grouped_linear(groups: Sequence[KeptGroup], x: Tensor, slots: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Stretches of rows, each through a group of its own, in one call: the experts of a mixture, tokens in their order.
+
+    Args:
+        groups: of equally wide outputs, on the CPU.
+        x: [rows, in]; the rows offsets[i] to offsets[i + 1] go through groups[i].
+        slots: [rows] int64, the row of scales of each row.
+        offsets: one more than groups, from 0 to rows.
+
+    Returns:
+        [rows, out], as `KeptGroup.linear_unchecked` gives each stretch; not differentiable.
+    """
+    widths = {group.out_features for group in groups}
+    if len(widths) != 1:
+        raise ValueError(f"groups: expected groups of equally wide outputs, got {sorted(widths)}")
+    y: Tensor = ops.kept_groups_linear(x, slots, list(offsets), [group._number for group in groups], *widths)
+    return y
+
+
 def _joined(operands: Sequence[_Operands]) -> _Operands:
     """The operands of several layers one after the other."""
     return _Operands(

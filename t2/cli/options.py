@@ -29,7 +29,7 @@ Targets = Annotated[
     tuple[str, ...],
     arg(
         metavar="NAME ...",
-        help="Layers that get SVF: all-linear, attention, mlp, one regular expression, or name suffixes.",
+        help="Layers that get SVF: all-linear, attention, mlp, experts, one regular expression, or name suffixes.",
     ),
 ]
 Prompts = Annotated[tuple[str, ...], arg(metavar="TEXT ...", help="Requests, answered as one batch.")]

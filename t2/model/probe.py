@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2.model.moe import parents_of
 from t2.model.probe_inputs import ROWS, Inputs, input_candidates
 from t2.weights.targets import Unsuitable
 
@@ -48,6 +49,7 @@ class Probe:
     bound: float = 0.0
     tokens: Tensor | None = None  # what `generated` gave
     calls: Calls = field(default_factory=list)
+    _parents: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_call(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Probe | None:
@@ -91,9 +93,10 @@ class Probe:
 
     def look(self, model: nn.Module, targets: Mapping[str, nn.Module], rounding: float) -> Unsuitable:
         """Runs the plain model: which targets see no requests in their rows, and how far rounding moves the outputs."""
-        with recording(targets) as self.calls:
+        watched = self._watched(model, targets)
+        with recording(watched) as self.calls:
             run_model(model, self.inputs, self.rows)
-        copied = self._calls_with_a_copy(model, targets)
+        copied = self._calls_with_a_copy(model, watched)
         with rounded(targets.values(), rounding):
             moved = run_model(model, self.inputs, self.rows)
         assert self.output is not None
@@ -103,9 +106,10 @@ class Probe:
 
     def look_rows(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Unsuitable:
         """The part of `look` that needs no plain model."""
-        with recording(layers) as self.calls:
+        watched = self._watched(model, layers)
+        with recording(watched) as self.calls:
             run_model(model, self.inputs, self.rows)
-        copied = self._calls_with_a_copy(model, layers)
+        copied = self._calls_with_a_copy(model, watched)
         return Unsuitable({name: why for name in layers if (why := self._why_not(name, copied))})
 
     def _calls_with_a_copy(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Calls:
@@ -119,7 +123,14 @@ class Probe:
             run_model(model, {name: changed(value) for name, value in self.inputs.items()}, self.rows)
         return calls
 
+    def _watched(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """The modules whose rows are looked at: the layers, or the experts of a mixture that they are of."""
+        parents = parents_of(model)
+        self._parents = {name: parents[name][0] for name in layers if name in parents}
+        return dict(parents.get(name, (name, layer)) for name, layer in layers.items())
+
     def _why_not(self, name: str, copied: Calls) -> str | None:
+        name = self._parents.get(name, name)
         first, second = ([call for call in calls if call.name == name] for calls in (self.calls, copied))
         if not first:
             return "not called in a forward pass; a module around it may read its weight"

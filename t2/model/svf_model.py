@@ -18,6 +18,7 @@ from t2.model.expert_training import ExpertTrainingMixin
 from t2.model.first_pass import FirstPass, Strategy
 from t2.model.generate import returns_more_than_tokens, with_growing_cache
 from t2.model.layers import RoutedLinear
+from t2.model.moe import fuse, unfuse
 from t2.model.requests import check_count, routed
 from t2.model.serving_plan import ServingPlan, make_plan, measure_plan
 from t2.model.wrapper import WrapperModule, with_signature
@@ -79,6 +80,26 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
         if factors is not None and config.cache:
             raise ValueError("cache: expected False where factors are given, got True")
         meant = config.target_modules
+        try:
+            unfuse(model, meant)
+            self._wrap(model, config, weights, factors, example_inputs)
+        except BaseException:
+            fuse(model)
+            raise
+        if self.left_out:
+            warnings.warn(f"these layers stay dense: {self.left_out}", stacklevel=2)
+        if isinstance(meant, str) and meant in PATTERNS and self.coverage.share < LARGE_SHARE:
+            warnings.warn(f"target_modules={meant!r}: {self.coverage}", stacklevel=2)
+
+    def _wrap(
+        self,
+        model: nn.Module,
+        config: SVFConfig,
+        weights: WeightReaders | None,
+        factors: FactorSource | None,
+        example_inputs: Mapping[str, Any] | None,
+    ) -> None:
+        meant = config.target_modules
         targets = select_targets(model, meant, on_meta=weights is not None)
         decomposed = DecomposedLayers(model, config, targets, weights, factors)
         self.svf_config = config
@@ -94,10 +115,6 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
         self._wrapping.wrap(targets, example_inputs)
         self.coverage = Coverage.of(blocks, decomposed.layers)
         """The share of the blocks' weights that became factors."""
-        if self.left_out:
-            warnings.warn(f"these layers stay dense: {self.left_out}", stacklevel=2)
-        if isinstance(meant, str) and meant in PATTERNS and self.coverage.share < LARGE_SHARE:
-            warnings.warn(f"target_modules={meant!r}: {self.coverage}", stacklevel=2)
 
     # State
 

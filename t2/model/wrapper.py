@@ -13,6 +13,7 @@ from t2.experts.layout import Layout
 from t2.experts.registry import ExpertChoice, ExpertRegistry
 from t2.experts.slots import SlotTable
 from t2.model.decomposed import DecomposedLayers
+from t2.model.moe import fuse
 from t2.model.routing import Router, TrainedRoute
 
 Wrapper = TypeVar("Wrapper", bound="WrapperModule")
@@ -105,12 +106,14 @@ class WrapperModule(nn.Module):
         """
         self._check_wrapped()
         self.decomposed.remove(self.z_of(expert).detach())
+        fuse(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
         """The base model, bit for bit as it was; this wrapper is unusable afterwards."""
         self._check_wrapped()
         self.decomposed.remove()
+        fuse(self.model)
         return self.model
 
     def merge(self, expert: ExpertChoice) -> nn.Module:

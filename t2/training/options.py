@@ -51,7 +51,7 @@ class TrainOptions:
     objective: Objective = "policy-gradient"
     """REINFORCE on the task's reward, or next-token likelihood of its solutions (the paper's ablation)."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Layers that get SVF: all-linear, attention, mlp, one regular expression, or name suffixes."""
+    """Layers that get SVF: all-linear, attention, mlp, experts, one regular expression, or name suffixes."""
     factor_dtype: Storage = "float32"
     """Dtype in which the SVF factors are stored (svf only)."""
     cold_start_steps: int = 0
@@ -121,7 +121,8 @@ class TrainOptions:
     save_every: int = 1
     """Steps between checkpoints."""
     patience: int = 0
-    """End after this many validations in a row without a better one (those after a cold start); 0 never does."""
+    """End after this many validations in a row without a better one (those after a cold start), or at 100%; 0 never
+    does."""
 
     entropy_alarm: float = 0.1
     """Raise an alarm when the policy's entropy falls below this share of its first value."""

@@ -263,8 +263,11 @@ class Trainer:
         return options.objective == "policy-gradient" and self.state.step >= options.cold_start_steps
 
     def _out_of_patience(self) -> bool:
-        """Whether as many validations as `patience` have passed since the best."""
+        """Whether as many validations as `patience` have passed since the best, or none can be better."""
         options = self.options
+        if options.patience and self.state.best_step and (self.state.best_score or 0) >= 1:
+            self.console.print(f"step {self.state.step}: no validation can be better than 100%; stopping")
+            return True
         waited = self.state.step - max(self.state.best_step, options.cold_start_steps)
         if not options.patience or waited < options.patience * options.validate_every:
             return False

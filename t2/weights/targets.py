@@ -221,7 +221,8 @@ def plain_targets(model: nn.Module, target_modules: str | Sequence[str], *, on_m
 PATTERNS = {
     "all-linear": ".*",
     "attention": r"(.*\.)?[^.]*(attn|attention)[^.]*\..*",
-    "mlp": r"(.*\.)?[^.]*(mlp|feed_forward|ffn)[^.]*\..*",
+    "mlp": r"(.*\.)?([^.]*(mlp|feed_forward|ffn)[^.]*|experts)\..*",
+    "experts": r"(.*\.)?experts\..*",
 }
 """Names for sets of layers: regular expressions for the whole name of a module."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from t2kernels import DeltaWeight, FactoredWeight, linear_group
 from t2kernels.backends import extension
 from t2kernels.packing import INT4
 from t2kernels.pages import HUGE_PAGE, collapse_pages
-from t2kernels.weights import KeptGroup
+from t2kernels.weights import KeptGroup, grouped_linear
 
 pytestmark = pytest.mark.skipif(extension is None, reason="needs the C++ extension")
 SIZES = ((48, 40), (7, 40), (130, 40))
@@ -86,3 +87,37 @@ def test_pages_keep_their_contents():
     assert moved % HUGE_PAGE == 0
     assert torch.equal(big, wanted)
     assert big.data_ptr() == address
+
+
+def test_stretches_of_rows_go_through_groups_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    made = [layers("factored", torch.bfloat16, generator) for _ in range(4)]
+    scales = [[torch.randn(3, weight.rank, generator=generator) for weight in weights] for weights in made]
+    groups = [KeptGroup(weights, own, [None] * 3) for weights, own in zip(made, scales, strict=True)]
+    for counts in ((0, 0, 0, 0), (1, 0, 7, 33), (0, 5, 0, 0)):
+        offsets = [0, *accumulate(counts)]
+        x = torch.randn(offsets[-1], 80, generator=generator)[:, ::2]
+        slots = torch.randint(3, (offsets[-1],), generator=generator)
+        found = grouped_linear(groups, x, slots, offsets)
+        for group, first, last in zip(groups, offsets, offsets[1:], strict=False):
+            assert torch.equal(found[first:last], group.linear_unchecked(x[first:last], slots[first:last]))
+
+
+@pytest.mark.parametrize(
+    ("offsets", "slots", "said"),
+    [
+        ([0, 2, 3], 3, "offsets"),
+        ([0, 2, 1, 3, 3], 3, "increasing"),
+        ([0, 1, 2, 3, 3], 2, "slots"),
+        ([0, 1, 1, 1, 1], 3, "offsets"),
+    ],
+)
+def test_stretches_that_do_not_fit_are_refused(offsets, slots, said):
+    generator = torch.Generator().manual_seed(0)
+    weights = layers("factored", torch.float32, generator)
+    groups = [KeptGroup(weights, [torch.ones(1, weight.rank) for weight in weights], [None] * 3)] * 4
+    with pytest.raises(RuntimeError, match=said):
+        grouped_linear(groups, torch.ones(3, 40), torch.zeros(slots, dtype=torch.int64), offsets)
+    other = KeptGroup(weights[:1], [torch.ones(1, weights[0].rank)], [None])
+    with pytest.raises(ValueError, match="equally wide"):
+        grouped_linear([groups[0], other], torch.ones(0, 40), torch.zeros(0, dtype=torch.int64), [0, 0, 0])

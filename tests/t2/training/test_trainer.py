@@ -236,6 +236,12 @@ def test_a_run_without_a_better_validation_ends_when_its_patience_does(make_opti
     assert cold.finished and cold.state.step == 9
 
 
+def test_a_run_that_can_not_do_better_ends_where_it_may(make_options):
+    options = make_options(steps=60, objective="next-token", learning_rate=5e-2, validate_every=2, patience=20)
+    result = run(options)
+    assert result.finished and result.state.best_score == 1.0 and result.state.step == result.state.best_step < 60
+
+
 def test_a_run_writes_its_options_beside_it(make_options):
     options = make_options(steps=2)
     run(options)
