@@ -42,7 +42,7 @@ def families_table(results: Any) -> Table:
         f"{whole} are decomposed whole (at least 90% of their blocks' weights), {len(wrapped) - whole} in part, "
         f"{len(built) - len(wrapped)} are refused; {sum(map(is_wrong, built))} answer wrongly. The engine runs "
         f"{len(wrapped) - batches} token by token and {batches} in whole batches. The shares of a tiny "
-        "model's parts are not those of a large one: of Qwen3-30B-A3B's blocks 3% can be decomposed.",
+        "model's parts are not those of a large one.",
         ["family", "verdict", "decomposed", "notes"],
         [[f"`{each['family']}`", verdict(each), f"{each['share']:.0%}", notes(each)] for each in built],
         f"Not built tiny: {missing}.",

@@ -68,6 +68,27 @@ BUGS = (
         "",
         "t2kernels/test_kept_group.py",
     ),
+    Bug(
+        "tokens in a mixture take another request's slot",
+        "t2/model/moe.py",
+        "slots[rows // max(1, tokens // max(1, self.route.requests))]",
+        "slots[rows % max(1, self.route.requests)]",
+        "t2/model/test_moe.py",
+    ),
+    Bug(
+        "gate and up change places in a model that is given back",
+        "t2/weights/fused_experts.py",
+        "zip(self._halves(both.shape[0]), (gate, up), strict=True)",
+        "zip(self._halves(both.shape[0]), (up, gate), strict=True)",
+        "t2/model/test_moe.py",
+    ),
+    Bug(
+        "experts of a mixture write their rows over each other",
+        "csrc/binding.cpp",
+        "*kept_group(groups[i]), y, first);",
+        "*kept_group(groups[i]), y, 0);",
+        "t2kernels/test_kept_group.py",
+    ),
     # t2, quantised bases, options, patience
     Bug(
         "a quantised layer's bias is taken for a part of its matrix",

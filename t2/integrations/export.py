@@ -18,6 +18,7 @@ from t2.experts.support import support_of
 from t2.integrations.vllm.bank import write_adapter
 from t2.model.svf_model import SVFModel
 from t2.weights.files import atomic_directory
+from t2.weights.fused_experts import parents_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -43,7 +44,7 @@ def export_merged(svf: SVFModel, tokenizer: Any, expert: Expert, folder: Path | 
     Raises:
         ValueError: an expert of another base. FileExistsError: the folder is there already.
     """
-    _check(svf, expert, folder)
+    _check(svf, expert, folder, by_module=False)
     merged: Any = svf.merged_copy(expert)
     with atomic_directory(folder) as temporary:
         merged.save_pretrained(temporary)
@@ -113,8 +114,14 @@ def export_vllm(svf: SVFModel, expert: Expert, folder: Path | str) -> None:
     write_adapter(expert, folder)
 
 
-def _check(svf: SVFModel, expert: Expert, folder: Path | str) -> Layout:
+def _check(svf: SVFModel, expert: Expert, folder: Path | str, *, by_module: bool = True) -> Layout:
+    """by_module: whether the format has a tensor for each module, and so none for the experts within one."""
     svf.layout.check_same(expert.layout, "expert")
+    if by_module and (experts := parents_of(svf.model).keys() & set(svf.layout.names)):
+        raise ValueError(
+            f"expert: expected one of linear layers alone, got one of routed experts too, such as {min(experts)}, for "
+            "which adapters have no place; the merged format holds them"
+        )
     if Path(folder).exists():
         raise FileExistsError(f"output: expected a folder that is not there yet, got {folder}")
     return svf.layout

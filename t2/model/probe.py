@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2.model.moe import parents_of
 from t2.model.probe_inputs import ROWS, Inputs, input_candidates
+from t2.weights.fused_experts import parents_of
 from t2.weights.targets import Unsuitable
 
 MARGIN = 10.0

@@ -18,11 +18,12 @@ from t2.model.expert_training import ExpertTrainingMixin
 from t2.model.first_pass import FirstPass, Strategy
 from t2.model.generate import returns_more_than_tokens, with_growing_cache
 from t2.model.layers import RoutedLinear
-from t2.model.moe import fuse, unfuse
+from t2.model.moe import RoutedExperts
 from t2.model.requests import check_count, routed
 from t2.model.serving_plan import ServingPlan, make_plan, measure_plan
 from t2.model.wrapper import WrapperModule, with_signature
 from t2.model.wrapping import VerifiedWrapping
+from t2.weights.fused_experts import fuse, unfuse
 from t2.weights.targets import (
     PATTERNS,
     Coverage,
@@ -81,7 +82,7 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
             raise ValueError("cache: expected False where factors are given, got True")
         meant = config.target_modules
         try:
-            unfuse(model, meant)
+            unfuse(model, meant, RoutedExperts)
             self._wrap(model, config, weights, factors, example_inputs)
         except BaseException:
             fuse(model)

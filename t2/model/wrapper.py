@@ -13,8 +13,8 @@ from t2.experts.layout import Layout
 from t2.experts.registry import ExpertChoice, ExpertRegistry
 from t2.experts.slots import SlotTable
 from t2.model.decomposed import DecomposedLayers
-from t2.model.moe import fuse
 from t2.model.routing import Router, TrainedRoute
+from t2.weights.fused_experts import fuse
 
 Wrapper = TypeVar("Wrapper", bound="WrapperModule")
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from t2.weights.fused_experts import unfuse
 from t2.weights.memory_model import (
     ACTIVATIONS_OF,
     Architecture,
@@ -48,6 +49,7 @@ class Shape:
     in_features: int
     count: int
     example: str
+    active: float = 1.0  # share of these matrices that a token meets: fewer than all are those of a mixture's experts
 
     @property
     def rank(self) -> int:
@@ -89,8 +91,9 @@ class ModelEstimate:
     def multiply_adds(self) -> float:
         """Ratio to the dense model's: sum r (out + in) / sum out in, in the delta form 1 + sum k (out + in) / sum
         out in, with layers that are no targets in both; attention and the output embedding left out."""
-        products = sum(s.count * self._components(s) * (s.out_features + s.in_features) for s in self.shapes)
-        dense = sum(s.count * s.out_features * s.in_features for s in self.shapes) + self.other_products
+        met = [(s, s.count * s.active) for s in self.shapes]
+        products = sum(count * self._components(s) * (s.out_features + s.in_features) for s, count in met)
+        dense = sum(count * s.out_features * s.in_features for s, count in met) + self.other_products
         return (products + (self.other_products if self.support is None else dense)) / dense
 
     @property
@@ -310,10 +313,13 @@ def estimate_model(
     source = path if is_local else checkpoint_folder(name_or_path, weights=False)
     config = AutoConfig.from_pretrained(str(source))
     model = skeleton(config, dtype)
+    experts = unfuse(model, target_modules, on_meta=True)
+    share = _share_of_experts(config) if experts else 1.0
     targets = plain_targets(model, target_modules, on_meta=True)
-    groups: dict[tuple[int, int], list[str]] = {}
+    groups: dict[tuple[int, int, float], list[str]] = {}
     for name, layer in targets.items():
-        groups.setdefault(_shape(layer), []).append(name)
+        active = share if any(name.startswith(f"{each}.") for each in experts) else 1.0
+        groups.setdefault((*_shape(layer), active), []).append(name)
     chosen = {id(layer.weight) for layer in targets.values()}
     rest = {id(p): prod(p.shape) for p in model.parameters() if id(p) not in chosen}
     others = {n: _shape(layer) for n, layer in other_linears(model, on_meta=True).items() if n not in targets}
@@ -321,13 +327,26 @@ def estimate_model(
         name=str(name_or_path),
         dtype=dtype,
         architecture=Architecture.of(config, model),
-        shapes=tuple(Shape(*shape, len(names), names[0]) for shape, names in groups.items()),
+        shapes=tuple(
+            Shape(rows, columns, len(names), names[0], active) for (rows, columns, active), names in groups.items()
+        ),
         dense_parameters=sum(rest.values()),
         others=tuple(others.values()),
         other_products=sum(prod(_shape(layer)) for n, layer in linear_layers(model).items() if n not in targets),
         rates=rates,
         support=support,
     )
+
+
+def _share_of_experts(config: Any) -> float:
+    """The share of a block's experts that a token meets, by the names that families have for both numbers."""
+
+    def number(*names: str) -> int | None:
+        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+    met = number("num_experts_per_tok", "num_experts_per_token", "top_k", "moe_topk")
+    count = number("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return met / count if met and count else 1.0
 
 
 def _shape(layer: Linear) -> tuple[int, int]:

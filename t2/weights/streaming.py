@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from t2.weights.files import FileFormatError
+from t2.weights.fused_experts import unfuse
 from t2.weights.loading import ALIASES, alias_file, convert_gguf, load, reads_images
 from t2.weights.quantized import Dequantized
 from t2.weights.shards import Lazy, Shards, StoredWeight, is_sharded
@@ -52,6 +53,7 @@ def target_weights(
     if streams(name_or_path, stream):
         return Checkpoint(checkpoint_folder(name_or_path), dtype).weights(target_modules)
     model, _ = load(name_or_path, dtype=dtype)
+    unfuse(model, target_modules)
     return matrices_of(model, select_targets(model, target_modules))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -10,7 +11,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import t2
-from t2.model.moe import UnfusedExperts, is_fused, unfuse
+from t2.integrations.export import export_lora, export_merged, export_peft, export_vllm
+from t2.model.moe import RoutedExperts
+from t2.weights.estimate import estimate_model
+from t2.weights.factor_cache import FactorCache, decompose_weights
+from t2.weights.fused_experts import UnfusedExperts, is_fused, unfuse
+from t2.weights.streaming import target_weights
+from tests.t2.toy import toy_tokenizer
 
 COMMON = {
     "vocab_size": 64,
@@ -173,7 +180,7 @@ def test_experts_that_hear_nothing_and_numbers_that_are_nobodys():
     weights = torch.rand(6, 2)
     with torch.no_grad():
         wanted = fused(x, index, weights)
-        unfuse(model, "all-linear")
+        unfuse(model, "all-linear", RoutedExperts)
         experts = model.get_submodule(first)
         torch.testing.assert_close(experts(x, index, weights), wanted, rtol=1e-4, atol=1e-5)
         assert experts(x[:0], index[:0], weights[:0]).shape == (0, 32)
@@ -182,3 +189,33 @@ def test_experts_that_hear_nothing_and_numbers_that_are_nobodys():
         found = experts(x, nobody, weights)
         assert not found[1].any()
         torch.testing.assert_close(found[2:], wanted[2:], rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_is_filled_and_the_estimate_made_for_the_same_matrices(tmp_path):
+    model = model_of("qwen3_moe")
+    model.save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    weights = target_weights(tmp_path / "model", "all-linear", dtype=torch.float32)
+    cache = FactorCache(tmp_path / "cache")
+    done = decompose_weights(weights, cache, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        svf = t2.SVFModel(model, t2.SVFConfig(progress=False, cache_dir=tmp_path / "cache"))
+    assert list(done) == list(svf.layout.names)
+    assert {name: entry.key for name, entry in done.items()} == svf.weight_keys
+    found = estimate_model(tmp_path / "model", dtype=torch.float32)
+    assert found.expert == svf.layout.R and found.matrices == len(svf.layout.names)
+    assert {shape.active for shape in found.shapes} == {0.5, 1.0}
+
+
+def test_adapters_have_no_place_for_routed_experts(tmp_path):
+    svf = wrapped("qwen3_moe")
+    expert = t2.Expert(expert_of(svf), svf.layout)
+    for export in (functools.partial(export_lora, rank=4), export_vllm, export_peft):
+        with pytest.raises(ValueError, match="got one of routed experts too, such as"):
+            export(svf, expert, tmp_path / "adapter")
+    export_merged(svf, toy_tokenizer(), expert, tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        want = svf(input_ids=IDS, experts=[expert.z] * 3).logits
+        torch.testing.assert_close(found(input_ids=IDS).logits, want, rtol=1e-3, atol=1e-4)

@@ -249,7 +249,9 @@ def test_attention_of_torch_reads_its_weights_itself():
 
 @pytest.mark.parametrize(("family", "share"), [("qwen3_moe", 0.25), ("mixtral", 0.14)])
 def test_a_model_says_what_share_of_its_blocks_is_decomposed(family, share, monkeypatch):
-    monkeypatch.setattr("t2.model.moe.is_fused", lambda module: False)  # experts of a kind that nobody knows
+    monkeypatch.setattr(
+        "t2.weights.fused_experts.is_fused", lambda module, on_meta=False: False
+    )  # experts of a kind that nobody knows
     with pytest.warns(UserWarning, match=rf"{share:.0%} of the blocks' weights.*experts\.gate_up_proj"):
         svf = wrap(tiny_model(family))
     assert abs(svf.coverage.share - share) < 0.02 and f"{share:.0%}" in svf.extra_repr()
