@@ -144,7 +144,7 @@ def _train(action: TrainClassifier, console: Console) -> int:
         resume=action.resume,
         objective="next-token",
         steps=action.steps,
-        prompts_per_step=32,
+        prompts_per_step=16,
         samples_per_prompt=8,
         learning_rate=action.learning_rate,
         decay=True,

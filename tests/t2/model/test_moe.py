@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import t2
+from t2.generation.engine import Engine, Finished, Token
 from t2.integrations.export import export_lora, export_merged, export_peft, export_vllm
 from t2.model.moe import RoutedExperts
 from t2.weights.estimate import estimate_model
@@ -219,3 +220,23 @@ def test_adapters_have_no_place_for_routed_experts(tmp_path):
     with torch.no_grad():
         want = svf(input_ids=IDS, experts=[expert.z] * 3).logits
         torch.testing.assert_close(found(input_ids=IDS).logits, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_the_engine_answers_as_generate_does_alone(family):
+    svf = wrapped(family)
+    for seed in (1, 2):
+        svf.add_expert(f"e{seed}", t2.Expert(expert_of(svf, seed), svf.layout))
+    engine = Engine(svf, eos_ids=(2,), max_rows=3, max_tokens=40, chunk=3)
+    given = []
+    for i, prompt in enumerate(([5, 6, 7], [9, 8], [3, 3, 4, 5, 6], [7], [6, 7, 8, 9])):
+        events: list[Token | Finished] = []
+        choice = (None, "e1", "e2")[i % 3]
+        engine.submit(prompt, events.append, max_tokens=8, expert=choice)
+        given.append((prompt, choice, events))
+    while engine.step():
+        pass
+    for prompt, choice, events in given:
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+        out = svf.generate(torch.tensor([prompt]), experts=[choice], **options)
+        assert [event.id for event in events if isinstance(event, Token)] == out[0, len(prompt) :].tolist()
