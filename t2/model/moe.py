@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2.model.layers import RoutedLinear
-from t2.model.routing import Route, Router
+from t2.model.routing import Route
 from t2.weights.fused_experts import UnfusedExperts
 from t2kernels.backends import extension
 from t2kernels.weights import KeptGroup, grouped_linear
@@ -27,7 +27,7 @@ class RoutedExperts(UnfusedExperts):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
-        self.kept: dict[str, tuple[list[Tensor], list[KeptGroup]]] = {}
+        self.kept: dict[str, tuple[list[object], list[KeptGroup]]] = {}
 
     @torch.compiler.disable(reason="t2: tokens are sorted by expert, and their numbers are not known to a graph")
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -67,14 +67,11 @@ class _Call:
 
     def __init__(self, experts: RoutedExperts, offsets: list[int], rows: Tensor, tokens: int) -> None:
         self.experts, self.offsets = experts, offsets
-        first = experts.down[0]
         self.route: Route | None = None
-        routers = {layer.router for layer in experts.down.children() if isinstance(layer, RoutedLinear)}
-        routers |= {layer.router for layer in experts.up.children() if isinstance(layer, RoutedLinear)}
-        if not routers:
+        layers = (layer for part in (experts.down, experts.up) for layer in part)
+        router = next((layer.router for layer in layers if isinstance(layer, RoutedLinear)), None)
+        if router is None:  # not wrapped yet
             return
-        (router,) = routers
-        assert isinstance(router, Router) and first is not None
         self.route = router.current
         self.route.was_read = True
         self.route.check(tokens, experts.name)
@@ -108,18 +105,28 @@ class _Call:
         route = self.route
         if route is None or not route.is_plain or torch.is_grad_enabled() or x.device.type != "cpu":
             return None
-        layers = [[part[expert] for part in parts] for expert in range(self.experts.experts)]
-        if extension is None or not all(isinstance(layer, RoutedLinear) for own in layers for layer in own):
+        first, last = parts[0][0], parts[-1][-1]
+        if extension is None or not isinstance(first, RoutedLinear) or not isinstance(last, RoutedLinear):
             return None
+        biases = [layer.bias if layer.bias is None else layer.bias.data for layer in (first, last)]
+        now: list[object] = [first.scales, last.scales, first.weight, last.weight]
+        now += [bias if bias is None else bias.data_ptr() for bias in biases]  # casts give a parameter other data
         made_of, groups = self.experts.kept.get(kind, ([], []))
-        now = [layers[0][0].scales, layers[-1][-1].scales]
-        if len(made_of) != 2 or any(a is not b for a, b in zip(made_of, now, strict=True)):
-            weights = [[layer.weight for layer in own] for own in layers]
-            if any(len({weight.kind for weight in own}) > 1 for own in weights):
+        if len(made_of) != len(now) or not all(map(_same, made_of, now)):
+            layers = list(zip(*parts, strict=True))
+            if not all(isinstance(layer, RoutedLinear) for own in layers for layer in own):
+                return None
+            if any(len({layer.weight.kind for layer in own}) > 1 for own in layers):
                 return None
             groups = [
-                KeptGroup(own, [layer.scales for layer in all_of], [layer.bias for layer in all_of])
-                for own, all_of in zip(weights, layers, strict=True)
+                KeptGroup(
+                    [layer.weight for layer in own], [layer.scales for layer in own], [layer.bias for layer in own]
+                )
+                for own in layers
             ]
             self.experts.kept[kind] = (now, groups)
         return groups
+
+
+def _same(before: object, now: object) -> bool:
+    return before is now or (isinstance(before, int) and before == now)
