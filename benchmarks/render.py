@@ -17,6 +17,7 @@ from benchmarks import compatibility
 from benchmarks.adaptation import eval_tables, few_shot_margin, few_shot_speed, transfer
 from benchmarks.common.tables import ROOT, Table, read_results
 from benchmarks.gpu import report as gpu
+from benchmarks.kernels import moe
 from benchmarks.kernels import report as kernels
 from benchmarks.serving import (
     delta_form,
@@ -27,12 +28,13 @@ from benchmarks.serving import (
     memory,
     peft_batches,
     plans,
+    quantized_bases,
     ray_replicas,
     throughput,
     vllm_experts,
 )
 from benchmarks.tasks import humaneval, sandbox
-from benchmarks.training import big_model, step_speed, train_experts
+from benchmarks.training import big_model, step_speed, train_experts, trl_grpo
 
 Block = tuple[Callable[..., Table], *tuple[str, ...]]
 """Function that builds a table, and the result files it takes."""
@@ -76,7 +78,11 @@ PAGES: dict[str, dict[str, Block]] = {
         "gpu-end-to-end": (gpu.end_to_end_table, H200),
         "gpu-predictions": (gpu.predictions_table, H200),
     },
-    "docs/models.md": {"families": (compatibility.families_table, "families.json")},
+    "docs/models.md": {
+        "cpu-moe": (moe.moe_table, "cpu-moe.json"),
+        "quantized-bases": (quantized_bases.bases_table, "quantized-bases.json"),
+        "families": (compatibility.families_table, "families.json"),
+    },
     "docs/peft.md": {"peft-batches": (peft_batches.batches_table, "peft-batches.json")},
     "docs/serving.md": {
         "engine-peers": (engine_peers.peers_table, "engine-peers.json"),
@@ -92,6 +98,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "humaneval": (humaneval.pass_table, "humaneval.json"),
     },
     "docs/training.md": {
+        "trl-grpo": (trl_grpo.trainers_table, "trl-grpo.json"),
         "experts-trained": (train_experts.trained_table, "training.json"),
         "training-speed": (step_speed.speed_table, "training-speed.json"),
         "experts-compared": (train_experts.comparison_table, "training.json"),

@@ -179,6 +179,7 @@ def main(results: Path = RESULTS / "journey.json") -> None:
         start = time.perf_counter()
         ours = journey(folder, log, console)
         seconds = time.perf_counter() - start
+        content = {"machine": machine(), "ours": ours, "seconds": seconds, "lines": lines_of_page()}
         console.print(f"all: {seconds:.0f} s; then PEFT and TRL")
         start = time.perf_counter()
         done = subprocess.run([sys.executable, str(PEER)], cwd=folder, stdout=subprocess.PIPE, text=True)
@@ -186,7 +187,7 @@ def main(results: Path = RESULTS / "journey.json") -> None:
             raise SystemExit(f"{PEER}: exit code {done.returncode}")
         peer = json.loads(done.stdout.splitlines()[-1])
         peer |= {"all_seconds": time.perf_counter() - start, "lines": lines_of(PEER)}
-    content = {"machine": machine(), "ours": ours, "seconds": seconds, "lines": lines_of_page(), "peft": peer}
+    content["peft"] = peer
     write_results(results, content)
     journey_table(content).show()
 

@@ -37,6 +37,7 @@ tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 tokenizer.padding_side = "left"
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+model.hf_quantizer.remove_quantization_config(model)  # plain weights by now, which the trainer does not see
 rows = [json.loads(line) for line in Path("sql.jsonl").read_text().splitlines()]
 random.Random(0).shuffle(rows)
 tenth = len(rows) // 10
