@@ -37,6 +37,8 @@ class RoutedExperts(UnfusedExperts):
             top_k_index: int64 [tokens, k]; numbers beyond the experts' are nobody.
             top_k_weights: [tokens, k].
         """
+        if torch.compiler.is_exporting():
+            raise RuntimeError("a mixture of experts can't be compiled yet: its tokens are sorted by expert")
         module: Any = self.__dict__["module"]
         tokens, k = top_k_index.shape
         order = top_k_index.reshape(-1).argsort(stable=True)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import t2
+from t2.generation.compiled_pass import Compilation
 from t2.generation.engine import Engine, Finished, Token
 from t2.integrations.export import export_lora, export_merged, export_peft, export_vllm
 from t2.model.moe import RoutedExperts
@@ -220,6 +221,17 @@ def test_adapters_have_no_place_for_routed_experts(tmp_path):
     with torch.no_grad():
         want = svf(input_ids=IDS, experts=[expert.z] * 3).logits
         torch.testing.assert_close(found(input_ids=IDS).logits, want, rtol=1e-3, atol=1e-4)
+
+
+def test_the_engine_goes_on_without_a_compiled_program_and_says_why():
+    engine, said = Engine(wrapped("qwen3_moe"), eos_ids=(2,), max_rows=3, max_tokens=40), []
+    Compilation(engine, said.append).finish()
+    assert len(said) == 1 and "a mixture of experts can't be compiled yet" in said[0]
+    events: list[Token | Finished] = []
+    engine.submit([5, 6, 7], events.append, max_tokens=5)
+    while engine.step():
+        pass
+    assert isinstance(events[-1], Finished) and events[-1].reason in ("stop", "length")
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
