@@ -17,6 +17,7 @@ from benchmarks import compatibility
 from benchmarks.adaptation import eval_tables, few_shot_margin, few_shot_speed, transfer
 from benchmarks.common.tables import ROOT, Table, read_results
 from benchmarks.gpu import report as gpu
+from benchmarks.journey import run as journey
 from benchmarks.kernels import moe
 from benchmarks.kernels import report as kernels
 from benchmarks.serving import (
@@ -83,6 +84,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "quantized-bases": (quantized_bases.bases_table, "quantized-bases.json"),
         "families": (compatibility.families_table, "families.json"),
     },
+    "docs/quickstart.md": {"journey": (journey.journey_table, "journey.json")},
     "docs/peft.md": {"peft-batches": (peft_batches.batches_table, "peft-batches.json")},
     "docs/serving.md": {
         "engine-peers": (engine_peers.peers_table, "engine-peers.json"),

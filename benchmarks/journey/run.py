@@ -165,6 +165,8 @@ def journey_table(results: Any) -> Table:
         "r = 16, and evaluation, choice of the expert and server by hand (`benchmarks/journey/with_peft.py`):",
         ["step", "t2", "PEFT, TRL and code by hand"],
         rows,
+        "t2 trains twice, on the answers and by rewards, and its classification expert tells four domains and others "
+        "apart; the code by hand trains once, tells its own questions from others, and answers one request at a time.",
     )
 
 
