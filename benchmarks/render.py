@@ -14,7 +14,7 @@ from collections.abc import Callable
 import tyro
 
 from benchmarks import compatibility
-from benchmarks.adaptation import eval_tables, few_shot_margin, few_shot_speed, transfer
+from benchmarks.adaptation import eval_tables, few_shot_margin, few_shot_speed, growing_bank, transfer
 from benchmarks.common.tables import ROOT, Table, read_results
 from benchmarks.gpu import report as gpu
 from benchmarks.journey import run as journey
@@ -44,6 +44,7 @@ H200 = "gpu-h200.json"
 PAGES: dict[str, dict[str, Block]] = {
     "README.md": {"headline": (throughput.headline, "cpu-serving.json")},
     "docs/adaptation.md": {
+        "growing-bank": (growing_bank.growing_table, "growing-bank.json"),
         "fewshot-speed": (few_shot_speed.speed_table, "fewshot-speed.json"),
         "margin": (few_shot_margin.margin_table, "margin.json"),
         "eval": (eval_tables.eval_text, "eval.json"),
