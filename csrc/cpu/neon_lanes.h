@@ -137,17 +137,7 @@ using DotQ8 = DotBytes<true>;
 
 #if defined(T2_DOT_PRODUCTS)
 constexpr bool kBf16Products = true;
-struct DotBf16 {
-  float32x4_t v[4];
-  void zero() {
-    four([&](int i) { v[i] = vdupq_n_f32(0.0f); });
-  }
-  void load(const float* p) {
-    four([&](int i) { v[i] = vld1q_f32(p + 4 * i); });
-  }
-  void store(float* p) const {
-    four([&](int i) { vst1q_f32(p + 4 * i, v[i]); });
-  }
+struct DotBf16 : Lane16 {
   void step(const Pairs16& w, const PairBroadcast& b) {
     const bfloat16x8_t x = vreinterpretq_bf16_u32(b.v);
     four([&](int i) { v[i] = vbfdotq_f32(v[i], vreinterpretq_bf16_s16(w.v[i]), x); });

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2.model.layers import RoutedLinear
+from t2.model.layers import RoutedLinear, share_hooks
 from t2.model.routing import Route
 from t2.weights.fused_experts import UnfusedExperts
 from t2kernels.backends import extension
@@ -27,6 +27,7 @@ class RoutedExperts(UnfusedExperts):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
+        share_hooks(module, self)
         self.kept: dict[str, tuple[list[object], list[KeptGroup]]] = {}
 
     @torch.compiler.disable(reason="t2: tokens are sorted by expert, and their numbers are not known to a graph")
@@ -105,7 +106,9 @@ class _Call:
     def _kept(self, kind: str, parts: list[Any], x: Tensor) -> list[KeptGroup] | None:
         """The groups of all experts where one call can run them: on the CPU, slots of the table, no gradient."""
         route = self.route
-        if route is None or not route.is_plain or torch.is_grad_enabled() or x.device.type != "cpu":
+        if route is None or torch.is_grad_enabled() or x.device.type != "cpu":
+            return None
+        if not route.is_plain and (route.forms or not route.is_base):  # the base is the table's slot 0
             return None
         first, last = parts[0][0], parts[-1][-1]
         if extension is None or not isinstance(first, RoutedLinear) or not isinstance(last, RoutedLinear):

@@ -82,7 +82,8 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
             raise ValueError("cache: expected False where factors are given, got True")
         meant = config.target_modules
         try:
-            unfuse(model, meant, RoutedExperts)
+            if weights is None:  # a streamed model's experts stay dense: nothing reads them one by one
+                unfuse(model, meant, RoutedExperts)
             self._wrap(model, config, weights, factors, example_inputs)
         except BaseException:
             fuse(model)

@@ -166,11 +166,12 @@ class Trainer:
     def _start(self, checkpoint: Checkpoint | None) -> Metrics:
         main = self.accelerator.is_main_process
         path = self.options.output / "metrics.jsonl" if main else None
+        if checkpoint is not None:
+            checkpoint.check(self._checkpoint, self.policy.identity, self.policy.parameters)
         if main:
             write_text(self.options.output / "options.json", json.dumps(self.options.to_dict(), indent=1) + "\n")
         if checkpoint is None:
             return Metrics(path)
-        checkpoint.check(self._checkpoint, self.policy.identity, self.policy.parameters)
         self.policy.load_parameters(checkpoint.parameters)
         load_optimizer(self.optimizer, checkpoint.optimizer)
         self.state = checkpoint.state

@@ -142,8 +142,10 @@ def unfuse(
             return []  # `select_targets` says so
     done = []
     for name, module in list(model.named_modules()):
-        meant = any(is_meant(f"{name}.{part}.0", target_modules) for part in ("gate", "up", "down"))
-        if name and meant and is_fused(module, on_meta=on_meta):
+        if not name or not is_fused(module, on_meta=on_meta):
+            continue
+        layers = (f"{name}.{part}.{i}" for part in ("gate", "up", "down") for i in range(module.num_experts))
+        if any(is_meant(layer, target_modules) for layer in layers):
             model.set_submodule(name, kind(name, module))
             done.append(name)
     return done

@@ -43,7 +43,7 @@ def why_no_matrix(layer: nn.Module, dtype: torch.dtype) -> str | None:
     rows = torch.stack([x[0], x[1], x[0] + x[1], torch.zeros_like(x[0])]).to(device_of_layer(layer), dtype)
     try:
         with torch.no_grad():
-            y: Any = layer(rows)
+            y: Any = layer.forward(rows)
     except Exception as error:
         return f"{kind} can't multiply activations of {dtype} here ({type(error).__name__}: {error})"
     if not isinstance(y, Tensor) or y.shape != (4, out_features) or not y.isfinite().all():
@@ -72,11 +72,11 @@ def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
             count = min(ROWS_AT_ONCE, in_features - first)
             rows = torch.zeros(count, in_features, dtype=dtype, device=device)
             rows[:, first : first + count].fill_diagonal_(1.0)
-            matrix[:, first : first + count] = layer(rows).T
+            matrix[:, first : first + count] = layer.forward(rows).T
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(5, in_features, generator=generator).to(device, dtype)
         x[0] = 0.0
-        y = layer(x).float()
+        y = layer.forward(x).float()
     finally:
         if isinstance(bias, Tensor):
             layer.bias = bias

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from t2.weights.files import FileFormatError
-from t2.weights.fused_experts import unfuse
+from t2.weights.fused_experts import is_fused, unfuse
 from t2.weights.loading import ALIASES, alias_file, convert_gguf, load, reads_images
 from t2.weights.quantized import Dequantized
 from t2.weights.shards import Lazy, Shards, StoredWeight, is_sharded
@@ -43,7 +43,9 @@ def streams(name_or_path: str | Path, stream: Stream) -> bool:
     if not is_sharded(folder):
         return False
     config = AutoConfig.from_pretrained(str(folder))
-    return not reads_images(config) and getattr(config, "quantization_config", None) is None
+    if reads_images(config) or getattr(config, "quantization_config", None) is not None:
+        return False
+    return not any(is_fused(module, on_meta=True) for module in skeleton(config, torch.float32).modules())
 
 
 def target_weights(

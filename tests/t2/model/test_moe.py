@@ -14,11 +14,12 @@ import t2
 from t2.generation.compiled_pass import Compilation
 from t2.generation.engine import Engine, Finished, Token
 from t2.integrations.export import export_lora, export_merged, export_peft, export_vllm
+from t2.model import moe
 from t2.model.moe import RoutedExperts
 from t2.weights.estimate import estimate_model
 from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.fused_experts import UnfusedExperts, is_fused, unfuse
-from t2.weights.streaming import target_weights
+from t2.weights.streaming import streams, target_weights
 from tests.t2.toy import toy_tokenizer
 
 COMMON = {
@@ -153,9 +154,42 @@ def test_generation_with_ragged_rows_is_that_of_each_alone():
         assert torch.equal(together[row, 4:], alone[0, own.shape[1] :])
 
 
+def test_one_call_runs_the_experts_of_all_tokens_also_of_the_base(monkeypatch):
+    svf, calls = wrapped("qwen3_moe"), []
+    whole = moe.grouped_linear
+    monkeypatch.setattr(moe, "grouped_linear", lambda *args: (calls.append(1), whole(*args))[1])
+    with torch.no_grad():
+        for experts in (None, [None] * 3, [None, expert_of(svf), None]):
+            calls.clear()
+            svf(input_ids=IDS, experts=experts)
+            assert len(calls) == 2 * 2  # of two blocks, inner and down
+
+
+def test_hooks_of_the_experts_module_run_while_it_is_wrapped():
+    model, seen = model_of("qwen3_moe"), []
+    next(module for module in model.modules() if is_fused(module)).register_forward_hook(lambda *_: seen.append(1))
+    svf = t2.SVFModel(model, t2.SVFConfig(progress=False, cache=False))
+    seen.clear()
+    with torch.no_grad():
+        svf(input_ids=IDS)
+        svf.unload()(input_ids=IDS)
+    assert len(seen) == 2
+
+
+def test_a_sharded_mixture_is_loaded_whole_and_streams_with_dense_experts(tmp_path):
+    model_of("qwen3_moe").save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    assert not streams(tmp_path / "model", "auto")
+    config = t2.SVFConfig(progress=False, cache_dir=tmp_path / "cache")
+    svf, _ = t2.load_svf(tmp_path / "model", config)
+    assert any(".experts." in name for name in svf.layout.names) and svf.coverage.share >= 0.9
+
+
 def test_targets_name_experts_alone_or_leave_them():
     only = wrapped("qwen3_moe", target_modules="experts")
     assert all(".experts." in name for name in only.layout.names) and only.coverage.share > 0.5
+    some = wrapped("qwen3_moe", target_modules=r".*experts\.up\.[23]")
+    assert len(some.layout.names) == 2 * 2
     attention = wrapped("qwen3_moe", target_modules="attention")
     assert not any(".experts." in name for name in attention.layout.names)
     assert any(is_fused(module) for module in attention.model.modules())  # left as they were
