@@ -182,8 +182,8 @@ def bench_markdown(figures: Mapping[str, Any]) -> str:
     said = f" Limits: {peaks['read'] / 1e9:.0f} GB/s read; GFLOP/s {flops}." if peaks else ""
     dense, factors = figures["model_dtype"], figures["factor_dtype"]
     lines = [
-        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, {about['kernels'].get('chosen', 'no')} "
-        f"kernels.{said}",
+        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, "
+        f"{about['kernels'].get('chosen', 'no')} kernels.{said}",
         "",
         f"| every request with an expert of its own | ours, {factors} factors | dense, {dense}, no experts | ratio |",
         "| --- | ---: | ---: | ---: |",
