@@ -14,6 +14,7 @@ from typing import Any
 
 MAX_DEPTH = 100
 """Deepest nesting of JSON that is read."""
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -30,20 +31,20 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def strict_json(text: str | bytes) -> Any:
+def strict_json(text: str | bytes, *, finite: bool = True) -> Any:
     """Parse JSON from outside the program. Only ValueError is raised, whatever the text is.
 
-    Refused beside what is no JSON: NaN and Infinity, numbers that overflow a float, nesting deeper than `MAX_DEPTH`,
-    and strings that are no Unicode text (half a surrogate pair), all of which fail later and elsewhere.
+    Refused beside what is no JSON: NaN and Infinity and numbers that overflow a float (unless `finite` is False),
+    nesting deeper than `MAX_DEPTH`, and strings that are no Unicode text (half a surrogate pair), all of which fail
+    later and elsewhere. The depth is checked before the text is parsed, and no stack gets deep.
     """
-    try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        value = _DECODER.decode(text)
-    except RecursionError:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH or _SURROGATE.search(text):
-        _check_values(value)
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(text)
+    value = (_FINITE if finite else _ANY_NUMBER).decode(text)
+    if _SURROGATE.search(text):
+        _check_strings(value)
     return value
 
 
@@ -58,22 +59,29 @@ def _finite(text: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+_FINITE = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+_ANY_NUMBER = json.JSONDecoder()
 
 
-def _check_values(value: Any) -> None:
-    """ValueError for nesting that is too deep, or strings that UTF-8 cannot hold."""
-    level, depth = [value], 0
-    while level:
-        below: list[Any] = []
-        for each in level:
-            if isinstance(each, str):
-                each.encode()  # UnicodeEncodeError is a ValueError
-            elif isinstance(each, dict | list):
-                if depth == MAX_DEPTH:
-                    raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-                below += each if isinstance(each, list) else (*each.keys(), *each.values())
-        level, depth = below, depth + 1
+def _check_depth(text: str) -> None:
+    """ValueError if brackets outside strings are nested deeper than `MAX_DEPTH`."""
+    depth = 0
+    for token in _STRING_OR_BRACKET.finditer(text):
+        if text[token.start()] in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        elif text[token.start()] != '"':
+            depth -= 1
+
+
+def _check_strings(value: Any) -> None:
+    """ValueError for strings that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError is a ValueError
+    elif isinstance(value, dict | list):
+        for each in value if isinstance(value, list) else (*value.keys(), *value.values()):
+            _check_strings(each)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from t2.model.svf_model import SVFModel
 from t2.tasks.base import Problem, Split, Task, scores_of
 from t2.tasks.classify import BASE, Prompt
 from t2.weights.files import FileFormatError, file_errors
-from t2kernels.files import write_text
+from t2kernels.files import strict_json, write_text
 
 LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -391,7 +391,7 @@ def read_memory(path: Path) -> tuple[str, Memory]:
         FileFormatError: the file is not of a search; the message names it.
     """
     with file_errors(f"memory: {path} is not of a few-shot search"):
-        saved = json.loads(path.read_text(encoding="utf-8"))  # a log-likelihood may be -Infinity
+        saved = strict_json(path.read_bytes(), finite=False)  # a log-likelihood may be -Infinity
         if not isinstance(saved["identity"], str):
             raise ValueError(f"identity: expected a text, got {saved['identity']!r:.80}")
         memory: Memory = {}

@@ -32,9 +32,11 @@ def with_options_file(arguments: Sequence[str]) -> list[str]:
     if len(places) > 1 or not name or name.startswith("--"):
         raise ValueError(f"options: expected one JSON file, got {' '.join(arguments[place : place + 2])}")
     path = Path(name)
+    from t2kernels.files import strict_json  # imports torch, which --help does without
+
     try:
-        given = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        given = strict_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object of options, got {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path}: expected a JSON object of options, got {type(given).__name__}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from t2kernels.files import write_text
+from t2kernels.files import strict_json, write_text
 
 Key = Mapping[str, Any]
 """Everything that a value depends on, as JSON; "kind" and "label" also appear in the file name."""
@@ -33,7 +33,7 @@ class ResultCache:
         """The value of a key, or None; a warning names a damaged file."""
         path = self.path(key)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = strict_json(path.read_bytes(), finite=False)
             if content["key"] != json.loads(_text(key)):
                 raise ValueError("the key is another one")
             digest = _digest(json.dumps(content["value"]))
@@ -42,7 +42,7 @@ class ResultCache:
             return content["value"]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, LookupError) as error:
             warnings.warn(f"{path} is damaged, and measured anew ({error})", RuntimeWarning, stacklevel=2)
             return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t2.weights.files import FileFormatError
-from t2kernels.files import replacing, write_text
+from t2kernels.files import replacing, strict_json, write_text
 
 Row = dict[str, Any]
 
@@ -51,8 +51,8 @@ def _read(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = strict_json(line, finite=False)
+        except ValueError as error:
             if number == len(lines):
                 break
             raise FileFormatError(f"{path}, line {number}: not JSON ({error})") from error

@@ -25,6 +25,7 @@ from t2.adaptation.labels import label_tokens
 from t2.generation.prompts import encode
 from t2.integrations.vllm.bank import Bank, lora_request
 from t2.tasks.classify import OTHERS, adaptation_problem, labels_of
+from t2kernels.files import strict_json
 
 AUTO = "auto"
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
@@ -55,9 +56,9 @@ class BankMiddleware:
             await _refuse(send, 413, f"body: expected at most {MOST} bytes")
             return
         try:
-            body = json.loads(content)
+            body = strict_json(content)
             model = body.get("model") if isinstance(body, dict) else None
-        except (ValueError, RecursionError):
+        except ValueError:
             body = model = None  # vLLM says what is wrong with it
         state = scope["app"].state
         if isinstance(model, str) and model == AUTO:

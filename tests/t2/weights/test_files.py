@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import torch
 
 from t2.weights import files as storage
 from t2.weights.files import FileFormatError, atomic_directory, parse_json, read_safetensors, write_safetensors
-from t2kernels.files import cache_root
+from t2kernels.files import cache_root, strict_json
 
 
 def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
@@ -202,6 +203,7 @@ def test_atomic_directory_keeps_the_winner(tmp_path):
         "9" * 5000,
         "[" * 101 + "]" * 101,
         "[" * 10**6,
+        '["a", ' + '{"[": "]\\"]", "b": ' * 101 + "1" + "}" * 101 + "]",
         '["\\udc00"]',
         b"\xff",
     ],
@@ -212,7 +214,26 @@ def test_json_that_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100 + "]" * 100, '["\\ud83d\\ude00", "\\\\ud800"]', "[1.5, 1e-400, 12345678901234567890]"]
+    "text",
+    [
+        "[" * 100 + "]" * 100,
+        '["' + "[" * 1000 + '\\"' + "{" * 1000 + '"]',
+        "[" + "[[]], " * 1000 + "{}]",
+        '["\\ud83d\\ude00", "\\\\ud800"]',
+        "[1.5, 1e-400, 12345678901234567890]",
+    ],
 )
 def test_json_that_is_read(text):
     assert parse_json(text, "here") == json.loads(text)
+
+
+def test_the_depth_of_json_is_found_without_a_deep_stack():
+    """An error on a full stack also reaches finalizers that happen to run there."""
+    stack, text = sys.getrecursionlimit(), "[" * 100_000
+    depth = len(inspect.stack())
+    sys.setrecursionlimit(depth + 30)
+    try:
+        with pytest.raises(ValueError, match="nested deeper than 100 levels"):
+            strict_json(text)
+    finally:
+        sys.setrecursionlimit(stack)
