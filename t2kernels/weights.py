@@ -42,7 +42,7 @@ class _FrozenWeight(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_dtype, recurse)
-        for name, (n, k) in self._matrices().items():
+        for name, (n, k) in self._matrices().items() if not self._parameters else ():
             stored = getattr(self, name)
             if not stored.is_meta:
                 setattr(self, name, lay_out(stored, n, k))
@@ -61,10 +61,20 @@ class _FrozenWeight(nn.Module):
         """The buffers that are stored matrices, and their shapes [n, k]."""
         raise NotImplementedError
 
+    def as_parameters(self) -> None:
+        """Makes parameters without gradient of the stored matrices, which is what FSDP divides over processes.
+
+        The weight stays on its device from then on.
+        """
+        for name in self._matrices():
+            stored = self._buffers.pop(name)
+            assert stored is not None
+            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
+
     @property
     def nbytes(self) -> int:
         """Bytes of storage, scales included."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+        return sum(t.numel() * t.element_size() for t in (*self.parameters(), *self.buffers()))
 
 
 def _check_matrix(name: str, matrix: object, shape: str) -> Tensor:
@@ -122,13 +132,14 @@ class _WithOperands(nn.Module):
     """Keeps the operators' lists between calls: looking buffers up by name takes a microsecond."""
 
     _kept_operands: _Operands | None = None
+    _keeps_operands = True  # FSDP exchanges parameters before each call: lists of them are made anew
 
     def _make_operands(self) -> _Operands:
         raise NotImplementedError
 
     def _operands(self) -> _Operands:
         """torch.compile is shown the buffers themselves: anything else it would copy before each replay of a graph."""
-        if torch.compiler.is_compiling():
+        if not self._keeps_operands or torch.compiler.is_compiling():
             return self._make_operands()
         if self._kept_operands is None:
             self._kept_operands = self._make_operands()
@@ -191,6 +202,10 @@ class FactoredWeight(_WithOperands, _FrozenWeight):
         vh = [getattr(self, f"vh{part}") for part in range(self.parts)]
         scales = [] if self.component_scale is None else [self.component_scale]
         return _Operands(u, vh, scales, [self.out_features], [], [], {})
+
+    def as_parameters(self) -> None:
+        super().as_parameters()
+        self._keeps_operands, self._kept_operands = False, None
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -673,6 +688,13 @@ class DeltaWeight(_WithOperands):
         if not isinstance(self.base, DenseWeight):
             return (self,)
         return self.in_features, self.dtype, self.change.dtype, self.bf16_products, "delta"
+
+    def as_parameters(self) -> None:
+        """As of the weights in it; a module that keeps W stays as it is."""
+        self.change.as_parameters()
+        if isinstance(self.base, DenseWeight):
+            self.base.as_parameters()
+        self._keeps_operands, self._kept_operands = False, None
 
     def _make_operands(self) -> _Operands:
         base = self.base

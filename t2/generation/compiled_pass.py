@@ -117,6 +117,8 @@ class Compilation:
         try:
             if engine.svf.sigma.device.type != "cpu" or extension is None or isinstance(engine, WholeBatchEngine):
                 raise RuntimeError("programs are for engines of single tokens on CPUs with the package's kernels")
+            if engine.svf.svf_config.mesh is not None:
+                raise RuntimeError("programs are for models of one process")
             collapse_pages(itertools.chain(engine.svf.model.parameters(), engine.svf.model.buffers()))
             with tempfile.TemporaryDirectory() as folder:
                 traced = Path(folder) / "traced.pt2"

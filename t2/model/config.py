@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from t2.experts.support import Chosen
 from t2kernels import Factors
@@ -47,6 +48,11 @@ class SVFConfig:
     progress: shows a progress bar while decomposing.
     form: "factored" runs U diag(sigma z) Vh, with z free at every component. "delta" runs W x and adds what experts
         change at the components of `support`: the base is the dense model bit for bit, at its speed and a little more.
+    shard: a one-dimensional DeviceMesh over processes that each keep a share of the factors (`t2.model.sharding`), by
+        FSDP2; every process wraps its own copy of the model, and all call it together. For training: the model can
+        then be neither merged nor unloaded.
+    tensor_parallel: a one-dimensional DeviceMesh over processes that run every batch together, each its part of the
+        layers (`t2.model.tensor_parallel`): all of them call the model with the same inputs. Needs `cache`.
     support: of the delta form: a number of components of each matrix or a share of them, the leading ones; a file or
         folder of experts or a file of `t2.experts.support.save`; or positions in z (`t2.experts.support.resolve`).
     """
@@ -62,6 +68,13 @@ class SVFConfig:
     progress: bool = True
     form: Literal["factored", "delta"] = "factored"
     support: Chosen | None = None
+    shard: DeviceMesh | None = None
+    tensor_parallel: DeviceMesh | None = None
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The processes that the model is divided over, one way or the other."""
+        return self.shard or self.tensor_parallel
 
     def check(self) -> None:
         """Raises TypeError or ValueError for an option of another kind."""
@@ -76,5 +89,13 @@ class SVFConfig:
         if (self.support is not None) != (self.form == "delta"):
             expected = "components, a share, a file or positions" if self.form == "delta" else "None, as z is free"
             raise ValueError(f"support: expected {expected} in the {self.form} form, got {self.support!r:.80}")
+        for name in ("shard", "tensor_parallel"):
+            mesh = getattr(self, name)
+            if mesh is not None and (not isinstance(mesh, DeviceMesh) or mesh.ndim != 1):
+                raise TypeError(f"{name}: expected None or a one-dimensional DeviceMesh, got {mesh!r:.80}")
+        if self.shard is not None and self.tensor_parallel is not None:
+            raise ValueError("shard, tensor_parallel: expected one of them, got both")
+        if self.tensor_parallel is not None and not self.cache:
+            raise ValueError("cache: expected True where layers are divided over processes, got False")
         if self.slots is not None and (not isinstance(self.slots, int) or self.slots < 1):
             raise ValueError(f"slots: expected None or an integer >= 1, got {self.slots!r}")

@@ -20,8 +20,11 @@ from t2.model.attention import give_back, take_over
 from t2.model.config import FactorSource, SVFConfig
 from t2.model.layers import Packed, RoutedLinear, SharedInput, pack, plain_linear, unpack
 from t2.model.routing import Router
+from t2.model.sharding import Sharding
+from t2.model.tensor_parallel import Division, divisions
 from t2.weights.factor_cache import FactorCache, decompose_weights, weight_key
 from t2.weights.files import raw_bytes
+from t2.weights.fused_experts import UnfusedExperts
 from t2.weights.quantized import (
     Dequantized,
     QuantizedBase,
@@ -84,11 +87,14 @@ class DecomposedLayers:
         known = DENSE_STORAGE_DTYPES if device.type == "cpu" else GPU_STORAGE_DTYPES
         if config.dtype not in (None, *known):
             raise TypeError(f"dtype: expected one of {known} on {device}, got {config.dtype}")
+        if config.mesh is not None:
+            _check_divisible(model, targets)
         self.model, self.config, self.device = model, config, device
         self.readers, self.factors = readers, factors
         self.cache = FactorCache(config.cache_dir) if config.cache else None
         self.layers: dict[str, DecomposedLayer] = {}
         self.packed: dict[str, nn.Module] = {}
+        self.divisions: dict[str, Division] = {}
 
     @property
     def routed(self) -> dict[str, RoutedLinear]:
@@ -119,6 +125,9 @@ class DecomposedLayers:
             self._by_key = {keys[name]: self.readers[name] for name in targets}
         else:
             self._by_key = {keys[name]: each for name, each in matrices.items() if isinstance(each, Dequantized)}
+        if self.config.tensor_parallel is not None:
+            shapes = {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()}
+            self.divisions = divisions(self.model, shapes, self.config.tensor_parallel)
         del matrices  # views that would keep every dense weight alive while the factors are loaded
         slots = (64 if self.device.type == "cuda" else 8) if self.config.slots is None else self.config.slots
         sigma = torch.empty(self.layout.R, device=self.device)
@@ -126,16 +135,23 @@ class DecomposedLayers:
             support = None if self.config.support is None else resolve(self.config.support, self.layout)
             self.table = SlotTable(self.layout, sigma, slots, support)
             self.router = Router(self.table)
+            sharding = None
+            if self.config.shard is not None:
+                sharding = Sharding(self.model, targets, self.config.shard)
             bar = tqdm(targets.items(), desc="pack", unit="matrix", delay=2, disable=not self.config.progress)
             for index, (name, layer) in enumerate(bar):
                 self._replace(index, name, layer, keys[name])
+                if sharding is not None:
+                    sharding.placed(name)
+            if sharding is not None:
+                sharding.finish()
             self._share_inputs()
             if self.config.pack_others:
                 self._pack_others()
             if self.device.type == "cpu":
                 take_over(language_modules(self.model).values())
         except BaseException:
-            if self.readers is None:
+            if self.readers is None and self.config.shard is None:
                 self.remove()
             raise
         if self.factors is not None:
@@ -168,7 +184,7 @@ class DecomposedLayers:
         del factors, stored, matrix
         dense = None if self.cache else weight.clone()
         del weight
-        routed = RoutedLinear(index, name, packed, layer, self.router)
+        routed = RoutedLinear(index, name, packed, layer, self.router, self.divisions.get(name))
         self.layers[name] = DecomposedLayer(routed, key, dense)
         self.model.set_submodule(name, routed)
 
@@ -176,9 +192,14 @@ class DecomposedLayers:
         self, name: str, weight: Tensor | nn.Module, factors: Factors, dtype: torch.dtype, support: Tensor | None
     ) -> FactoredWeight | DeltaWeight:
         u, s, vh = factors
-        rounded = self.config.bf16_products
+        rounded, division = self.config.bf16_products, self.divisions.get(name)
+        if division is not None:
+            u, vh = division.rows_of(u), division.columns_of(vh)
         if support is None:
             return FactoredWeight.pack(u, s, vh, dtype=dtype, bf16_products=rounded)
+        if division is not None:
+            assert isinstance(weight, Tensor)
+            weight = division.columns_of(division.rows_of(weight))
         own = _within(support, self.layout.window(name))
         return DeltaWeight.pack(weight, u[:, own], s[own], vh[own], dtype=dtype, bf16_products=rounded)
 
@@ -187,6 +208,7 @@ class DecomposedLayers:
 
         On an error everything is as it was.
         """
+        self._check_whole("take_support")
         support = resolve(positions, self.layout).to(self.device)
         table = SlotTable(self.layout, self.table.sigma, len(self.table.table), support)
         registry = ExpertRegistry(self.layout, table)
@@ -209,7 +231,9 @@ class DecomposedLayers:
     def _share_inputs(self) -> None:
         for names in groups_of_one_input(self.layers):
             members = [self.layers[name].layer for name in names]
-            if len({m.weight.kind for m in members}) == 1:
+            if len({m.weight.kind for m in members}) == 1 and all(
+                m.division is None or m.division.hands_on for m in members
+            ):
                 SharedInput(members)
 
     def _pack_others(self) -> None:
@@ -273,6 +297,7 @@ class DecomposedLayers:
 
     def merged_copy(self, z: Tensor) -> nn.Module:
         """A plain copy of the model with an expert z [R] built in."""
+        self._check_whole("merged_copy")
         memo: dict[int, object] = {
             id(layer.layer): self._merged_layer(name, layer, z) for name, layer in self.layers.items()
         }
@@ -307,6 +332,10 @@ class DecomposedLayers:
         plain.weight = nn.Parameter(weight, requires_grad=empty.requires_grad)
         return plain.train(layer.layer.training)
 
+    def _check_whole(self, method: str) -> None:
+        if self.config.shard is not None:
+            raise RuntimeError(f"{method}: expected a model that is not sharded; wrap the base in one process for that")
+
     # Out
 
     def remove(self, z: Tensor | None = None) -> None:
@@ -314,6 +343,7 @@ class DecomposedLayers:
 
         All dense weights are read before any layer is put back, so a failure leaves the wrapped model whole.
         """
+        self._check_whole("unload")
         weights: dict[str, Tensor | None] = {}
         for name, layer in self.layers.items():
             if z is not None:
@@ -332,6 +362,19 @@ class DecomposedLayers:
         if z is not None:
             self._now_plain(self.model)
         self.layers, self.packed = {}, {}
+
+
+def _check_divisible(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    if quantized := [name for name, layer in targets.items() if is_quantized(layer)]:
+        raise ValueError(
+            f"shard, tensor_parallel: expected plain weights to divide over processes, got a quantised layer, "
+            f"{quantized[0]}"
+        )
+    if any(isinstance(module, UnfusedExperts) for module in model.modules()):
+        raise ValueError(
+            "shard, tensor_parallel: expected a model without routed experts among the targets, whose layers are "
+            f"called in groups; got {type(model).__name__}"
+        )
 
 
 def _in_memory(matrix: Tensor | Dequantized) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from t2.model.routing import Route, Router
+from t2.model.tensor_parallel import Division
 from t2.weights.quantized import QuantizedBase, is_quantized
 from t2.weights.targets import Linear, as_stored, weight_matrix
 from t2kernels import DeltaWeight, DenseWeight, FactoredWeight
@@ -31,18 +32,26 @@ class RoutedLinear(nn.Module):
             the layer would have, casts of the model included. A quantised layer stays whole; in the delta form it is
             the weight's base, and adds its own bias.
         router: of the model.
+        division: how the layer is divided over processes; `weight` is this one's part.
     """
 
     scales: Tensor
 
     def __init__(
-        self, index: int, name: str, weight: FactoredWeight | DeltaWeight, module: nn.Module, router: Router
+        self,
+        index: int,
+        name: str,
+        weight: FactoredWeight | DeltaWeight,
+        module: nn.Module,
+        router: Router,
+        division: Division | None = None,
     ) -> None:
         super().__init__()
         self.index = index
         self.name = name
         self.weight = weight
-        self.in_features, self.out_features = weight.in_features, weight.out_features
+        whole = weight if division is None else division
+        self.in_features, self.out_features, self.division = whole.in_features, whole.out_features, division
         self.keeps_module = is_quantized(module)
         within = isinstance(weight, DeltaWeight) and isinstance(weight.base, QuantizedBase)
         self.bias: Any = None if within else _frozen(getattr(module, "bias", None))
@@ -104,7 +113,9 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling():  # is_compiling() is also true here while another thread compiles
             slots = self.router.traced_slots()
-            return self._outside_graph(x) if slots is None else self._traced(x, slots)
+            if slots is None or self.division is not None:
+                return self._outside_graph(x)
+            return self._traced(x, slots)
         return self._eager(x)
 
     def _traced(self, x: Tensor, slots: Tensor) -> Tensor:
@@ -131,7 +142,8 @@ class RoutedLinear(nn.Module):
         return self.alone(x, route)
 
     _outside_graph = torch.compiler.disable(
-        _eager, reason="t2: this call's route has gradients, a plan, or an expert in training"
+        _eager,
+        reason="t2: the layer is divided over processes, or the route has gradients, a plan, or an expert in training",
     )
 
     def alone(self, x: Tensor, route: Route) -> Tensor:
@@ -143,9 +155,23 @@ class RoutedLinear(nn.Module):
             form = route.forms.get(self.index)
             if form is not None:
                 return form(x, slots, self.bias)
-        if route.is_base and isinstance(self.weight, DeltaWeight):
-            return self.weight.base_unchecked(x, self.bias)
-        return self.weight.linear_unchecked(x, route.scales_of(self), slots, self.bias)
+        scales = None if route.is_base and isinstance(self.weight, DeltaWeight) else route.scales_of(self)
+        if self.division is not None:
+            return self.division.linear(self._product, x, scales, slots, self.bias)
+        return self._product(x, scales, slots, self.bias)
+
+    def _product(self, x: Tensor, scales: Tensor | None, slots: Tensor, bias: Tensor | None) -> Tensor:
+        """The weight's product, without `scales` that of the delta form's base."""
+        if scales is None:
+            assert isinstance(self.weight, DeltaWeight)
+            return self.weight.base_unchecked(x, bias)
+        return self.weight.linear_unchecked(x, scales, slots, bias)
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The bias of the part that this process computes."""
+        bias: Tensor | None = self.bias
+        return bias if self.division is None else self.division.own_bias(bias)
 
 
 class SharedInput:
@@ -189,7 +215,7 @@ class SharedInput:
             self._useful = False
             waiting.clear()
             return None
-        biases = [m.bias for m in self.members]
+        biases = [m.own_bias for m in self.members]
         if route.is_base and isinstance(member.weight, DeltaWeight):
             own, *others = self._group.base_unchecked(x, route.slots, biases)
         else:

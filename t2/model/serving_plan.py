@@ -113,6 +113,8 @@ def make_plan(
     for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("batch", batch or 1)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    if decomposed.config.mesh is not None:
+        raise ValueError("plan: expected a model of one process, got one that is divided over several")
     choices = as_choices(experts)
     rows = batch or len(choices)
     distinct = {choice_key(choice): decomposed.registry.z_of(choice).detach() for choice in choices}

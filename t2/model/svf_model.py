@@ -82,8 +82,7 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
             raise ValueError("cache: expected False where factors are given, got True")
         meant = config.target_modules
         try:
-            if weights is None:  # a streamed model's experts stay dense: nothing reads them one by one
-                unfuse(model, meant, RoutedExperts)
+            unfuse(model, meant, RoutedExperts, on_meta=weights is not None)
             self._wrap(model, config, weights, factors, example_inputs)
         except BaseException:
             fuse(model)

@@ -68,7 +68,7 @@ class VerifiedWrapping:
             if trouble is None:
                 self.verified = True
                 return
-            if streamed:
+            if streamed or config.shard is not None:
                 raise VerificationError(f"{type(model).__name__} can't be wrapped: {trouble.cause}")
             decomposed.remove()
             if not trouble.names:

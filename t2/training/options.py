@@ -112,6 +112,9 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 
+    shard: bool = False
+    """Divide the factors over the processes of torchrun or accelerate launch (svf only); else each has all."""
+
     validate_every: int = 5
     """Steps between validations; the best checkpoint by validation score is the result."""
     validation_size: int = 100
@@ -155,6 +158,8 @@ class TrainOptions:
         )
         self._check("cold_start_steps", self.cold_start_steps <= self.steps, f"at most the {self.steps} steps in all")
         self._check("stream", self.stream != "yes" or self.method == "svf", "auto or no unless the method is svf")
+        whole = self.method == "svf" and self.support is None
+        self._check("shard", not self.shard or whole, "no unless the method is svf, without a support")
         can_start = self.method != "lora" and self.parametrisation == "free"
         self._check("start", self.start is None or can_start, "none unless z itself is trained")
         self._check("support", self.support is None or can_start, "none unless z itself is trained")
@@ -180,6 +185,6 @@ class TrainOptions:
 
         An option that the saved run does not have yet counts with its default.
         """
-        free = {"steps", "patience", "test_size", "trackers", "token_budget", "save_every", "stream"}
+        free = {"steps", "patience", "test_size", "trackers", "token_budget", "save_every", "stream", "shard"}
         saved = SINCE | {RENAMED.get(name, name): value for name, value in saved.items()}
         return [name for name, value in self.to_dict().items() if name not in free and value != saved.get(name)]

@@ -18,6 +18,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from t2.experts.expert import Expert
@@ -136,10 +138,12 @@ class ExpertPolicy(Policy):
 class SVFPolicy(ExpertPolicy):
     """An expert on the fused ops: no weight and no gradient of a weight's size exists."""
 
-    def __init__(self, model: PreTrainedModel | SVFModel, options: TrainOptions) -> None:
-        config = svf_config(options)
+    def __init__(
+        self, model: PreTrainedModel | SVFModel, options: TrainOptions, mesh: DeviceMesh | None = None
+    ) -> None:
+        config = svf_config(options, mesh)
         if isinstance(model, SVFModel):
-            for name in ("target_modules", "dtype", "bf16_products"):
+            for name in ("target_modules", "dtype", "bf16_products", "shard"):
                 wanted, found = getattr(config, name), getattr(model.svf_config, name)
                 if wanted != found:
                     raise ValueError(f"model: expected one wrapped with {name} {wanted!r}, got {found!r}")
@@ -166,7 +170,7 @@ class SVFPolicy(ExpertPolicy):
         """In the form that the planner finds fastest: merged weights pay when one policy answers many prompts."""
         z = self.z().detach()
         plan = None
-        if self.sigma.device.type == "cpu":  # the cost model is the processor's
+        if self.sigma.device.type == "cpu" and self.svf.svf_config.shard is None:  # the cost model is the processor's
             plan = self.svf.plan(z, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=rows)
             plan = plan if set(plan.plan.forms()) != {"factored"} else None
         with self.svf.route(z, plan):
@@ -315,6 +319,8 @@ def base_identity(model: PreTrainedModel, decomposed: str = "") -> Base:
         if isinstance(module, PackedLinear):
             held["weight"] = module.weight
         for part, tensor in sorted(held.items()):
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
             if tensor is not None and not tensor.is_meta:
                 if id(tensor) not in contents:  # tied weights are read once
                     contents[id(tensor)] = content_digest(tensor), tensor
@@ -328,12 +334,13 @@ def target_modules(options: TrainOptions) -> str | list[str]:
     return options.target_modules[0] if len(options.target_modules) == 1 else list(options.target_modules)
 
 
-def svf_config(options: TrainOptions) -> SVFConfig:
-    """The `SVFConfig` of these options."""
+def svf_config(options: TrainOptions, mesh: DeviceMesh | None = None) -> SVFConfig:
+    """The `SVFConfig` of these options, for a model that is divided over `mesh`."""
     return SVFConfig(
         target_modules=target_modules(options),
         dtype=getattr(torch, options.factor_dtype),
         bf16_products=options.bf16_products,
+        shard=mesh,
     )
 
 
@@ -350,12 +357,15 @@ def starting_point(options: TrainOptions, layout: Layout) -> Tensor:
     return expert.z.clone()
 
 
-def make_policy(model: PreTrainedModel | SVFModel, options: TrainOptions) -> Policy:
+def make_policy(model: PreTrainedModel | SVFModel, options: TrainOptions, mesh: DeviceMesh | None = None) -> Policy:
     """The policy of the options' method around a model from `t2.load`, which it changes in place.
 
-    The svf method also takes a model that is wrapped as `svf_config` says, such as one of `t2.load_factored`.
+    The svf method also takes a model that is wrapped as `svf_config` says, such as one of `t2.load_factored`, and can
+    divide the model over the processes of a mesh.
     """
     if isinstance(model, SVFModel) and options.method != "svf":
         raise ValueError(f"model: expected a plain model for the method {options.method}, got a wrapped one")
-    makers: dict[str, type[Policy]] = {"svf": SVFPolicy, "lora": LoRAPolicy, "dense-compose": DenseComposePolicy}
-    return makers[options.method](model, options)  # type: ignore[call-arg]
+    if options.method == "svf":
+        return SVFPolicy(model, options, mesh)
+    assert not isinstance(model, SVFModel)
+    return LoRAPolicy(model, options) if options.method == "lora" else DenseComposePolicy(model, options)

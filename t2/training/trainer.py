@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
 from t2.experts.support import top_components
@@ -31,8 +32,16 @@ from t2.generation.head import OutputHead
 from t2.generation.images import ImageInputs
 from t2.generation.prompts import encode_prompt, eos_ids_of
 from t2.generation.sampling import uniforms
-from t2.generation.scoring import CompletionTokens, PromptGroup, completion_logits, completion_tokens, micro_batches
+from t2.generation.scoring import (
+    CompletionTokens,
+    MicroBatch,
+    PromptGroup,
+    completion_logits,
+    completion_tokens,
+    micro_batches,
+)
 from t2.model.kv_cache import new_cache
+from t2.model.sharding import in_step
 from t2.model.svf_model import SVFModel
 from t2.tasks import Problem, Task
 from t2.tasks.base import rewards_of
@@ -105,7 +114,8 @@ class Trainer:
         if not eos_ids or tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with an end token and a padding token, as `t2.load` gives it")
         checkpoint = self._saved()
-        self.policy = make_policy(model, options)
+        self.mesh = sharding_mesh(self.accelerator) if options.shard else None
+        self.policy = make_policy(model, options, self.mesh)
         if options.gradient_checkpointing:
             self.policy.enable_checkpointing()
         with self.policy.base():
@@ -299,16 +309,17 @@ class Trainer:
         mine: list[Problem] = [self.problems[indices[place]] for place in places]
         encoded = [encode_prompt(problem, self.processor) for problem in mine]
         drawn: list[tuple[Tensor, ...]] = []
-        if mine:
-            numbers = uniforms(options.seed, self.state.step, places, samples, self.new_tokens)
-            drawn = self.generator.completions(
-                [prompt for prompt, _ in encoded],
-                self.new_tokens,
-                images=[images for _, images in encoded],
-                samples=samples,
-                uniforms=numbers,
-                temperature=options.temperature,
-            )
+        with self._in_step():
+            if mine:
+                numbers = uniforms(options.seed, self.state.step, places, samples, self.new_tokens)
+                drawn = self.generator.completions(
+                    [prompt for prompt, _ in encoded],
+                    self.new_tokens,
+                    images=[images for _, images in encoded],
+                    samples=samples,
+                    uniforms=numbers,
+                    temperature=options.temperature,
+                )
         texts = [str(self.tokenizer.decode(a, skip_special_tokens=True)) for answers in drawn for a in answers]
         judged = rewards_of(self.task, [problem for problem in mine for _ in range(samples)], texts)
         rewards = [judged[i : i + samples] for i in range(0, len(judged), samples)]
@@ -360,10 +371,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.policy.transformer.train(options.gradient_checkpointing)
         device = self.generator.device
-        cache = None if options.gradient_checkpointing else new_cache(self.policy.transformer)
+        cache = new_cache(self.policy.transformer) if self._shares_prefix else None
         with_images = any(group.images for group in groups)
         shared = 0 if with_images else shared_prefix([group.prompt for group in groups], cache)
-        for batch in micro_batches(groups, options.token_budget, shared, repeated=cache is None):
+        batches = list(micro_batches(groups, options.token_budget, shared, repeated=cache is None))
+        for batch in self._filled(batches):
             tokens = completion_tokens(batch, self.generator.pad_token, device)
             weights, counts = (
                 tokens.per_token(torch.tensor(values, device=device))
@@ -413,13 +425,38 @@ class Trainer:
             "learning_rate": rate,
         }
 
+    @property
+    def _shares_prefix(self) -> bool:
+        """Whether prompts are read once for all their completions, into a cache; one pass a batch where they aren't."""
+        return not self.options.gradient_checkpointing and self.mesh is None
+
+    def _filled(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """As many batches in every process that shares a sharded model, by ones that count for nothing."""
+        if self.mesh is None:
+            return batches
+        most = max(self._gathered([len(batches)]))
+        token = torch.tensor([self.generator.pad_token])
+        nothing = MicroBatch((PromptGroup(token, (token,), (0.0,), (0,)),), repeated=True)
+        return batches + [nothing] * (most - len(batches))
+
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
+        """A block in which processes may run the policy, without gradient, a different number of times."""
+
+        def run() -> None:
+            token = torch.tensor([[self.generator.pad_token]], device=self.generator.device)
+            with torch.no_grad(), self.policy.base():
+                self.policy.model(input_ids=token)
+
+        with in_step(self.policy.transformer, self.mesh, run):
+            yield
+
     def _states(self, tokens: CompletionTokens) -> Tensor:
         """What `_logits` makes logits of, [tokens, hidden]; the logits themselves where the model has no head apart."""
-        share_prefix = not self.options.gradient_checkpointing
         if self.head is None:
-            return self._tempered(completion_logits(self.policy, tokens, share_prefix=share_prefix))
+            return self._tempered(completion_logits(self.policy, tokens, share_prefix=self._shares_prefix))
         with self.head.left_out():
-            return completion_logits(self.policy, tokens, share_prefix=share_prefix)
+            return completion_logits(self.policy, tokens, share_prefix=self._shares_prefix)
 
     def _logits(self, states: Tensor) -> Tensor:
         assert self.head is not None
@@ -454,13 +491,14 @@ class Trainer:
         def answer(prompts: Sequence[Tensor], room: int, images: Sequence[ImageInputs] = ()) -> list[Tensor]:
             return [found[0] for found in self.generator.completions(prompts, room, images=images, base=base)]
 
-        mine = evaluate(
-            answer,
-            self.task,
-            self._mine(problems),
-            self.processor,
-            token_budget=self.options.token_budget,
-        )
+        with self._in_step():
+            mine = evaluate(
+                answer,
+                self.task,
+                self._mine(problems),
+                self.processor,
+                token_budget=self.options.token_budget,
+            )
         places = self._mine(range(len(problems)))
         found = sorted(self._gathered(list(zip(places, mine.scores, mine.answers, strict=True))))
         return Evaluation(tuple(score for _, score, _ in found), tuple(text for _, _, text in found))
@@ -612,6 +650,17 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
+def sharding_mesh(accelerator: Accelerator) -> DeviceMesh:
+    """A mesh over all processes, to divide the factors over.
+
+    Raises:
+        ValueError: there is one process.
+    """
+    if accelerator.num_processes < 2:
+        raise ValueError("shard: expected two processes or more (torchrun, accelerate launch), got one")
+    return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+
 def train(model_name: str, options: TrainOptions, *, console: Console | None = None) -> TrainResult:
     """Loads model and task by name and trains (`t2 train`). Raises as `t2.load`, `t2.tasks.get` and `Trainer` do."""
     from t2.model.load import load_factored
@@ -625,8 +674,9 @@ def train(model_name: str, options: TrainOptions, *, console: Console | None = N
     accelerator = make_accelerator(options)
     dtype, device = getattr(torch, options.model_dtype), accelerator.device
     model: PreTrainedModel | SVFModel
+    mesh = sharding_mesh(accelerator) if options.shard else None
     if options.method == "svf" and streams(model_name, options.stream):
-        model, tokenizer = load_factored(model_name, svf_config(options), dtype=dtype, device=device)
+        model, tokenizer = load_factored(model_name, svf_config(options, mesh), dtype=dtype, device=device)
     else:
         model, tokenizer = load(model_name, dtype=dtype, device=device)
     return Trainer(model, tokenizer, task, options, accelerator=accelerator, console=console).run()

@@ -63,6 +63,16 @@ class UnfusedExperts(nn.Module):
         self._empty()
         self.train(module.training)
 
+    def source(self, own: str) -> tuple[str, int, int, slice]:
+        """Where the weight of a layer, such as "gate.3", comes from: the module's tensor, part, expert, and rows."""
+        module: Any = self.__dict__["module"]
+        gates: Any = self.gate if module.has_gate else None
+        part, expert = own.split(".")
+        if part == "down" or gates is None:
+            return f"{part}_proj", 0, int(expert), slice(None)
+        place = ("gate", "up").index(part)
+        return "gate_up_proj", place, int(expert), self._halves(2 * gates[0].out_features)[place]
+
     def _halves(self, rows: int) -> tuple[slice, slice]:
         """The rows of gate and of up among those of both."""
         if self.__dict__["module"].is_concatenated:
@@ -97,7 +107,11 @@ class UnfusedExperts(nn.Module):
             layers = [list(getattr(self, part)) for part in parts]
             matrices = [self._joined([part[e].weight.data for part in layers]) for e in range(self.experts)]
             whole = torch.stack([matrix.T for matrix in matrices] if module.is_transposed else matrices)
-            getattr(module, name).data = whole.contiguous()
+            old = getattr(module, name)
+            if old.is_meta:
+                setattr(module, name, nn.Parameter(whole.contiguous(), requires_grad=old.requires_grad))
+            else:
+                old.data = whole.contiguous()
             if module.has_bias:
                 own = [self._joined([part[e].bias.data for part in layers]) for e in range(self.experts)]
                 getattr(module, f"{name}_bias").data = torch.stack(own)
@@ -157,7 +171,7 @@ def fuse(model: nn.Module) -> None:
         model.set_submodule(name, experts.fused())
 
 
-def parents_of(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+def parents_of(model: nn.Module) -> dict[str, tuple[str, UnfusedExperts]]:
     """The experts that linear layers are of, by the layers' names: (name, module)."""
     return {
         f"{name}.{own}": (name, experts)

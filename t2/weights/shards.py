@@ -75,10 +75,10 @@ class Shards:
                 raise FileNotFoundError(f"shard {self.folder / file} does not exist, which {path} names")
         return {name: self.folder / file for name, file in names.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, mapped from its file. Raises KeyError for a name that is not there."""
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """One tensor, or its entry `index`, mapped from its file. Raises KeyError for a name that is not there."""
         with open_safetensors(self._files[name], "shard") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         return tensor
 
 
@@ -98,18 +98,24 @@ class StoredWeight:
     """A layer's weight [out, in] in a checkpoint: a function that reads it in the dtype of the model.
 
     transposed: whether the checkpoint holds [in, out], as GPT-2's Conv1D does.
+    index: of the matrix in a tensor that holds several.
+    rows: of the matrix that are the layer's, after it was transposed; default all.
     """
 
     shards: Shards
     name: str
     dtype: torch.dtype
     transposed: bool = False
+    index: int | None = None
+    rows: slice | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = self.shards.shapes[self.name]
-        return shape[::-1] if self.transposed else shape
+        shape = self.shards.shapes[self.name][0 if self.index is None else 1 :]
+        rows, *columns = shape[::-1] if self.transposed else shape
+        return (rows if self.rows is None else len(range(rows)[self.rows])), *columns
 
     def __call__(self) -> Tensor:
-        weight = self.shards.read(self.name).to(self.dtype)
-        return weight.T if self.transposed else weight
+        weight = self.shards.read(self.name, self.index).to(self.dtype)
+        weight = weight.T if self.transposed else weight
+        return weight if self.rows is None else weight[self.rows]

@@ -6,7 +6,7 @@ dense is the rest: embeddings, norms, biases, the output embedding. The result i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,11 +22,12 @@ from transformers import (
 )
 
 from t2.weights.files import FileFormatError
-from t2.weights.fused_experts import is_fused, unfuse
+from t2.weights.fused_experts import UnfusedExperts, parents_of, unfuse
 from t2.weights.loading import ALIASES, alias_file, convert_gguf, load, reads_images
 from t2.weights.quantized import Dequantized
 from t2.weights.shards import Lazy, Shards, StoredWeight, is_sharded
 from t2.weights.targets import Linear, matrices_of, plain_targets, select_targets
+from t2.weights.tensor_names import tensor_names
 
 Stream = Literal["auto", "yes", "no"]
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
@@ -45,7 +46,11 @@ def streams(name_or_path: str | Path, stream: Stream) -> bool:
     config = AutoConfig.from_pretrained(str(folder))
     if reads_images(config) or getattr(config, "quantization_config", None) is not None:
         return False
-    return not any(is_fused(module, on_meta=True) for module in skeleton(config, torch.float32).modules())
+    try:
+        Checkpoint(folder, torch.float32).weights("all-linear")
+    except ValueError:
+        return False
+    return True
 
 
 def target_weights(
@@ -102,21 +107,28 @@ class Checkpoint:
             raise ValueError(f"model: expected one that reads text alone where weights stream, got {self.folder}")
         self.shards = Shards(self.folder)
         self.skeleton = skeleton(self.config, self.dtype)
+        self.names = tensor_names(self.skeleton, self.shards.shapes)
+        self._like = {name: torch.empty_like(tensor) for name, tensor in self.skeleton.state_dict().items()}
 
     def weights(self, target_modules: str | Sequence[str]) -> dict[str, StoredWeight]:
         """The target matrices by module name; reads none of them."""
-        targets = plain_targets(self.skeleton, target_modules, on_meta=True)
-        return {name: self._stored(name, layer) for name, layer in targets.items()}
+        unfuse(self.skeleton, target_modules, on_meta=True)
+        targets, experts = plain_targets(self.skeleton, target_modules, on_meta=True), parents_of(self.skeleton)
+        chosen = {experts[name][0] for name in targets if name in experts}
+        if missing := [name for name, (of, _) in experts.items() if of in chosen and name not in targets]:
+            raise ValueError(
+                f"target_modules: expected all layers of routed experts, or none, where weights stream; got all but "
+                f"{', '.join(missing[:3])}"
+            )
+        return {
+            name: self._of_expert(name, *experts[name]) if name in experts else self._stored(name, layer)
+            for name, layer in targets.items()
+        }
 
     def _stored(self, module: str, layer: Linear) -> StoredWeight:
-        full = f"{module}.weight"
-        short = full.removeprefix(f"{self.skeleton.base_model_prefix}.")  # as checkpoints of a bare model have it
-        name = next((name for name in (full, short) if name in self.shards.shapes), None)
+        name = self.names.own.get(f"{module}.weight")
         if name is None:
-            raise ValueError(
-                f"model: expected {full} in {self.folder}, found no tensor of that name; a checkpoint that "
-                "transformers renames or joins while loading needs `t2.load` (stream: no)"
-            )
+            raise self._missing(f"{module}.weight")
         stored = StoredWeight(self.shards, name, layer.weight.dtype, not isinstance(layer, nn.Linear))
         if self.shards.shapes[name] != tuple(layer.weight.shape):
             raise FileFormatError(
@@ -125,6 +137,40 @@ class Checkpoint:
             )
         return stored
 
+    def _of_expert(self, name: str, of: str, experts: UnfusedExperts) -> StoredWeight:
+        """A layer of a block's routed experts, which the checkpoint has by itself or in one tensor with others."""
+        tensor, part, expert, rows = experts.source(name.removeprefix(f"{of}."))
+        whole, transposed = f"{of}.{tensor}", experts.__dict__["module"].is_transposed
+        dtype = self._like[whole].dtype
+        if whole in self.names.own:
+            stored = StoredWeight(self.shards, self.names.own[whole], dtype, transposed, expert, rows)
+        elif (part, expert) in self.names.joined.get(whole, {}) and not transposed:
+            stored = StoredWeight(self.shards, self.names.joined[whole][part, expert], dtype)
+        else:
+            raise self._missing(whole)
+        expected = tuple(self.skeleton.get_submodule(name).weight.shape)  # type: ignore[arg-type]
+        if len(self.shards.shapes[stored.name]) != 2 + (stored.index is not None) or stored.shape != expected:
+            raise FileFormatError(
+                f"{self.folder}: expected {list(expected)} by its config for {name}, got {stored.name} of shape "
+                f"{list(self.shards.shapes[stored.name])}"
+            )
+        return stored
+
+    def _missing(self, tensor: str) -> ValueError:
+        return ValueError(
+            f"model: expected {tensor} in {self.folder}, found no tensor of that name; a checkpoint that "
+            "transformers converts while loading needs `t2.load` (stream: no)"
+        )
+
+    def _holding(self, targets: Iterable[str]) -> list[str]:
+        """The model's tensors that hold these targets."""
+        experts, tensors = parents_of(self.skeleton), dict[str, None]()
+        for name in targets:
+            of, module = experts.get(name, (name, None))
+            own = "weight" if module is None else module.source(name.removeprefix(f"{of}."))[0]
+            tensors[f"{of}.{own}"] = None
+        return list(tensors)
+
     def load_rest(self, weights: dict[str, StoredWeight], device: torch.device) -> PreTrainedModel:
         """The model with everything but the targets in memory, those on the meta device.
 
@@ -132,8 +178,12 @@ class Checkpoint:
         of the right shape that is one number in memory.
         """
         state: dict[str, Any] = {name: Lazy(self.shards, name) for name in self.shards.shapes}
-        for weight in weights.values():
-            state[weight.name] = torch.zeros((), dtype=weight.dtype).expand(self.shards.shapes[weight.name])
+        told = self._holding(weights)
+        for tensor in told:
+            for name in (self.names.own.get(tensor, tensor), *self.names.joined.get(tensor, {}).values()):
+                state.pop(name, None)
+            like = self._like[tensor]
+            state[tensor] = torch.zeros((), dtype=like.dtype).expand(like.shape)
         loaded: Any = type(self.skeleton).from_pretrained(
             None,
             config=self.config,
@@ -148,12 +198,14 @@ class Checkpoint:
             raise FileFormatError(f"{self.folder}: expected the tensors of its config, got {problems}")
         if (self.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(str(self.folder))
-        told = {}
-        for name in weights:
-            layer = model.get_submodule(name)
-            told[layer] = layer.weight
-            layer.weight = None  # so that nothing of its size moves to the device
+        empty = {}
+        for tensor in told:  # so that nothing of their size moves to the device
+            owner, _, name = tensor.rpartition(".")
+            module = model.get_submodule(owner)
+            empty[module, name] = getattr(module, name)
+            setattr(module, name, None)
         model = model.to(device).eval()
-        for layer, weight in told.items():
-            layer.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        for (module, name), weight in empty.items():
+            meta = torch.empty_like(weight, device="meta")
+            setattr(module, name, nn.Parameter(meta, requires_grad=weight.requires_grad))
         return cast(PreTrainedModel, model)

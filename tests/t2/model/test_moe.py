@@ -21,6 +21,7 @@ from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.fused_experts import UnfusedExperts, is_fused, unfuse
 from t2.weights.streaming import streams, target_weights
 from tests.t2.toy import toy_tokenizer
+from tests.t2.weights.live_bytes import LiveBytes
 
 COMMON = {
     "vocab_size": 64,
@@ -176,13 +177,55 @@ def test_hooks_of_the_experts_module_run_while_it_is_wrapped():
     assert len(seen) == 2
 
 
-def test_a_sharded_mixture_is_loaded_whole_and_streams_with_dense_experts(tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["factored", "delta"])
+def test_a_mixture_that_streams_is_the_one_that_was_loaded_whole(tmp_path, family, form):
+    """To the bit: its experts' matrices are read one by one, whether the checkpoint has them so or joined."""
+    model_of(family).save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    assert streams(tmp_path / "model", "auto")
+    options = {"form": "delta", "support": 4} if form == "delta" else {}
+    config = t2.SVFConfig(progress=False, cache_dir=tmp_path / "cache", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read, _ = t2.load_svf(tmp_path / "model", config)
+        whole, _ = t2.load_svf(tmp_path / "model", config, stream="no")
+    assert read.layout == whole.layout and any(".experts." in name for name in read.layout.names)
+    assert read.coverage.share == whole.coverage.share
+    z = expert_of(whole) if form == "factored" else whole.slot_table.with_columns(torch.rand(len(whole.support)))
+    with torch.no_grad():
+        for experts in ([None] * 3, [z, None, z]):
+            found, want = (svf(input_ids=IDS, experts=experts).logits for svf in (read, whole))
+            assert torch.equal(found, want)
+    merged, expected = (svf.merged_copy(z).state_dict() for svf in (read, whole))
+    assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in merged)
+    back, base = read.unload().state_dict(), model_of(family).state_dict()
+    assert back.keys() == base.keys() and all(torch.equal(back[name], base[name]) for name in base)
+
+
+def test_a_mixture_streams_whole_blocks_of_experts_or_none(tmp_path):
     model_of("qwen3_moe").save_pretrained(tmp_path / "model", max_shard_size="20KB")
     toy_tokenizer().save_pretrained(tmp_path / "model")
-    assert not streams(tmp_path / "model", "auto")
-    config = t2.SVFConfig(progress=False, cache_dir=tmp_path / "cache")
-    svf, _ = t2.load_svf(tmp_path / "model", config)
-    assert any(".experts." in name for name in svf.layout.names) and svf.coverage.share >= 0.9
+    config = t2.SVFConfig(progress=False, cache_dir=tmp_path / "cache", target_modules="attention")
+    svf, _ = t2.load_factored(tmp_path / "model", config)
+    assert any(is_fused(module) for module in svf.model.modules())
+    with pytest.raises(ValueError, match=r"expected all layers of routed experts, or none, .* got all but .*gate.0"):
+        target_weights(tmp_path / "model", r".*experts\.up\.[23]", dtype=torch.float32)
+
+
+def test_a_mixture_that_streams_is_never_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # what other threads load is not seen
+    config = AutoConfig.for_model("qwen3_moe", **(COMMON | MOE | {"num_experts": 32, "moe_intermediate_size": 64}))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    options = t2.SVFConfig(progress=False, cache_dir=tmp_path / "cache", dtype=torch.int8)
+    peaks = {}
+    for way in ("yes", "no", "yes"):  # the first fills the cache
+        with LiveBytes() as live:
+            svf, _ = t2.load_svf(tmp_path / "model", options, stream=way)
+        peaks[way] = live.peak
+    dense = sum(4 * layer.in_features * layer.out_features for layer in svf.factored_layers.values())
+    assert peaks["yes"] < dense < peaks["no"]
 
 
 def test_targets_name_experts_alone_or_leave_them():

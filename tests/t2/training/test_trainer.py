@@ -39,6 +39,14 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
     return read_safetensors(folder / "checkpoint.safetensors")[0]
 
 
+def assert_same_curve(found: Path, expected: Path) -> None:
+    """Up to the order in which processes add their gradients."""
+    for row, other in zip(curve(found), curve(expected), strict=True):
+        assert [name for name in row if row[name] is None] == [name for name in other if other[name] is None]
+        numbers = [{name: value for name, value in each.items() if value is not None} for each in (row, other)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-5)
+
+
 def start(options: TrainOptions, *launcher: str) -> subprocess.Popen[str]:
     given = options.to_dict() | {"output": str(options.output), "resume": options.resume}
     return subprocess.Popen(
@@ -158,17 +166,47 @@ def test_sigint_saves_and_ends_well(make_options, tmp_path):
     assert (options.output / "last.safetensors").is_file() and (options.output / "best.safetensors").is_file()
 
 
-def test_two_processes_train_as_one_does(make_options, tmp_path):
-    alone = make_options(steps=3, output=tmp_path / "alone", prompts_per_step=5, learning_rate=2e-3)
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (2, {}),
+        (2, {"shard": True}),
+        (2, {"shard": True, "gradient_checkpointing": True}),
+        (4, {"shard": True, "cold_start_steps": 1}),  # one of them has two prompts of the five
+    ],
+)
+def test_several_processes_train_as_one_does(make_options, tmp_path, processes, changes):
+    alone = make_options(
+        **{"steps": 3, "output": tmp_path / "alone", "prompts_per_step": 5, "learning_rate": 2e-3}
+        | {name: value for name, value in changes.items() if name != "shard"}
+    )
     run(alone)
-    two = replace(alone, output=tmp_path / "two")
-    process = start(two, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    out, _ = process.communicate(timeout=120)
+    several = replace(alone, output=tmp_path / "several", **changes)
+    process = start(several, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
-    for found, expected in zip(curve(two.output), curve(alone.output), strict=True):
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    found, expected = (parameters(o.output)["parameters.0"] for o in (two, alone))
+    assert_same_curve(several.output, alone.output)
+    found, expected = (parameters(o.output)["parameters.0"] for o in (several, alone))
     assert (found - expected).abs().max() < 0.02 * (expected - 1).abs().max()
+
+
+def test_a_sharded_run_needs_several_processes_and_can_go_on_in_one(make_options, tmp_path):
+    options = make_options(steps=2, output=tmp_path / "run", shard=True)
+    with pytest.raises(ValueError, match="shard: expected two processes or more"):
+        run(options)
+    process = start(options, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    whole = replace(options, output=tmp_path / "whole", shard=False, steps=4)
+    run(whole)
+    run(replace(options, shard=False, resume=True, steps=4))
+    assert_same_curve(options.output, whole.output)
+
+
+@pytest.mark.parametrize("changes", [{"method": "lora"}, {"method": "dense-compose"}, {"support": 4}])
+def test_only_the_factored_form_is_sharded(make_options, changes):
+    with pytest.raises(ValueError, match="shard: expected no unless the method is svf, without a support"):
+        make_options(shard=True, **changes)
 
 
 def test_the_rate_warms_up_and_decays(make_options):
