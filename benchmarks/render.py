@@ -35,7 +35,7 @@ from benchmarks.serving import (
     vllm_experts,
 )
 from benchmarks.tasks import humaneval, sandbox
-from benchmarks.training import big_model, step_speed, train_experts, trl_grpo
+from benchmarks.training import big_model, several_processes, step_speed, train_experts, trl_grpo
 
 Block = tuple[Callable[..., Table], *tuple[str, ...]]
 """Function that builds a table, and the result files it takes."""
@@ -59,7 +59,8 @@ PAGES: dict[str, dict[str, Block]] = {
     },
     "docs/big-models.md": {
         "big-plans": (big_model.plans_table, *big_model.PLANNED.values()),
-        "big-model": (big_model.memory_table, "big-model.json"),
+        "big-model": (big_model.memory_table, "big-model-llama-3-8b.json"),
+        "big-mixture": (big_model.memory_table, "big-model-qwen3-30b-a3b.json"),
     },
     "docs/cpu.md": {
         "factor-tail": (factor_tail.tail_table, "factor-tail.json"),
@@ -101,6 +102,7 @@ PAGES: dict[str, dict[str, Block]] = {
         "humaneval": (humaneval.pass_table, "humaneval.json"),
     },
     "docs/training.md": {
+        "processes": (several_processes.processes_table, "processes.json"),
         "trl-grpo": (trl_grpo.trainers_table, "trl-grpo.json"),
         "experts-trained": (train_experts.trained_table, "training.json"),
         "training-speed": (step_speed.speed_table, "training-speed.json"),

@@ -1,14 +1,16 @@
-"""Model of Llama-3-8B's shapes from shards to a training step on a small machine, against `t2 estimate`.
+"""A large model's shapes from shards to a training step on a small machine, against `t2 estimate`.
 
-    python -m benchmarks.training.big_model                       # a vocabulary of 128,256, stacks of 1 and 3 layers
+    python -m benchmarks.training.big_model                       # Llama-3-8B, stacks of 1 and 3 layers
+    python -m benchmarks.training.big_model --model qwen3-30b-a3b --layers 1 2
     python -m benchmarks.training.big_model --vocabulary 4096
 
 Makes sharded checkpoints of random bfloat16 weights, decomposes one layer's matrices straight from the shards, then
 loads each stack with int8 factors and takes a step of REINFORCE through the trainer's own code, with and without
 gradient checkpointing. The layers of a stack are copies of one, so the cache computes its factors once. Each phase is a
 process of its own; its peak is anonymous memory, above that of a process that only imports. Embeddings stay mapped from
-their files, so plans leave them out. All 32 layers are extrapolated from what a layer adds. Takes minutes. Writes
-benchmarks/results/big-model.json, and the plans of benchmarks/configs/ beside it.
+their files, so plans leave them out. The whole model is extrapolated from what a layer adds. A mixture's checkpoint has
+a tensor for each expert's matrix, as published ones have. Takes minutes. Writes benchmarks/results/big-model-NAME.json,
+and the plans of benchmarks/configs/ beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 import tyro
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 import t2
@@ -45,36 +47,37 @@ from t2.weights.step_sizes import StepSizes
 from t2.weights.streaming import skeleton, target_weights
 from t2kernels.files import write_text
 
-LAYERS = 32
+CONFIGS = ROOT / "benchmarks" / "configs"
 WORK = StepSizes(prompt_tokens=128, new_tokens=64, prompts_per_step=2, samples_per_prompt=4)
 
 
-def config(layers: int, vocabulary: int) -> LlamaConfig:
-    settings: dict[str, Any] = dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=vocabulary,
-        rope_theta=500000.0,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaConfig(**settings)
+def config(model: str, layers: int | None = None, vocabulary: int | None = None) -> PretrainedConfig:
+    """A model of benchmarks/configs/, with other numbers of layers and words."""
+    changes = {"num_hidden_layers": layers, "vocab_size": vocabulary}
+    known = json.loads((CONFIGS / f"{model}.json").read_text()) | {k: v for k, v in changes.items() if v is not None}
+    found: PretrainedConfig = AutoConfig.for_model(**known, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return found
 
 
-def make(folder: Path, layers: int, vocabulary: int) -> None:
+def stored(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """A tensor as a published checkpoint has it: experts one by one, gate and up apart."""
+    if len(shape) < 3:
+        return {name: shape}
+    block, _, kind = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    count, rows, columns = shape
+    own = rows // len(parts), columns
+    return {f"{block}.{expert}.{part}.weight": own for expert in range(count) for part in parts}
+
+
+def make(folder: Path, settings: PretrainedConfig) -> None:
     """Writes a checkpoint of random weights: a shard for each layer and one for the rest, one at a time."""
     folder.mkdir()
-    settings = config(layers, vocabulary)
-    settings.architectures = ["LlamaForCausalLM"]
     settings.save_pretrained(folder)
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, parameter in skeleton(settings, torch.bfloat16).named_parameters():
         part = name.split(".")[2] if ".layers." in name else "rest"
-        shards.setdefault(f"model-{part}.safetensors", {})[name] = tuple(parameter.shape)
+        shards.setdefault(f"model-{part}.safetensors", {}).update(stored(name, tuple(parameter.shape)))
     for file, shapes in shards.items():
         torch.manual_seed(0)  # so that layers are copies of each other
         tensors = {
@@ -86,7 +89,7 @@ def make(folder: Path, layers: int, vocabulary: int) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
     index = {name: file for file, shapes in shards.items() for name in shapes}
     write_text(folder / INDEX, json.dumps({"metadata": {}, "weight_map": index}))
-    word_tokenizer(vocabulary).save_pretrained(folder)
+    word_tokenizer(settings.vocab_size).save_pretrained(folder)
 
 
 # Phases: each runs in a process of its own and returns its measurements
@@ -99,7 +102,9 @@ def only_imports(folder: Path, peak: AnonymousPeak) -> dict[str, Any]:
 def decompose(folder: Path, peak: AnonymousPeak) -> dict[str, Any]:
     weights = target_weights(folder, "all-linear", dtype=torch.bfloat16)
     done = decompose_weights(weights, FactorCache(), progress=False)
-    seconds = {f"{'x'.join(map(str, weights[name].shape))} {name}": entry.seconds for name, entry in done.items()}
+    seconds: dict[str, list[float]] = {}
+    for name, entry in done.items():
+        seconds.setdefault("x".join(map(str, weights[name].shape)), []).append(entry.seconds)
     error = max(entry.error for entry in done.values())
     return {"peak": peak.peak, "seconds": seconds, "largest_error": error}
 
@@ -173,18 +178,21 @@ def planned(plan: ModelEstimate, checkpointing: bool) -> dict[str, float]:
     }
 
 
-def compare(measured: dict[int, dict[str, Any]], folder: Path, vocabulary: int, checkpointing: bool) -> dict[str, Any]:
-    """Measured and planned bytes of each stack, and of all 32 layers by the difference between the stacks."""
+def compare(
+    measured: dict[int, dict[str, Any]], folder: Path, model: str, vocabulary: int, checkpointing: bool
+) -> dict[str, Any]:
+    """Measured and planned bytes of each stack, and of the whole model by the difference between the stacks."""
+    whole = config(model).num_hidden_layers
     (few, first), *_, (many, last) = measured.items()
     found: dict[str, Any] = {}
     for name in ("loaded", "rollout_peak", "update_peak"):
         layer = (last[name] - first[name]) / (many - few)
         stacks = {layers: phases[name] for layers, phases in measured.items()}
-        stacks[LAYERS] = first[name] + (LAYERS - few) * layer
+        stacks[whole] = first[name] + (whole - few) * layer
         plans = {}
         for layers in stacks:
             path = folder / "config.json"
-            write_text(path, json.dumps(config(layers, vocabulary).to_dict()))
+            write_text(path, json.dumps(config(model, layers, vocabulary).to_dict()))
             plans[layers] = planned(estimate_model(path), checkpointing)[name]
         found[name] = {"a_layer": layer, "measured": stacks, "planned": plans}
     return found
@@ -192,7 +200,7 @@ def compare(measured: dict[int, dict[str, Any]], folder: Path, vocabulary: int, 
 
 def write_plans() -> None:
     """Writes the plans of the docs, which need no measurement."""
-    for path in sorted((ROOT / "benchmarks" / "configs").glob("*.json")):
+    for path in sorted(CONFIGS.glob("*.json")):
         write_results(RESULTS / f"plan-{path.name}", estimate_model(path).to_dict() | {"model": path.stem})
 
 
@@ -243,7 +251,8 @@ def token_budgets(gpu: Mapping[str, Any]) -> str:
 
 def memory_table(results: Any) -> Table:
     """Measured memory beside the plan, for the stacks and extrapolated to all layers."""
-    found, work = results["decompose"], results["work"]
+    found, work, model = results["decompose"], results["work"], results["model"]
+    whole = str(config(model).num_hidden_layers)
     rows = [
         ["decomposing one layer's matrices", "1", f"{found['peak'] / 1e9:.2f}", f"{found['planned_peak'] / 1e9:.2f}"]
     ]
@@ -257,32 +266,34 @@ def memory_table(results: Any) -> Table:
     ):
         entry = results[run]["memory"][phase]
         for layers, measured in entry["measured"].items():
-            shown = f"{layers} (by what a layer adds)" if layers == str(LAYERS) else layers
+            shown = f"{layers} (by what a layer adds)" if layers == whole else layers
             rows.append([label, shown, f"{measured / 1e9:.2f}", f"{entry['planned'][layers] / 1e9:.2f}"])
     return Table(
-        f"Random weights in Llama-3-8B's shapes, vocabulary {results['vocabulary']:,}, on "
+        f"Random weights in the shapes of {model}, vocabulary {results['vocabulary']:,}, on "
         f"{results['machine']['processor']}: {work['prompts_per_step']} prompts of {work['prompt_tokens']} tokens with "
         f"{work['samples_per_prompt']} answers of {work['new_tokens']}, all in one micro-batch "
-        "(`python -m benchmarks.training.big_model`). Anonymous memory above the imports, without the embeddings, "
-        "which stay mapped from their file:",
+        f"(`python -m benchmarks.training.big_model --model {model}`). Anonymous memory above the imports, without the "
+        "embeddings, which stay mapped from their file:",
         ["phase", "layers", "measured, GB", "planned, GB"],
         rows,
     )
 
 
 def main(
-    vocabulary: int = 128256,
+    model: str = "llama-3-8b",
+    vocabulary: int | None = None,
     layers: tuple[int, ...] = (1, 3),
     phase: str | None = None,
     folder: Path | None = None,
-    results: Path = RESULTS / "big-model.json",
+    results: Path | None = None,
 ) -> None:
     """Args:
-    vocabulary: Vocabulary of the synthetic model.
+    model: Of benchmarks/configs/.
+    vocabulary: Another vocabulary than the model's.
     layers: Numbers of layers to measure, at least two.
     phase: Run this phase in this process and print its measurements; default all, each in a process.
     folder: Checkpoint of that phase; without one, the parent of the temporary folder.
-    results: File for the results as JSON.
+    results: File for the results as JSON; default benchmarks/results/big-model-NAME.json.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -295,10 +306,11 @@ def main(
     write_plans()
     if len(layers) < 2 or list(layers) != sorted(set(layers)):
         raise ValueError(f"layers: expected at least two different numbers, the smallest first, got {layers}")
+    words = config(model, vocabulary=vocabulary).vocab_size
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         root = Path(temporary)
         for count in layers:
-            make(root / f"{count}", count, vocabulary)
+            make(root / f"{count}", config(model, count, vocabulary))
         base = measure("imports", root / f"{layers[0]}")["peak"]
         decomposed = measure("decompose", root / f"{layers[0]}")
         decomposed["peak"] -= base
@@ -311,10 +323,17 @@ def main(
                 runs[count] = measure(name, root / f"{count}")
                 for figure in ("loading_peak", "loaded", "rollout_peak", "update_peak"):
                     runs[count][figure] -= base
-            steps[name] = {"runs": runs, "memory": compare(runs, root, vocabulary, checkpointing)}
-    found = {"machine": machine(), "vocabulary": vocabulary, "work": vars(WORK), "decompose": decomposed, **steps}
+            steps[name] = {"runs": runs, "memory": compare(runs, root, model, words, checkpointing)}
+    found = {
+        "machine": machine(),
+        "model": model,
+        "vocabulary": words,
+        "work": vars(WORK),
+        "decompose": decomposed,
+        **steps,
+    }
     found = json.loads(json.dumps(found))
-    write_results(results, found)
+    write_results(results or RESULTS / f"big-model-{model}.json", found)
     memory_table(found).show()
 
 

@@ -59,13 +59,13 @@ class Sharding:
         block.reshard()
 
     def finish(self) -> None:
-        """All targets have been decomposed: the model itself runs the blocks from now on, each one's transfer early."""
-        within = {id(parameter) for name in self._waiting for parameter in self._parameters(name)}
-        rest = {parameter for parameter in self._model.parameters() if id(parameter) not in within}
-        fully_shard(self._model, mesh=self._mesh, ignored_params=rest)
-
-    def _parameters(self, block: str) -> Iterable[nn.Parameter]:
-        return self._model.get_submodule(block).parameters()
+        """All targets have been decomposed: the module around the blocks asks for each one before its turn."""
+        parents = {block.rpartition(".")[0].rpartition(".")[0] for block in self._waiting}
+        around = self._model.get_submodule(parents.pop()) if len(parents) == 1 else self._model
+        blocks = [self._model.get_submodule(block) for block in self._waiting]
+        within = {id(parameter) for block in blocks for parameter in block.parameters()}
+        rest = {parameter for parameter in around.parameters() if id(parameter) not in within}
+        fully_shard(around, mesh=self._mesh, ignored_params=rest)
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
