@@ -2,14 +2,16 @@
 
     python -m benchmarks.serving.quantized_bases
 
-SmolLM2-135M-Instruct in every format whose library is installed and runs here. The base keeps its own kernels; experts
-are a correction on 64 components a matrix (the delta form). Writes benchmarks/results/quantized-bases.json.
+SmolLM2-135M-Instruct in every format whose library is installed and runs here, quantised while it is loaded or before,
+as checkpoints are published (`quantized_checkpoints`). The base keeps its own kernels; experts are a correction on 64
+components a matrix (the delta form). Writes benchmarks/results/quantized-bases.json.
 """
 
 from __future__ import annotations
 
 import logging as std_logging
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from transformers.utils import logging
 
 import t2
 from benchmarks.common.tables import RESULTS, Table, write_results
+from benchmarks.serving import quantized_checkpoints
 from benchmarks.serving.fidelity import MODEL, distance, logits_of, text_windows
 from t2.demo.merged_check import check_row
 from t2.demo.run import QUESTIONS, chat_batch
@@ -36,8 +39,8 @@ from t2.weights.quantized import is_quantized
 SUPPORT, REQUESTS, TOKENS = 64, 8, 32
 
 
-def formats() -> dict[str, Callable[[], Any]]:
-    """transformers' quantisation config of each format, by name; made when it is called."""
+def formats(source: Path, folder: Path) -> dict[str, Callable[[], Any]]:
+    """Each format by name: transformers' config for loading `source`, or a checkpoint; made when it is called."""
 
     def bitsandbytes(**options: Any) -> Any:
         from transformers import BitsAndBytesConfig
@@ -55,6 +58,10 @@ def formats() -> dict[str, Callable[[], Any]]:
 
         return QuantoConfig(weights=weights)
 
+    def stored(name: str, inputs: dict[str, Any] | None = None, **weights: Any) -> Path:
+        return quantized_checkpoints.compressed_tensors(source, folder / name, weights | {"symmetric": True}, inputs)
+
+    by_token = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "bfloat16, not quantised": lambda: None,
         "bitsandbytes NF4": lambda: bitsandbytes(
@@ -66,14 +73,25 @@ def formats() -> dict[str, Callable[[], Any]]:
         "torchao float8, weights": lambda: torchao("Float8WeightOnlyConfig"),
         "quanto int4": lambda: quanto("int4"),
         "quanto int8": lambda: quanto("int8"),
+        "GPTQ 4 bits": lambda: quantized_checkpoints.gptq(source, folder / "gptq"),
+        "AWQ 4 bits": lambda: quantized_checkpoints.awq(source, folder / "awq"),
+        "fp8, blocks of 128 x 128": lambda: quantized_checkpoints.fp8(source, folder / "fp8"),
+        "compressed-tensors W4A16": lambda: stored(
+            "w4a16", num_bits=4, type="int", strategy="group", group_size=quantized_checkpoints.GROUP
+        ),
+        "compressed-tensors W8A8": lambda: stored(
+            "w8a8", by_token | {"type": "int"}, num_bits=8, type="int", strategy="channel"
+        ),
+        "compressed-tensors fp8": lambda: stored(
+            "ct-fp8", by_token | {"type": "float"}, num_bits=8, type="float", strategy="channel"
+        ),
     }
 
 
-def load(make: Callable[[], Any]) -> Any:
-    config, file = make(), alias_file(ALIASES[MODEL])
-    assert file is not None
-    options = {} if config is None else {"quantization_config": config}
-    model = AutoModelForCausalLM.from_pretrained(convert_gguf(file), dtype=torch.bfloat16, device_map="cpu", **options)
+def load(made: Any, source: Path) -> Any:
+    options = {} if made is None or isinstance(made, Path) else {"quantization_config": made}
+    folder = made if isinstance(made, Path) else source
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **options)
     return model.eval()
 
 
@@ -109,12 +127,12 @@ def train_step(svf: t2.SVFModel, windows: Tensor) -> dict[str, float]:
     return {"before": float(before.detach()), "after": after, "seconds": seconds}
 
 
-def measure(make: Callable[[], Any], reference: Tensor, windows: Tensor, tokenizer: Any) -> dict[str, Any]:
+def measure(made: Any, source: Path, reference: Tensor, windows: Tensor, tokenizer: Any) -> dict[str, Any]:
     """The figures of one format."""
-    base = load(make)
+    base = load(made, source)
     layers = sum(is_quantized(module) for module in base.modules())
     own = logits_of(base, windows)
-    svf = wrap(load(make))
+    svf = wrap(load(made, source))
     found: dict[str, Any] = {
         "quantised_layers": layers,
         "decomposed": len(svf.layout.names),
@@ -193,12 +211,16 @@ def main(results: Path = RESULTS / "quantized-bases.json") -> None:
     windows = text_windows(tokenizer, 1024)
     reference = logits_of(model, windows)
     found: dict[str, Any] = {}
-    for name, make in formats().items():
-        try:
-            found[name] = measure(make, reference, windows, tokenizer)
-        except (ImportError, NotImplementedError) as error:
-            found[name] = {"failed": str(error).splitlines()[0][:80]}
-        out.print(f"{name} measured")
+    file = alias_file(ALIASES[MODEL])
+    assert file is not None
+    source = convert_gguf(file)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in formats(source, Path(folder)).items():
+            try:
+                found[name] = measure(make(), source, reference, windows, tokenizer)
+            except (ImportError, NotImplementedError) as error:
+                found[name] = {"failed": str(error).splitlines()[0][:80]}
+            out.print(f"{name} measured")
     content = {"machine": machine(), "formats": found}
     write_results(results, content)
     bases_table(content).show()

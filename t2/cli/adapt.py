@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, arg
 
 from t2.adaptation.options import FewShotOptions
-from t2.cli.options import OPTIONAL, Bank, Candidates, FactorDtype, Model, TaskOptions
+from t2.cli.options import OPTIONAL, Bank, Candidates, FactorDtype, Model, TaskOptions, Unchecked
 from t2.tasks.base import Split
+
+
+@dataclass(frozen=True)
+class Given(Unchecked, FewShotOptions):
+    """The search's options of the command line."""
 
 
 def run(
     model: Model,
     task: Annotated[str, arg(metavar="TASK")],
     output: Annotated[Path, arg(metavar="FILE")],
-    search: OmitArgPrefixes[FewShotOptions],
+    search: OmitArgPrefixes[Given],
     bank: Bank = None,
     candidates: Candidates = (),
     task_options: TaskOptions = "{}",
@@ -54,7 +60,7 @@ def run(
         split=split,
         dtype=factor_dtype,
         max_new_tokens=max_new_tokens,
-        options=search,
+        options=FewShotOptions(**vars(search)),
         incumbent=incumbent,
         console=Console(),
     )

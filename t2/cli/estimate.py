@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json as json_format
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from t2.cli.options import OPTIONAL, ModelDtype, Targets
+from t2.cli.options import OPTIONAL, ModelDtype, Targets, Unchecked
 from t2.cli.options import target_modules as as_targets
 from t2.weights.step_sizes import StepSizes
 
 
+@dataclass(frozen=True)
+class Given(Unchecked, StepSizes):
+    """The sizes of the command line."""
+
+
 def run(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
-    training_step: OmitArgPrefixes[StepSizes] = StepSizes(),  # noqa: B008  # frozen
+    training_step: OmitArgPrefixes[Given] = Given(),  # frozen
     target_modules: Targets = ("all-linear",),
     model_dtype: ModelDtype = "float32",
     support: Annotated[int | None, arg(metavar="COMPONENTS", help_behavior_hint=OPTIONAL)] = None,
@@ -39,6 +45,7 @@ def run(
     from t2.weights.memory_model import Rates
     from t2kernels.files import write_text
 
+    sizes = StepSizes(**vars(training_step))
     estimate = estimate_model(
         model,
         as_targets(target_modules),
@@ -46,7 +53,7 @@ def run(
         rates=Rates.measure(),
         support=support,
     )
-    show(estimate, training_step, Console())
+    show(estimate, sizes, Console())
     if json is not None:
-        write_text(json, json_format.dumps(estimate.to_dict(training_step), indent=1) + "\n")
+        write_text(json, json_format.dumps(estimate.to_dict(sizes), indent=1) + "\n")
     return 0

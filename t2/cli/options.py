@@ -55,6 +55,13 @@ ResultsFile = Annotated[
 ]
 
 
+class Unchecked:
+    """Mixed into a dataclass of options: checks wait until a command has all of them, and then say it in one line."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def target_modules(targets: Sequence[str]) -> str | list[str]:
     """Targets as `SVFConfig` takes them: one name or expression, or a list of suffixes."""
     return targets[0] if len(targets) == 1 else list(targets)

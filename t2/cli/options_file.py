@@ -18,9 +18,8 @@ def with_options_file(arguments: Sequence[str]) -> list[str]:
     Options of the command line win over those of the file.
 
     Raises:
-        ValueError: the option without a file, or more than once; a file that is not a JSON object, or has options that
-            the command has not, or values that no option has.
-        OSError: a file that can't be read.
+        ValueError: the option without a file, or more than once; a file that can't be read or is not a JSON object, or
+            has options that the command has not, or values that no option has.
     """
     places = [i for i, word in enumerate(arguments) if word.partition("=")[0] == OPTION]
     if not places:
@@ -36,6 +35,8 @@ def with_options_file(arguments: Sequence[str]) -> list[str]:
 
     try:
         given = strict_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"options: {path} can't be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object of options, got {error}") from error
     if not isinstance(given, dict):

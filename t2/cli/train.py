@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tyro.conf import OmitArgPrefixes
 
-from t2.cli.options import Model
+from t2.cli.options import Model, Unchecked
 from t2.training.options import TrainOptions
 
 
-def run(model: Model, training: OmitArgPrefixes[TrainOptions]) -> int:
+@dataclass(frozen=True)
+class Given(Unchecked, TrainOptions):
+    """The options of the command line."""
+
+
+def run(model: Model, training: OmitArgPrefixes[Given]) -> int:
     """Train an expert for a task with REINFORCE and a KL penalty. Ctrl-C saves the run; --resume continues it.
 
     Example: t2 train smollm2-135m-instruct --task reasoning-gym:chain_sum --output runs/sums
@@ -21,7 +28,7 @@ def run(model: Model, training: OmitArgPrefixes[TrainOptions]) -> int:
     from t2.training.trainer import train
 
     out = Console()
-    result = train(model, training)
+    result = train(model, TrainOptions(**vars(training)))
     if not result.finished:
         out.print(f"Stopped at step {result.state.step}. The same command with --resume continues from there.")
         return 0

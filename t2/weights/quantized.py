@@ -22,15 +22,36 @@ TOLERANCE = 0.1
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Whether a layer is like a linear one, and holds integers, floats of 8 bits or tensors of a class of their own."""
+    """Whether a layer is like a linear one, but its product is not that of a plain weight.
+
+    It holds integers, floats of 8 bits or tensors of a class of their own; or a library gave it another forward, such
+    as one that rounds its inputs.
+    """
     if not all(type(getattr(layer, name, None)) is int for name in ("in_features", "out_features")):
         return False
     if any(hasattr(child, "in_features") for child in layer.modules() if child is not layer):
         return False  # a wrapper around linear layers, such as an adapter's
     tensors = (*layer.parameters(), *layer.buffers())
-    return any(
+    return has_another_forward(layer) or any(
         not tensor.is_floating_point() or tensor.itemsize == 1 or type(tensor.data) is not Tensor for tensor in tensors
     )
+
+
+def has_another_forward(layer: nn.Module) -> bool:
+    """Whether a plain layer was given a forward that computes other numbers; hooks around its own compute the same."""
+    weight = layer._parameters.get("weight")
+    if "forward" not in layer.__dict__ or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return False
+    if weight.is_meta:
+        return True  # nobody knows
+    inputs: Any = getattr(layer, "in_features", weight.shape[0])  # a Conv1D has its weight as [in, out]
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(3)).to(weight)
+    try:
+        with torch.no_grad():
+            y: Any = layer.forward(x)
+            return not torch.equal(y, type(layer).forward(layer, x))
+    except Exception:
+        return True
 
 
 def why_no_matrix(layer: nn.Module, dtype: torch.dtype) -> str | None:
@@ -58,6 +79,8 @@ def why_no_matrix(layer: nn.Module, dtype: torch.dtype) -> str | None:
 def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     """W [out, in] of a quantised layer y = W x + b, in the dtype of its activations.
 
+    Layers that round their inputs do so to those of the identity too: where a plain weight is closer, W is that.
+
     Raises:
         ValueError: the layer is not linear, or gives other outputs than W x + b.
     """
@@ -81,6 +104,11 @@ def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
         if isinstance(bias, Tensor):
             layer.bias = bias
     want = x.float() @ matrix.float().T
+    weight = layer._parameters.get("weight")
+    if isinstance(weight, Tensor) and weight.shape == matrix.shape and type(weight.data) is Tensor:
+        kept = weight.detach().to(device, dtype)
+        if weight.dtype in PLAIN and (y - x.float() @ kept.float().T).norm() < (y - want).norm():
+            return kept.clone()
     if not bool(matrix.isfinite().all()) or not bool((y[0] == 0).all()) or not _close(y, want):
         raise ValueError(f"expected a layer that computes W x + b, got a {kind} that does not")
     return matrix

@@ -14,7 +14,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from t2.weights.quantized import PLAIN, Dequantized, activation_dtype, device_of_layer, is_quantized, why_no_matrix
+from t2.weights.quantized import (
+    PLAIN,
+    Dequantized,
+    activation_dtype,
+    device_of_layer,
+    has_another_forward,
+    is_quantized,
+    why_no_matrix,
+)
 
 Linear = nn.Linear | Conv1D
 """Layers with a plain weight. Beside them `select_targets` finds layers that another library quantised."""
@@ -82,7 +90,7 @@ def why_unsuitable(layer: nn.Module, dtype: torch.dtype | None = None) -> str | 
     if dtype is not None and is_quantized(layer):
         return why_no_matrix(layer, dtype)
     if kind in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter and type(layer.weight.data) is Tensor:
-        return None
+        return f"{kind.__name__} was given a forward that is not x W^T + b" if has_another_forward(layer) else None
     if not isinstance(layer, nn.Linear | Conv1D):
         if isinstance(getattr(layer, "in_features", None), int) and isinstance(
             getattr(layer, "out_features", None), int

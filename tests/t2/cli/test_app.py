@@ -164,10 +164,17 @@ def test_errors_are_one_line_and_exit_code_2(folder, tmp_path, other_expert, cap
             "task_options: expected a JSON object, got '1'",
         ),
         (("demo", "--model", folder, "--new-tokens", "1"), "new_tokens: expected at least 2, got 1"),
+        (("train", folder, "--task", "x", "--output", "y", "--steps", "0"), "t2: steps: expected an integer >= 1"),
+        (("estimate", folder, "--new-tokens", "0"), "t2: new_tokens: expected an integer >= 1, got 0"),
+        (("train", folder, "--options", tmp_path / "none.json"), "none.json can't be read: No such file"),
+        (
+            ("adapt", folder, "--task", "gsm8k", "--candidates", f"a={other_expert}", "--output", "x", "--margin=-1"),
+            "t2: margin: expected a number >= 0, got -1.0",
+        ),
     ]:
         assert run(*args) == 2
         error = capsys.readouterr().err
-        assert text in error and "Traceback" not in error
+        assert text in error and "Traceback" not in error and error.splitlines()[-1].startswith("t2: ")
 
 
 def test_demo_on_a_tiny_model(folder, tmp_path):

@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import t2
 from t2.model.layers import RoutedLinear
 from t2.weights.quantized import QuantizedBase, dequantized, is_quantized, why_no_matrix
-from t2.weights.targets import plain_targets, select_targets
+from t2.weights.targets import plain_targets, select_targets, why_unsuitable
 from tests.t2.toy import toy_model
 
 IDS = torch.tensor([[5, 6, 7, 8], [6, 7, 8, 9], [9, 8, 7, 6]])
@@ -223,6 +224,51 @@ def test_the_rest_of_a_plain_model_is_as_before():
         warnings.simplefilter("error")
         svf = t2.SVFModel(toy_model(), t2.SVFConfig(progress=False, cache=False))
     assert svf.coverage.share == 1.0 and not any(layer.keeps_module for layer in svf.factored_layers.values())
+
+
+def give_forward(layer, product):
+    """What libraries do to plain layers: a forward of the instance."""
+    plain = type(layer).forward
+    layer.forward = lambda x: product(plain, layer, x)
+
+
+def rounded(plain, layer, x):
+    step = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127.5
+    return plain(layer, (x / step).round().clamp(-128, 127) * step)
+
+
+@torch.no_grad()
+def test_plain_layers_that_were_given_another_forward_keep_it():
+    """As compressed-tensors does for checkpoints whose activations have 8 bits."""
+    model = toy_model()
+    layers = [
+        module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name
+    ]
+    for layer in layers:
+        give_forward(layer, rounded)
+    assert all(is_quantized(layer) for layer in layers)
+    want = model(input_ids=IDS).logits
+    svf = t2.SVFModel(model, t2.SVFConfig(progress=False, cache=False, form="delta", support=4))
+    assert len(svf.layout.names) == len(layers)
+    torch.testing.assert_close(svf(input_ids=IDS, experts=[None] * 3).logits, want)
+    weights = [layer.weight.clone() for layer in layers]
+    assert all(torch.equal(dequantized(layer, torch.float32), w) for layer, w in zip(layers, weights, strict=True))
+    assert torch.equal(svf.unload()(input_ids=IDS).logits, want)
+
+
+@torch.no_grad()
+def test_a_forward_that_adds_something_is_part_of_the_matrix_and_hooks_are_nothing():
+    layer = nn.Linear(12, 9)
+    a, b = torch.randn(9, 2), torch.randn(2, 12)
+    give_forward(layer, lambda plain, layer, x: plain(layer, x) + x @ b.T @ a.T)
+    assert is_quantized(layer) and why_no_matrix(layer, torch.float32) is None
+    torch.testing.assert_close(dequantized(layer, torch.float32), layer.weight + a @ b, rtol=1e-4, atol=1e-4)
+    for kind, sizes in ((nn.Linear, (12, 9)), (Conv1D, (9, 12))):
+        hooked = kind(*sizes)
+        give_forward(hooked, lambda plain, layer, x: plain(layer, x))
+        assert not is_quantized(hooked) and why_unsuitable(hooked) is None
+        give_forward(hooked, lambda plain, layer, x: plain(layer, x).relu())
+        assert why_unsuitable(hooked, torch.float32) is not None
 
 
 def test_layers_that_look_at_the_whole_batch_are_wrapped_with_a_warning():
