@@ -21,7 +21,7 @@ def parsed(arguments):
         kept.update(model=model, training=training)
 
     tyro.cli(keep, args=with_options_file(["train", *arguments])[1:])
-    return kept["training"]
+    return TrainOptions(**vars(kept["training"]))
 
 
 def test_the_options_of_a_run_give_the_same_run(tmp_path):
