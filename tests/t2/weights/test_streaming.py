@@ -216,6 +216,15 @@ def test_missing_and_damaged_shards(tmp_path, checkpoint):
     assert not list(tmp_path.glob("factors/*")), "nothing is decomposed before all files are known to be whole"
 
 
+def test_a_damaged_shard_of_a_local_folder_is_named_by_every_way_in(tmp_path, checkpoint):
+    path = checkpoint()
+    shard = sorted(path.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-5])
+    assert streams(path, "auto")
+    with pytest.raises(FileFormatError, match=shard.name):
+        load_svf(path, config(tmp_path))
+
+
 @pytest.mark.parametrize("tensor", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
 def test_a_tensor_that_is_missing_or_of_another_shape(tmp_path, checkpoint, tensor):
     path = checkpoint(shard_size="1GB")
