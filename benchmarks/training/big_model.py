@@ -41,7 +41,7 @@ from t2.training.policies import svf_config
 from t2.weights.estimate import ModelEstimate, estimate_model
 from t2.weights.factor_cache import FactorCache, decompose_weights
 from t2.weights.machine import machine
-from t2.weights.memory_model import Rates
+from t2.weights.memory_model import ACTIVATIONS_OF, Rates
 from t2.weights.shards import INDEX
 from t2.weights.step_sizes import StepSizes
 from t2.weights.streaming import skeleton, target_weights
@@ -168,8 +168,10 @@ def measure(phase: str, folder: Path) -> dict[str, Any]:
 
 
 def planned(plan: ModelEstimate, checkpointing: bool) -> dict[str, float]:
-    """Planned bytes in the phases of `train`, without embeddings and norms, which stay in their files."""
+    """Planned bytes in those phases of `train` that there are plans for, without embeddings and norms, which stay in their files."""
     model = plan.serving(torch.int8) - plan.dense_parameters * plan.dtype.itemsize
+    if plan.architecture.model_type not in ACTIVATIONS_OF:  # nothing is said about steps
+        return {"loaded": model}
     batch = WORK.prompts_per_step, WORK.rows
     return {
         "loaded": model,
@@ -193,7 +195,7 @@ def compare(
         for layers in stacks:
             path = folder / "config.json"
             write_text(path, json.dumps(config(model, layers, vocabulary).to_dict()))
-            plans[layers] = planned(estimate_model(path), checkpointing)[name]
+            plans[layers] = planned(estimate_model(path), checkpointing).get(name)
         found[name] = {"a_layer": layer, "measured": stacks, "planned": plans}
     return found
 
@@ -267,7 +269,8 @@ def memory_table(results: Any) -> Table:
         entry = results[run]["memory"][phase]
         for layers, measured in entry["measured"].items():
             shown = f"{layers} (by what a layer adds)" if layers == whole else layers
-            rows.append([label, shown, f"{measured / 1e9:.2f}", f"{entry['planned'][layers] / 1e9:.2f}"])
+            plan = entry["planned"][layers]
+            rows.append([label, shown, f"{measured / 1e9:.2f}", "" if plan is None else f"{plan / 1e9:.2f}"])
     return Table(
         f"Random weights in the shapes of {model}, vocabulary {results['vocabulary']:,}, on "
         f"{results['machine']['processor']}: {work['prompts_per_step']} prompts of {work['prompt_tokens']} tokens with "

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from t2.generation.engine import Engine, Finished, Token
 from t2.model.sharding import block_of
 from t2.model.tensor_parallel import COLUMNS, GATHER, ROWS, SPLIT, Division, divisions
 from tests.families.tiny import tiny_model
+from tests.t2.processes.launch import ROOT, environment
 from tests.t2.toy import toy_model
 
 
@@ -34,8 +33,8 @@ def test_a_divided_model_answers_and_learns_as_in_one_process(processes, familie
         capture_output=True,
         text=True,
         timeout=240,
-        cwd=Path(__file__).parents[3],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        env=environment(),
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,6 +20,7 @@ import t2
 from t2.training import Trainer, TrainOptions, TrainResult
 from t2.training.trainer import train
 from t2.weights.files import FileFormatError, read_safetensors
+from tests.t2.processes.launch import ROOT, environment
 from tests.t2.toy import SayTheWord, toy_model, toy_tokenizer
 
 TIMES = ("seconds", "rollout_seconds")
@@ -54,8 +54,8 @@ def start(options: TrainOptions, *launcher: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=Path(__file__).parents[3],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        env=environment(),
     )
 
 
