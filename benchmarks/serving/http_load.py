@@ -5,8 +5,8 @@
 SmolLM2-135M-Instruct with bfloat16 factors and products, greedy. Requests name one of 32 experts, mixes of two, the
 base or auto; lengths are 4 to 400 tokens, as many short as long ones by their logarithm; a tenth of the clients goes
 away in the middle. One expert is replaced every second, its answers may be either version's. A sample of the answers is
-compared with those of `svf.generate` alone. Then the same requests run on the engine without HTTP. Writes
-benchmarks/results/http-load.json.
+compared with those of `svf.generate` alone. Then the same requests run on the engine without HTTP. Clients run on the
+same cores. Writes benchmarks/results/http-load.json.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
 
             swapping = threading.Thread(target=swap)
             swapping.start()
-            memory, started = list[int](), time.perf_counter()
+            memory, started, worked = list[int](), time.perf_counter(), time.process_time()
             try:
                 results = asyncio.run(load(url, asked, clients, lambda: memory.append(memory_of(process.pid))))
             finally:
@@ -212,6 +212,7 @@ def served(folder: Path, asked: Sequence[Asked], clients: int, versions: Sequenc
             return {
                 "results": results,
                 "seconds": time.perf_counter() - started,
+                "client_seconds": time.process_time() - worked,
                 "memory": memory,
                 "swaps": swaps,
                 "first_answer_seconds": answered,
@@ -280,7 +281,8 @@ def load_table(results: Any) -> Table:
         ["answered, left by their client, lost", f"{results['answered']:,}, {results['left']:,}, {results['lost']:,}"],
         ["the answer of `generate` alone", f"{results['same']} of {results['checked']}"],
         ["tokens/s", f"{results['tokens_per_second']:.0f}"],
-        ["the engine without HTTP", f"{results['engine_tokens_per_second']:.0f}"],
+        ["the engine without HTTP, pass one and clients", f"{results['engine_tokens_per_second']:.0f}"],
+        ["the clients' own share of the processor", f"{results['client_share']:.0%}"],
         ["time to the first token, p50 and p99", f"{first['p50']:.1f} s, {first['p99']:.1f} s"],
         [
             "memory before, after each quarter of the requests",
@@ -347,6 +349,7 @@ def main(requests: int = 2000, clients: int = 200, check: int = 60, results: Pat
             "checked": len(sample),
             "same": same,
             "tokens_per_second": tokens / found["seconds"],
+            "client_share": found["client_seconds"] / found["seconds"] / torch.get_num_threads(),
             "engine_tokens_per_second": engine_alone(svf, tokenizer, asked, experts),
             "first_token_seconds": {"p50": statistics.median(first), "p99": first[int(0.99 * len(first))]},
             **{name: found[name] for name in ("memory", "swaps", "first_answer_seconds", "compiled_seconds")},

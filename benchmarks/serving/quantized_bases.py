@@ -9,6 +9,7 @@ components a matrix (the delta form). Writes benchmarks/results/quantized-bases.
 
 from __future__ import annotations
 
+import json
 import logging as std_logging
 import statistics
 import tempfile
@@ -75,7 +76,7 @@ def formats(source: Path, folder: Path) -> dict[str, Callable[[], Any]]:
         "quanto int8": lambda: quanto("int8"),
         "GPTQ 4 bits": lambda: quantized_checkpoints.gptq(source, folder / "gptq"),
         "AWQ 4 bits": lambda: quantized_checkpoints.awq(source, folder / "awq"),
-        "fp8, blocks of 128 x 128": lambda: quantized_checkpoints.fp8(source, folder / "fp8"),
+        "fp8, a scale a block": lambda: quantized_checkpoints.fp8(source, folder / "fp8"),
         "compressed-tensors W4A16": lambda: stored(
             "w4a16", num_bits=4, type="int", strategy="group", group_size=quantized_checkpoints.GROUP
         ),
@@ -199,8 +200,9 @@ def bases_table(results: Any) -> Table:
     )
 
 
-def main(results: Path = RESULTS / "quantized-bases.json") -> None:
+def main(only: tuple[str, ...] = (), results: Path = RESULTS / "quantized-bases.json") -> None:
     """Args:
+    only: Measure formats whose names begin so, and keep the other results.
     results: File for the results as JSON.
     """
     logging.set_verbosity_error()
@@ -211,18 +213,22 @@ def main(results: Path = RESULTS / "quantized-bases.json") -> None:
     windows = text_windows(tokenizer, 1024)
     reference = logits_of(model, windows)
     found: dict[str, Any] = {}
+    if only and results.exists():
+        found = json.loads(results.read_text())["formats"]
     file = alias_file(ALIASES[MODEL])
     assert file is not None
     source = convert_gguf(file)
     with tempfile.TemporaryDirectory() as folder:
         for name, make in formats(source, Path(folder)).items():
+            if only and not name.startswith(only):
+                continue
             try:
                 found[name] = measure(make(), source, reference, windows, tokenizer)
             except (ImportError, NotImplementedError) as error:
                 found[name] = {"failed": str(error).splitlines()[0][:80]}
+            content = {"machine": machine(), "formats": found}
+            write_results(results, content)
             out.print(f"{name} measured")
-    content = {"machine": machine(), "formats": found}
-    write_results(results, content)
     bases_table(content).show()
 
 

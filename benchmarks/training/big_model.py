@@ -168,7 +168,7 @@ def measure(phase: str, folder: Path) -> dict[str, Any]:
 
 
 def planned(plan: ModelEstimate, checkpointing: bool) -> dict[str, float]:
-    """Planned bytes in those phases of `train` that there are plans for, without embeddings and norms, which stay in their files."""
+    """Planned bytes of the phases of `train` that have plans, without embeddings and norms, which stay in files."""
     model = plan.serving(torch.int8) - plan.dense_parameters * plan.dtype.itemsize
     if plan.architecture.model_type not in ACTIVATIONS_OF:  # nothing is said about steps
         return {"loaded": model}
