@@ -7,7 +7,9 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,18 @@ MAX_DEPTH = 100
 """Deepest nesting of JSON that is read."""
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+KEPT_DAYS = 60
+"""What a cache holds and nothing has used for so long is deleted when something new is put there."""
+
+
+def delete_unused(paths: Iterable[Path]) -> None:
+    """Deletes files and folders of a cache that are older than `KEPT_DAYS`; whoever uses one sets its time (touch)."""
+    for path in paths:
+        with suppress(OSError):  # another process may be at it
+            if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def cache_root() -> Path:

@@ -91,7 +91,7 @@ def awq(source: Path, folder: Path) -> Path:
 
 
 def fp8(source: Path, folder: Path) -> Path:
-    """float8 with a scale for each block, as DeepSeek and Qwen publish; theirs are 128 x 128, which does not divide 576."""
+    """float8 with a scale a block, as DeepSeek and Qwen publish; theirs are 128 x 128, which does not divide 576."""
 
     def parts(weight: Tensor) -> dict[str, Tensor]:
         out, inputs = weight.shape

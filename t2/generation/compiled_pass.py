@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -39,7 +38,7 @@ from t2.generation.whole_batches import WholeBatchEngine
 from t2.model.routing import Route
 from t2.model.svf_model import SVFModel
 from t2kernels.backends import extension
-from t2kernels.files import cache_root, replacing
+from t2kernels.files import cache_root, delete_unused, replacing
 from t2kernels.pages import collapse_pages
 
 if TYPE_CHECKING:
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 RUNNER, RUNNER_SOURCE = "t2_pass_runner", Path(__file__).with_name("pass_runner.cpp")
 SMALL = 64
 """Tensors of at most so many numbers may become constants of a program, which then depends on their values."""
-KEPT_DAYS = 60
-"""Programs that nothing has loaded for so long are deleted when another one is written."""
 CHECKED_ROWS = (1, 2, 7, 32)
 """Numbers of tokens with which a program is compared with the model."""
 FAITHFUL = (
@@ -155,7 +152,7 @@ def prepare(engine: Engine, traced: Path) -> Path:
     path = cache_root() / "passes" / f"{program_key(module)}.pt2"
     if not path.is_file() or not runner_file().is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
+        delete_unused((*path.parent.glob("*.pt2"), *path.parent.glob("runner-*.so")))
         left_out = nullcontext() if engine.head is None else engine.head.left_out()
         with torch.inference_mode(False), torch.no_grad(), left_out, warnings.catch_warnings():
             tokens = Dim("tokens", min=2, max=1 << 20)
@@ -166,14 +163,6 @@ def prepare(engine: Engine, traced: Path) -> Path:
         _replace_weights(program, "meta")
         torch.export.save(program, traced)
     return path
-
-
-def _sweep(folder: Path) -> None:
-    """Deletes what has not been loaded for a long time: programs of other versions, models and machines."""
-    for file in (*folder.glob("*.pt2"), *folder.glob("runner-*.so")):
-        with suppress(OSError):
-            if time.time() - file.stat().st_mtime > KEPT_DAYS * 86400:
-                file.unlink()
 
 
 def _replace_weights(program: ExportedProgram, device: str) -> None:

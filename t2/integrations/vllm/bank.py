@@ -21,7 +21,7 @@ from t2.experts.layout import Layout
 from t2.experts.mixes import mix_rows, parse_mix
 from t2.tasks.classify import BASE
 from t2.weights.files import atomic_directory, read_safetensors
-from t2kernels.files import cache_root
+from t2kernels.files import cache_root, delete_unused
 
 BANK, SUPPORT = "T2_BANK", "T2_SUPPORT"
 """Environment variables: the bank's folder; the support of the delta form, default that of the bank's experts."""
@@ -167,7 +167,10 @@ class Bank:
         about = json.dumps([layout.names, layout.ranks, layout.fingerprint, FORMAT]).encode()
         content = hashlib.sha256(about + expert.z.numpy().tobytes()).hexdigest()
         folder = self._adapters / content[:32]
-        if not folder.is_dir():
+        if folder.is_dir():
+            os.utime(folder)
+        else:
+            delete_unused(self._adapters.glob("*"))
             write_adapter(expert, folder)
         return folder
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -197,6 +199,17 @@ def post(middleware, app, body, path="/v1/chat/completions"):
     }
     asyncio.run(middleware(scope, receive, send))
     return sent
+
+
+def test_adapters_that_nothing_has_used_for_long_are_deleted(folder):
+    bank, long_ago = Bank(folder), time.time() - 61 * 86400
+    old = [bank.find(name).path for name in ("sums", "sums:0.5+base:0.5")]
+    for path in old:
+        os.utime(path, (long_ago, long_ago))
+    assert Bank(folder).find("sums").path == old[0]  # used again
+    new = Bank(folder).find("sums:0.25+base:0.75").path
+    assert new.is_dir() and old[0].is_dir() and not old[1].exists()
+    assert bank.find("sums:0.5+base:0.5").path.is_dir()  # made again where it is wanted
 
 
 @pytest.fixture
