@@ -22,9 +22,15 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The columns of eight codes in an int32 of AWQ, lowest bits first."""
 
 
-def _written(source: Path, folder: Path, config: dict[str, Any], packed: Callable[[Tensor], dict[str, Tensor]]) -> Path:
-    """A copy of a model's folder with the weights of its blocks' linear layers packed."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
+def _written(
+    source: Path,
+    folder: Path,
+    config: dict[str, Any],
+    packed: Callable[[Tensor], dict[str, Tensor]],
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """A copy of a model's folder with the weights of its blocks' linear layers packed, and others in `dtype`."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     model.save_pretrained(folder)
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -101,7 +107,7 @@ def fp8(source: Path, folder: Path) -> Path:
         return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale_inv": scales}
 
     about = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-    return _written(source, folder, about | {"weight_block_size": [FP8_BLOCK, FP8_BLOCK]}, parts)
+    return _written(source, folder, about | {"weight_block_size": [FP8_BLOCK, FP8_BLOCK]}, parts, torch.bfloat16)
 
 
 def compressed_tensors(source: Path, folder: Path, weights: dict[str, Any], inputs: dict[str, Any] | None) -> Path:

@@ -97,6 +97,19 @@ def test_decompose_fills_the_cache_once_and_verifies(folder, cache, capsys):
     assert first.name in capsys.readouterr().err
 
 
+def test_processes_decompose_shares_of_a_model(folder, cache, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, count in enumerate((5, 10, 14)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run("decompose", folder, "--workers", 2) == 0
+        assert f"process {rank + 1} of 3: {(5, 5, 4)[rank]} matrices" in capsys.readouterr().out
+        assert len(list((cache / "factors").iterdir())) == count
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    assert run("decompose", folder, "--workers", 0) == 2
+    assert "workers" in capsys.readouterr().err
+
+
 def test_generate_answers_each_prompt_with_its_expert(folder, tmp_path, capsys):
     model, tokenizer = t2.load(folder)
     svf = t2.SVFModel(model, t2.SVFConfig(progress=False))
