@@ -310,10 +310,10 @@ class DecomposedLayers:
 
     def _now_plain(self, merged: nn.Module) -> None:
         """Says what merging costs a quantised model, whose matrices are plain ones now."""
+        without_quantization(merged)
         kept = [layer.layer for layer in self.layers.values() if layer.layer.keeps_module]
         if not kept:
             return
-        without_quantization(merged)
         dtype = activation_dtype(merged)
         size = sum(layer.in_features * layer.out_features for layer in kept)
         warnings.warn(

@@ -24,6 +24,7 @@ from t2.model.serving_plan import ServingPlan, make_plan, measure_plan
 from t2.model.wrapper import WrapperModule, with_signature
 from t2.model.wrapping import VerifiedWrapping
 from t2.weights.fused_experts import fuse, unfuse
+from t2.weights.quantized import finish_loading
 from t2.weights.targets import (
     PATTERNS,
     Coverage,
@@ -82,6 +83,7 @@ class SVFModel(ExpertTrainingMixin, WrapperModule):
             raise ValueError("cache: expected False where factors are given, got True")
         meant = config.target_modules
         try:
+            finish_loading(model)
             unfuse(model, meant, RoutedExperts, on_meta=weights is not None)
             self._wrap(model, config, weights, factors, example_inputs)
         except BaseException:

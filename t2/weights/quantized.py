@@ -8,6 +8,7 @@ one that the model computes with, and a layer that is not linear is found out.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +74,21 @@ def why_no_matrix(layer: nn.Module, dtype: torch.dtype) -> str | None:
     if not _close(y[0] + y[1] - y[3], y[2]):
         return f"{kind} is quantised and computes no W x + b"
     return None
+
+
+def finish_loading(model: nn.Module) -> None:
+    """Calls a model once if its layers can't multiply yet, and a hook waits for its first call to make them ready.
+
+    compressed-tensors unpacks its checkpoints then.
+    """
+    if not model._forward_pre_hooks:
+        return
+    dtype = activation_dtype(model)
+    if all(why_no_matrix(module, dtype) is None for module in model.modules() if is_quantized(module)):
+        return
+    inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)}
+    with torch.no_grad(), suppress(Exception):  # what is wrong with its layers is said where they are chosen
+        model(**inputs)
 
 
 @torch.no_grad()
@@ -223,10 +239,16 @@ def activation_dtype(model: nn.Module) -> torch.dtype:
 
 
 def without_quantization(model: nn.Module) -> None:
-    """Takes the marks of a quantised model away where no quantised layer is left: it is saved as a plain one."""
+    """Takes the marks of a quantised model away where no quantised layer is left: it is saved as a plain one.
+
+    transformers also marks those that it dequantised, and would quantise their weights again in the file.
+    """
     if any(is_quantized(module) for module in model.modules()):
         return
-    for name in ("hf_quantizer", "quantization_method"):
+    conversions: Any = getattr(model, "_weight_conversions", None) or ()
+    steps = [step for conversion in conversions for step in getattr(conversion, "operations", ())]
+    quantises = any(type(step).__module__ != "transformers.core_model_loading" for step in steps)
+    for name in ("hf_quantizer", "quantization_method", *(["_weight_conversions"] if quantises else [])):
         if hasattr(model, name):
             delattr(model, name)
     if getattr(model, "is_quantized", False):

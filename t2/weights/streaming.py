@@ -24,7 +24,7 @@ from transformers import (
 from t2.weights.files import FileFormatError
 from t2.weights.fused_experts import UnfusedExperts, parents_of, unfuse
 from t2.weights.loading import ALIASES, alias_file, convert_gguf, load, reads_images
-from t2.weights.quantized import Dequantized
+from t2.weights.quantized import Dequantized, finish_loading
 from t2.weights.shards import Lazy, Shards, StoredWeight, is_sharded
 from t2.weights.targets import Linear, matrices_of, plain_targets, select_targets
 from t2.weights.tensor_names import tensor_names
@@ -62,6 +62,7 @@ def target_weights(
     if streams(name_or_path, stream):
         return Checkpoint(checkpoint_folder(name_or_path), dtype).weights(target_modules)
     model, _ = load(name_or_path, dtype=dtype)
+    finish_loading(model)
     unfuse(model, target_modules)
     return matrices_of(model, select_targets(model, target_modules))
 

@@ -89,7 +89,8 @@ def why_unsuitable(layer: nn.Module, dtype: torch.dtype | None = None) -> str | 
     kind = type(layer)
     if dtype is not None and is_quantized(layer):
         return why_no_matrix(layer, dtype)
-    if kind in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter and type(layer.weight.data) is Tensor:
+    weight = layer._parameters.get("weight")
+    if kind in (nn.Linear, Conv1D) and type(weight) is nn.Parameter and type(weight.data) is Tensor:
         return f"{kind.__name__} was given a forward that is not x W^T + b" if has_another_forward(layer) else None
     if not isinstance(layer, nn.Linear | Conv1D):
         if isinstance(getattr(layer, "in_features", None), int) and isinstance(
@@ -99,7 +100,6 @@ def why_unsuitable(layer: nn.Module, dtype: torch.dtype | None = None) -> str | 
         return None
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention multiplies by the weight of its out_proj itself"
-    weight = layer._parameters.get("weight")
     shape = (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
     tensors = {name for name, each in (*layer._parameters.items(), *layer._buffers.items()) if each is not None}
     if (

@@ -7,9 +7,11 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import t2
+from benchmarks.serving import quantized_checkpoints
 from t2.model.layers import RoutedLinear
 from t2.weights.quantized import QuantizedBase, dequantized, is_quantized, why_no_matrix
 from t2.weights.targets import plain_targets, select_targets, why_unsuitable
@@ -254,6 +256,50 @@ def test_plain_layers_that_were_given_another_forward_keep_it():
     weights = [layer.weight.clone() for layer in layers]
     assert all(torch.equal(dequantized(layer, torch.float32), w) for layer, w in zip(layers, weights, strict=True))
     assert torch.equal(svf.unload()(input_ids=IDS).logits, want)
+
+
+@torch.no_grad()
+def test_layers_that_are_unpacked_at_the_first_call_of_their_model_are_ready_before_it_is_wrapped():
+    """As compressed-tensors loads a checkpoint: integers, no weight, and a hook of the model."""
+    model, want = toy_model(), toy_model()(input_ids=IDS).logits
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    del layers["lm_head"]
+    kept = {name: layer._parameters.pop("weight") for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.register_buffer("packed", torch.zeros(3, dtype=torch.int32))
+    calls = []
+
+    def unpack(module, inputs):
+        calls.append(module)
+        for name, layer in layers.items():
+            layer.weight = kept[name]
+            del layer._buffers["packed"]
+        hook.remove()
+
+    hook = model.register_forward_pre_hook(unpack)
+    assert all(
+        is_quantized(layer) and "AttributeError" in why_no_matrix(layer, torch.float32) for layer in layers.values()
+    )
+    svf = t2.SVFModel(model, t2.SVFConfig(progress=False, cache=False))
+    assert len(calls) == 1 and len(svf.layout.names) == len(layers)
+    torch.testing.assert_close(svf(input_ids=IDS, experts=[None] * 3).logits, want, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_fp8_is_dequantised_and_a_merged_model_saved_as_it_is(tmp_path):
+    """transformers itself quantises a dequantised model again when it is saved, and loses the scales."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes)).save_pretrained(tmp_path / "plain")
+    folder = quantized_checkpoints.fp8(tmp_path / "plain", tmp_path / "fp8")
+    svf = t2.SVFModel(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), t2.SVFConfig(progress=False, cache=False)
+    )
+    expert = t2.Expert.random(svf.layout, 0.2, 0)
+    want = svf(input_ids=IDS, experts=[expert.z] * 3).logits
+    svf.merged_copy(expert.z).save_pretrained(tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)(input_ids=IDS).logits
+    assert (found.float() - want.float()).abs().max() < 0.03 * want.abs().max()
 
 
 @torch.no_grad()
