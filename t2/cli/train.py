@@ -23,11 +23,13 @@ def run(model: Model, training: OmitArgPrefixes[Given]) -> int:
     Args:
         training: "Published" and "paper" mean arXiv 2501.06252.
     """
+    import os
+
     from rich.console import Console
 
     from t2.training.trainer import train
 
-    out = Console()
+    out = Console(quiet=os.environ.get("RANK", "0") != "0")  # one of torchrun's processes speaks for all
     result = train(model, TrainOptions(**vars(training)))
     if not result.finished:
         out.print(f"Stopped at step {result.state.step}. The same command with --resume continues from there.")
