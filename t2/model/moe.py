@@ -31,38 +31,57 @@ class RoutedExperts(UnfusedExperts):
         self.kept: dict[str, tuple[list[object], list[KeptGroup]]] = {}
 
     @torch.compiler.disable(reason="t2: tokens are sorted by expert, and their numbers are not known to a graph")
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """Outputs [tokens, hidden] of the experts that tokens [tokens, hidden] are sent to, weighted and added.
 
         Args:
+            hidden_states: of a form that takes all, [experts * tokens, hidden], and so are the outputs.
             top_k_index: int64 [tokens, k]; numbers beyond the experts' are nobody.
             top_k_weights: [tokens, k].
         """
         if torch.compiler.is_exporting():
             raise RuntimeError("a mixture of experts can't be compiled yet: its tokens are sorted by expert")
-        module: Any = self.__dict__["module"]
+        if self.form.takes_all:
+            return self._all(hidden_states)
+        assert top_k_index is not None and top_k_weights is not None
         tokens, k = top_k_index.shape
         order = top_k_index.reshape(-1).argsort(stable=True)
         counts = torch.bincount(top_k_index.reshape(-1), minlength=self.experts)[: self.experts]
         ends = counts.cumsum(0).tolist()
         offsets, sent = [0, *ends], order[: ends[-1]]
         rows = sent // k
-        x = hidden_states[rows]
-        inner = [self.gate, self.up] if module.has_gate else [self.up]
-        call = _Call(self, offsets, rows, tokens)
-        y = call.products("inner", inner, x)
-        if module.has_gate:
-            if not module.is_concatenated:
-                y = y.unflatten(-1, (2, y.shape[-1] // 2)).transpose(-1, -2).flatten(-2)
-            y = module._apply_gate(y)
-        else:
-            y = module.act_fn(y)
-        y = call.products("down", [self.down], y)
-        if module.has_post_expert_norm:
-            y = module.post_expert_norm(y)
+        y = self._outputs(hidden_states[rows], offsets, rows, tokens)
         y = y * top_k_weights.reshape(-1)[sent].unsqueeze(-1)
         parts = y.new_zeros(tokens * k, y.shape[-1]).index_copy(0, sent, y)
         return parts.view(tokens, k, y.shape[-1]).sum(1).to(hidden_states.dtype)
+
+    def _all(self, hidden_states: Tensor) -> Tensor:
+        """Tokens for each expert in turn; rows of zeros, which are those of other experts, give zeros."""
+        tokens = hidden_states.shape[0] // self.experts
+        sent = hidden_states.any(dim=1).nonzero()[:, 0]
+        ends = torch.bincount(sent // max(1, tokens), minlength=self.experts).cumsum(0).tolist()
+        y = self._outputs(hidden_states[sent], [0, *ends], sent % max(1, tokens), tokens)
+        return torch.zeros_like(hidden_states).index_copy(0, sent, y.to(hidden_states.dtype))
+
+    def _outputs(self, x: Tensor, offsets: list[int], rows: Tensor, tokens: int) -> Tensor:
+        """The experts' outputs of tokens in the order of their experts; `rows` has their numbers among all."""
+        module: Any = self.__dict__["module"]
+        inner = [self.gate, self.up] if self.form.has_gate else [self.up]
+        call = _Call(self, offsets, rows, tokens)
+        y = call.products("inner", inner, x)
+        if not self.form.has_gate:
+            y = module.act_fn(y)
+        elif hasattr(module, "_apply_gate"):
+            if not self.form.is_concatenated:
+                y = y.unflatten(-1, (2, y.shape[-1] // 2)).transpose(-1, -2).flatten(-2)
+            y = module._apply_gate(y)
+        else:
+            gate, up = y.chunk(2, dim=-1)
+            y = up * module.act_fn(gate)
+        y = call.products("down", [self.down], y)
+        return module.post_expert_norm(y) if self.form.has_post_expert_norm else y
 
 
 class _Call:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from t2.model.probe_inputs import ROWS, Inputs, input_candidates
-from t2.weights.fused_experts import parents_of
+from t2.weights.fused_experts import UnfusedExperts, parents_of
 from t2.weights.targets import Unsuitable
 
 MARGIN = 10.0
@@ -125,7 +125,7 @@ class Probe:
 
     def _watched(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """The modules whose rows are looked at: the layers, or the experts of a mixture that they are of."""
-        parents = parents_of(model)
+        parents = {name: _called_with_requests(model, *experts) for name, experts in parents_of(model).items()}
         self._parents = {name: parents[name][0] for name in layers if name in parents}
         return dict(parents.get(name, (name, layer)) for name, layer in layers.items())
 
@@ -257,3 +257,11 @@ def relative_error(got: Tensor, want: Tensor) -> Tensor:
     size = want.norm(dim=-1)
     typical = size.flatten().nanmedian().clamp(min=1e-30) if size.numel() else size
     return ((got - want).norm(dim=-1) / torch.maximum(size, typical)).nan_to_num(float("inf"))
+
+
+def _called_with_requests(model: nn.Module, name: str, experts: UnfusedExperts) -> tuple[str, nn.Module]:
+    """The experts of a mixture, or the block around them where they get a copy of all tokens for each expert."""
+    if not experts.form.takes_all:
+        return name, experts
+    block = name.rpartition(".")[0]
+    return block, model.get_submodule(block)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,20 +20,45 @@ from torch import Tensor, nn
 from t2.weights.quantized import PLAIN
 from t2.weights.targets import is_meant
 
-ATTRIBUTES = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-"""What transformers' `use_experts_implementation` says of a module."""
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """How a module holds a block's experts: what transformers' `use_experts_implementation` says of it.
+
+    takes_all: whether its input has a copy of all tokens for each expert, those that are not its own as zeros, and no
+        indices: as in Llama 4.
+    """
+
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+    has_post_expert_norm: bool
+    takes_all: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ExpertsForm | None:
+        """None for modules that hold none, or in another way."""
+        if type(module).__name__ == "Llama4TextExperts":
+            return cls(int(module.num_experts), True, False, True, True, False, takes_all=True)  # type: ignore[arg-type]
+        said = {each.name: getattr(module, each.name, None) for each in fields(cls) if each.name != "takes_all"}
+        if None in said.values() or getattr(module, "_is_expert_parallel", False):
+            return None
+        return cls(**said)  # type: ignore[arg-type]
 
 
 def is_fused(module: nn.Module, *, on_meta: bool = False) -> bool:
     """Whether a module holds a block's experts as transformers does, with plain weights in memory, or on meta."""
-    if not all(hasattr(module, name) for name in ATTRIBUTES) or getattr(module, "_is_expert_parallel", False):
+    form = ExpertsForm.of(module)
+    if form is None:
         return False
-    weights = [getattr(module, name, None) for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")]
+    weights = [getattr(module, name, None) for name in ("gate_up_proj" if form.has_gate else "up_proj", "down_proj")]
     return all(
         isinstance(weight, nn.Parameter)
         and type(weight.data) is Tensor
         and weight.dim() == 3
-        and weight.shape[0] == module.num_experts
+        and weight.shape[0] == form.num_experts
         and weight.dtype in PLAIN
         and weight.is_meta == on_meta
         for weight in weights
@@ -46,18 +72,20 @@ class UnfusedExperts(nn.Module):
         super().__init__()
         self.name = name
         self.__dict__["module"] = module  # not a submodule: its weights are those of the layers
-        self.experts: int = module.num_experts  # type: ignore[assignment]
-        inner: Any = module.gate_up_proj if module.has_gate else module.up_proj
+        form = ExpertsForm.of(module)
+        assert form is not None
+        self.form, self.experts = form, form.num_experts
+        inner: Any = module.gate_up_proj if self.form.has_gate else module.up_proj
         biases = None
-        if module.has_bias:
-            biases = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
-        if module.has_gate:
-            both = inner.shape[2 if module.is_transposed else 1]
+        if self.form.has_bias:
+            biases = module.gate_up_proj_bias if self.form.has_gate else module.up_proj_bias
+        if self.form.has_gate:
+            both = inner.shape[2 if self.form.is_transposed else 1]
             for part, rows in zip(("gate", "up"), self._halves(both), strict=True):
                 setattr(self, part, self._layers(inner, biases, rows))
         else:
             self.up = self._layers(inner, biases, slice(None))
-        self.down = self._layers(module.down_proj, module.down_proj_bias if module.has_bias else None, slice(None))
+        self.down = self._layers(module.down_proj, module.down_proj_bias if self.form.has_bias else None, slice(None))
         for own, child in module.named_children():  # the activation, a norm
             self.add_module(own, child)
         self._empty()
@@ -65,8 +93,7 @@ class UnfusedExperts(nn.Module):
 
     def source(self, own: str) -> tuple[str, int, int, slice]:
         """Where the weight of a layer, such as "gate.3", comes from: the module's tensor, part, expert, and rows."""
-        module: Any = self.__dict__["module"]
-        gates: Any = self.gate if module.has_gate else None
+        gates: Any = self.gate if self.form.has_gate else None
         part, expert = own.split(".")
         if part == "down" or gates is None:
             return f"{part}_proj", 0, int(expert), slice(None)
@@ -75,12 +102,12 @@ class UnfusedExperts(nn.Module):
 
     def _halves(self, rows: int) -> tuple[slice, slice]:
         """The rows of gate and of up among those of both."""
-        if self.__dict__["module"].is_concatenated:
+        if self.form.is_concatenated:
             return slice(0, rows // 2), slice(rows // 2, None)
         return slice(0, None, 2), slice(1, None, 2)
 
     def _layers(self, weight: Any, bias: Any, rows: slice) -> nn.ModuleList:
-        transposed: bool = self.__dict__["module"].is_transposed
+        transposed = self.form.is_transposed
         layers = nn.ModuleList()
         for expert in range(self.experts):
             matrix = (weight.data[expert].T if transposed else weight.data[expert])[rows]
@@ -102,17 +129,17 @@ class UnfusedExperts(nn.Module):
     def fused(self) -> nn.Module:
         """The module that this one was made of, with the weights of the layers as they are now, which are plain."""
         module: Any = self.__dict__["module"]
-        inner = {"gate_up_proj" if module.has_gate else "up_proj": ("gate", "up") if module.has_gate else ("up",)}
+        inner = {"gate_up_proj" if self.form.has_gate else "up_proj": ("gate", "up") if self.form.has_gate else ("up",)}
         for name, parts in {**inner, "down_proj": ("down",)}.items():
             layers = [list(getattr(self, part)) for part in parts]
             matrices = [self._joined([part[e].weight.data for part in layers]) for e in range(self.experts)]
-            whole = torch.stack([matrix.T for matrix in matrices] if module.is_transposed else matrices)
+            whole = torch.stack([matrix.T for matrix in matrices] if self.form.is_transposed else matrices)
             old = getattr(module, name)
             if old.is_meta:
                 setattr(module, name, nn.Parameter(whole.contiguous(), requires_grad=old.requires_grad))
             else:
                 old.data = whole.contiguous()
-            if module.has_bias:
+            if self.form.has_bias:
                 own = [self._joined([part[e].bias.data for part in layers]) for e in range(self.experts)]
                 getattr(module, f"{name}_bias").data = torch.stack(own)
         whole_module: nn.Module = module.train(self.training)
@@ -134,7 +161,7 @@ class UnfusedExperts(nn.Module):
         twin = type(self).__new__(type(self))
         nn.Module.__init__(twin)
         twin.__dict__["module"] = copy.deepcopy(module, memo)
-        twin.name, twin.experts, twin.training = self.name, self.experts, self.training
+        twin.name, twin.form, twin.experts, twin.training = self.name, self.form, self.experts, self.training
         for part in ("gate", "up", "down"):
             if hasattr(self, part):
                 setattr(twin, part, nn.ModuleList(copy.deepcopy(layer, memo) for layer in getattr(self, part)))
@@ -156,9 +183,10 @@ def unfuse(
             return []  # `select_targets` says so
     done = []
     for name, module in list(model.named_modules()):
-        if not name or not is_fused(module, on_meta=on_meta):
+        form = ExpertsForm.of(module)
+        if not name or form is None or not is_fused(module, on_meta=on_meta):
             continue
-        layers = (f"{name}.{part}.{i}" for part in ("gate", "up", "down") for i in range(module.num_experts))
+        layers = (f"{name}.{part}.{i}" for part in ("gate", "up", "down") for i in range(form.num_experts))
         if any(is_meant(layer, target_modules) for layer in layers):
             model.set_submodule(name, kind(name, module))
             done.append(name)

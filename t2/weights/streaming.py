@@ -143,7 +143,7 @@ class Checkpoint:
     def _of_expert(self, name: str, of: str, experts: UnfusedExperts) -> StoredWeight:
         """A layer of a block's routed experts, which the checkpoint has by itself or in one tensor with others."""
         tensor, part, expert, rows = experts.source(name.removeprefix(f"{of}."))
-        whole, transposed = f"{of}.{tensor}", experts.__dict__["module"].is_transposed
+        whole, transposed = f"{of}.{tensor}", experts.form.is_transposed
         dtype = self._like[whole].dtype
         if whole in self.names.own:
             stored = StoredWeight(self.shards, self.names.own[whole], dtype, transposed, expert, rows)

@@ -53,6 +53,15 @@ FAMILIES = {
         **{"n_group": 1, "topk_group": 1},
     },
     "qwen2_moe": MOE | {"shared_expert_intermediate_size": 24},
+    "llama4_text": {
+        **{
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 1,
+        },
+        **{"layer_types": ["full_attention"] * 2, "attention_chunk_size": 32},
+    },
     "minimax": {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2},
 }
 IDS = torch.tensor([[5, 6, 7, 8, 9], [6, 7, 8, 9, 3], [9, 8, 7, 6, 5]])
