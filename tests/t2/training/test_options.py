@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-FREE = {"steps", "patience", "test_size", "trackers", "token_budget", "save_every", "stream"}
+FREE = {"steps", "patience", "test_size", "trackers", "token_budget", "save_every", "stream", "shard"}
 
 
 def test_a_saved_run_goes_on_with_its_own_options(make_options):
