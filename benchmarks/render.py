@@ -21,6 +21,7 @@ from benchmarks.journey import run as journey
 from benchmarks.kernels import moe
 from benchmarks.kernels import report as kernels
 from benchmarks.serving import (
+    decode_loops,
     delta_form,
     engine_peers,
     factor_tail,
@@ -89,6 +90,7 @@ PAGES: dict[str, dict[str, Block]] = {
     "docs/quickstart.md": {"journey": (journey.journey_table, "journey.json")},
     "docs/peft.md": {"peft-batches": (peft_batches.batches_table, "peft-batches.json")},
     "docs/serving.md": {
+        "decode-loops": (decode_loops.loops_table, "decode-loops.json"),
         "engine-peers": (engine_peers.peers_table, "engine-peers.json"),
         "http-load": (http_load.load_table, "http-load.json"),
         "ray-replicas": (ray_replicas.replicas_table, "ray-replicas.json"),
