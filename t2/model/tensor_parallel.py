@@ -173,8 +173,10 @@ def divisions(model: nn.Module, shapes: Mapping[str, tuple[int, int]], mesh: Dev
     sizes can be divided, and heads of attention stay whole.
     """
     plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
-    styles = {name: plan.get(_NUMBER.sub("*", name)) for name, _ in model.named_modules()}
-    broken = {_parent(name) for name, style in styles.items() if style in _WHOLE and name not in shapes}
+    parts = (name for parts in (model.named_modules(), model.named_parameters()) for name, _ in parts)
+    styles = {name: plan.get(_NUMBER.sub("*", name)) for name in parts}
+    harmless = (None, GATHER, SPLIT, "replicated_with_grad_allreduce")  # what is divided here takes and gives the whole
+    broken = {_parent(name) for name, style in styles.items() if style not in harmless and name not in shapes}
     for name, (rows, columns) in shapes.items():
         size = rows if styles[name] == COLUMNS else columns
         if styles[name] in _WHOLE and size % (mesh.size() * _unit(model, name)):

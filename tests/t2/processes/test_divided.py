@@ -87,6 +87,9 @@ def test_the_plan_holds_where_all_layers_of_a_module_keep_it():
     heads = styles(model, names, processes=4)  # two heads of keys
     assert {style for name, style in heads.items() if "self_attn" in name} == {GATHER, SPLIT}
     assert {style for name, style in heads.items() if "mlp" in name} == {COLUMNS, ROWS}
+    model.tp_plan = model.tp_plan | {"model.layers.*.self_attn.sinks": "rowwise"}  # of each head, and whole here
+    model.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    assert {style for name, style in styles(model, names).items() if "self_attn" in name} == {GATHER, SPLIT}
     assert set(styles(tiny_model("opt"), linears(tiny_model("opt"))).values()) == {GATHER}
 
 
